@@ -1,0 +1,24 @@
+"""Noise schedules: time -> (alpha, sigma) of x_t = alpha x0 + sigma eps, in float64, closed form.
+
+Every method takes a float or an array (-> float64 NumPy) or a torch tensor (-> float64 tensor on its device).
+"""
+
+from fastdiff.schedules.base import Schedule
+from fastdiff.schedules.betas import Betas, constant_betas, cosine_betas, linear_betas, scaled_linear_betas
+from fastdiff.schedules.continuous import EDM, Cosine, Flow
+from fastdiff.schedules.sde import VE, VP, SubVP
+
+__all__ = [
+    "EDM",
+    "VE",
+    "VP",
+    "Betas",
+    "Cosine",
+    "Flow",
+    "Schedule",
+    "SubVP",
+    "constant_betas",
+    "cosine_betas",
+    "linear_betas",
+    "scaled_linear_betas",
+]

@@ -1,0 +1,84 @@
+"""What a noise schedule is: time -> (alpha, sigma) of x_t = alpha x0 + sigma eps, in float64, closed form."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = Any  # float64 np.ndarray or torch.Tensor: the two share the functions used here
+
+
+def xp_of(t: Array) -> Any:  # noqa: ANN401 - a module
+    return torch if isinstance(t, torch.Tensor) else np
+
+
+def positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+class Schedule(ABC):
+    """A noise schedule: x_t = alpha(t) x0 + sigma(t) eps, noise at the largest t.
+
+    sigma is the STANDARD DEVIATION of the noise. The forward SDE is dx = f(t) x dt + g(t) dW.
+    """
+
+    t_max: float = 1.0
+
+    def _time(self, t: Array) -> Array:
+        """float64 time, refused outside [0, t_max] wherever looking at it costs no device sync."""
+        if isinstance(t, torch.Tensor):
+            t = t.to(torch.float64)
+            if not t.is_cpu or torch.compiler.is_compiling():
+                return t
+            bad = bool(((t < 0) | (t > self.t_max) | t.isnan()).any())
+        else:
+            t = np.asarray(t, np.float64)
+            bad = bool(np.any((t < 0) | (t > self.t_max) | np.isnan(t)))
+        if bad:
+            raise ValueError(f"t must be in [0, {self.t_max:g}] for {self}, got {t}")
+        return t
+
+    @abstractmethod
+    def alpha(self, t: Array) -> Array:
+        """Signal scale alpha(t)."""
+
+    @abstractmethod
+    def sigma(self, t: Array) -> Array:
+        """Noise standard deviation sigma(t)."""
+
+    @abstractmethod
+    def drift(self, t: Array) -> Array:
+        """f(t) = d ln(alpha) / dt: the forward drift is f x."""
+
+    @abstractmethod
+    def diffusion2(self, t: Array) -> Array:
+        """g(t)^2 = (sigma^2)' - 2 f sigma^2: the squared diffusion coefficient."""
+
+    @abstractmethod
+    def t_of(self, logsnr: Array) -> Array:
+        """The time at which 2 ln(alpha / sigma) = logsnr (NumPy)."""
+
+    def logsnr(self, t: Array) -> Array:
+        """2 ln(alpha / sigma): +inf where sigma = 0, -inf where alpha = 0."""
+        a, s = self.alpha(t), self.sigma(t)
+        xp = xp_of(a)
+        with np.errstate(divide="ignore"):
+            return 2.0 * (xp.log(a) - xp.log(s))
+
+    def model_time(self, t: Array) -> Array:
+        """What the model receives as t."""
+        return self._time(t)
+
+    def t_start(self, prediction: str | object = "eps") -> float:
+        """The default first evaluation time."""
+        return self.t_max
+
+    def t_end(self, steps: int) -> float:
+        """The default last evaluation time."""
+        return 0.0
