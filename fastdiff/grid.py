@@ -1,0 +1,246 @@
+"""Where a solver evaluates the model: spacings, and the points of a grid with everything known about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypedDict, get_type_hints
+
+import numpy as np
+
+from fastdiff.prediction import Conversion, Prediction, conversion
+from fastdiff.schedules import Betas, Schedule
+
+__all__ = ["SPACINGS", "Grid", "GridOptions", "Points", "make_grid", "points"]
+
+Array = np.ndarray
+SPACINGS = ("linspace", "leading", "trailing", "karras", "exponential", "logsnr")
+KARRAS_RHO = 7.0
+
+
+class GridOptions(TypedDict, total=False):
+    """The options every solver takes.
+
+    prediction: eps | x0 | v | score | flow | edm, or a function (alpha, sigma) -> (c_skip, c_out); default eps.
+    clip: None or (lo, hi), the clamp of the predicted x0.
+    spacing: linspace | leading | trailing | karras | exponential | logsnr, or a decreasing array of schedule times.
+    final: "zero" (the last row returns x0-hat) or "min" (the last point is the schedule's t_end).
+    start: skip the first `start` intervals (image-to-image).
+    t_start, t_end: override the schedule's first and last time.
+    sign: -1 for models that return minus the prediction. sigma_data: std of the data (prediction="edm").
+    """
+
+    prediction: Prediction
+    clip: tuple[float, float] | None
+    spacing: str | Sequence[float] | Array | None
+    final: str
+    start: int
+    t_start: float | None
+    t_end: float | None
+    sign: int
+    sigma_data: float | None
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points of a schedule: [N] float64 arrays, and what the model needs there."""
+
+    t: Array
+    alpha: Array
+    sigma: Array
+    lam: Array  # ln(alpha / sigma)
+    times: Array  # what the model receives: int64 or float64
+    convert: Conversion
+    clip: tuple[float, float]
+
+    def take(self, index: Array) -> Points:
+        """The same points in another order or number (two-evaluation methods)."""
+        arrays = (getattr(self, name)[index] for name in ("t", "alpha", "sigma", "lam", "times"))
+        return Points(*arrays, Conversion(*(c[index] for c in self.convert)), self.clip)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The evaluation points of a plan and, as entry N of alpha, sigma, lam and t, the end of its last interval."""
+
+    at: Points  # [N]
+    t: Array  # [N + 1]; nan where the end is not a time of the schedule
+    alpha: Array  # [N + 1]
+    sigma: Array  # [N + 1]
+    lam: Array  # [N + 1]
+    points: Callable[[Array], Points]  # the schedule at other times, with the same options
+
+    def require_signal(self, name: str) -> None:
+        """Refuses a grid that starts from zero signal, where sigma/alpha is infinite."""
+        if np.any(self.alpha == 0):
+            raise ValueError(
+                f"{name} integrates in sigma/alpha and cannot start from zero signal (alpha = 0 at "
+                f"t = {self.t[self.alpha == 0][0]:g}); use ddim, ddpm or dpmpp_2m, or an earlier start"
+            )
+
+    @property
+    def h(self) -> Array:
+        """[N] steps in lam = ln(alpha / sigma); inf from zero signal or to zero noise."""
+        with np.errstate(invalid="ignore"):
+            return np.diff(self.lam)
+
+    @property
+    def end(self) -> tuple[float, float]:
+        """(alpha, sigma) after the last row."""
+        return float(self.alpha[-1]), float(self.sigma[-1])
+
+    @property
+    def clean(self) -> bool:
+        """Does the last interval end without noise?"""
+        return self.sigma[-1] == 0
+
+
+def _log_ratio(alpha: Array, sigma: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        return np.log(alpha) - np.log(sigma)
+
+
+def points(
+    schedule: Schedule, t: Array, *, prediction: Prediction = "eps", clip: tuple[float, float] | None = None,
+    sign: int = 1, sigma_data: float | None = None,
+) -> Points:
+    """The schedule at times t [N], with the conversion of `prediction` there."""  # fmt: skip
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    data = sigma_data if sigma_data is not None else getattr(schedule, "sigma_data", 0.5)
+    convert = conversion(prediction, alpha, sigma, sigma_data=data, sign=sign)
+    times = np.log(sigma / alpha) / 4 if prediction == "edm" else schedule.model_time(t)
+    return Points(t, alpha, sigma, _log_ratio(alpha, sigma), times, convert, _clip(clip))
+
+
+def _clip(clip: tuple[float, float] | None) -> tuple[float, float]:
+    if clip is None:
+        return -np.inf, np.inf
+    try:
+        lo, hi = map(float, clip)
+    except (TypeError, ValueError):
+        raise TypeError(f"clip must be None or (lo, hi), got {clip!r}") from None
+    if not lo < hi:
+        raise ValueError(f"clip must be (lo, hi) with lo < hi, got {clip!r}")
+    return lo, hi
+
+
+def _integer(name: str, value: object, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+    return int(value)
+
+
+def _betas_times(spacing: str, steps: int, top: float, low: float, final: str) -> Array:
+    """Evaluation times of a chain of T betas, as integers; final="min" appends t_end."""
+    T = round(top) + 1
+    if steps > T - round(low):
+        raise ValueError(f"steps must be <= {T - round(low)}, the number of times of this chain, got {steps}")
+    if spacing == "trailing":
+        t = np.round(np.arange(steps, 0, -1) * (T / steps)) - 1
+    elif spacing == "leading":
+        t = np.arange(steps)[::-1] * float(T // steps)
+    else:
+        t = np.round(np.linspace(top, low, steps + (final == "min")))
+    t = np.maximum(t, low)
+    return np.append(t, low) if final == "min" and spacing != "linspace" else t
+
+
+def _spaced(schedule: Schedule, spacing: str, steps: int, top: float, low: float, final: str) -> Array:
+    count = steps + (final == "min")
+    if spacing in ("karras", "exponential", "logsnr"):
+        ends = np.array([top, low])
+        ratio = schedule.sigma(ends) / schedule.alpha(ends)
+        if not np.all(np.isfinite(ratio)) or ratio[1] == 0:
+            raise ValueError(
+                f"spacing {spacing!r} needs finite sigma/alpha > 0 at both ends, got {ratio[0]:g} and {ratio[1]:g}; "
+                f"give t_start or t_end, or take spacing='linspace'"
+            )
+        ramp = np.linspace(0, 1, count)
+        if spacing == "karras":
+            a, b = ratio ** (1 / KARRAS_RHO)
+            ratio = (a + ramp * (b - a)) ** KARRAS_RHO
+        else:
+            ratio = np.exp(np.log(ratio[0]) + ramp * np.log(ratio[1] / ratio[0]))
+        t = np.clip(schedule.t_of(-2 * np.log(ratio)), low, top)
+        t[[0, -1]] = (top, low) if count > 1 else (top, top)
+        return t
+    if isinstance(schedule, Betas):
+        return _betas_times(spacing, steps, top, low, final)
+    if spacing == "trailing":
+        return top * (1 - np.arange(count) / steps)
+    if spacing == "leading":
+        raise ValueError("spacing 'leading' is defined on a chain of betas only; valid here: linspace, trailing, "
+                         "karras, exponential, logsnr")  # fmt: skip
+    return np.linspace(top, low, count) if count > 1 else np.array([top])
+
+
+def _times(
+    schedule: Schedule, steps: int, prediction: Prediction, spacing: str | Sequence[float] | Array | None,
+    final: str, t_start: float | None, t_end: float | None,
+) -> Array:
+    """Evaluation times, and with final="min" the end point behind them."""  # fmt: skip
+    if spacing is not None and not isinstance(spacing, str):
+        t = np.asarray(spacing, np.float64)
+        if t.ndim != 1 or len(t) != steps + (final == "min"):
+            raise ValueError(
+                f"spacing as an array needs {steps + (final == 'min')} times for steps={steps}, final={final!r}, "
+                f"got shape {t.shape}"
+            )
+        return t
+    spacing = spacing or ("trailing" if isinstance(schedule, Betas) else "linspace")
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}; valid: {', '.join(SPACINGS)}, or an array of times")
+    top = schedule.t_start(prediction) if t_start is None else float(t_start)
+    low = schedule.t_end(steps) if t_end is None else float(t_end)
+    if steps > 1 and not low < top:
+        raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}")
+    if isinstance(schedule, Betas) and t_start is not None and spacing in ("trailing", "leading"):
+        raise ValueError(f"spacing {spacing!r} of a chain starts at its last time; use linspace with t_start, or start=k")
+    return _spaced(schedule, spacing, steps, top, min(low, top), final)
+
+
+def make_grid(schedule: Schedule, steps: int, options: GridOptions) -> Grid:
+    """The grid of a solver: `steps` intervals of the schedule.
+
+    final="zero": `steps` evaluation times t_start..t_end, then the clean end (1, 0). final="min": steps + 1 points,
+    the last is t_end and is not evaluated. Repeated noise levels are merged (fewer evaluations).
+    Args: schedule; steps >= 1; options: see GridOptions.
+    Returns: Grid. Raises: TypeError / ValueError for anything outside what is described.
+    """
+    valid = tuple(get_type_hints(GridOptions))
+    unknown = [name for name in options if name not in valid]
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; valid: {', '.join(valid)}")
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a fastdiff.schedules.Schedule, got {type(schedule).__name__}")
+    steps, start = _integer("steps", steps, 1), _integer("start", options.get("start", 0), 0)
+    final, prediction = options.get("final", "zero"), options.get("prediction", "eps")
+    if final not in ("zero", "min"):
+        raise ValueError(f"unknown final {final!r}; valid: zero, min")
+    t = _times(schedule, steps, prediction, options.get("spacing"), final, options.get("t_start"), options.get("t_end"))
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    if not (np.all(np.isfinite(alpha)) and np.all(np.isfinite(sigma))):
+        raise ValueError(f"the schedule {schedule} is not finite on the grid t = {t}")
+    if final == "zero":
+        t, alpha, sigma = np.append(t, np.nan), np.append(alpha, 1.0), np.append(sigma, 0.0)
+    lam = _log_ratio(alpha, sigma)
+    with np.errstate(invalid="ignore"):
+        step = np.diff(lam)
+    if np.any(step < 0):
+        i = int(np.flatnonzero(step < 0)[0])
+        raise ValueError(f"noise must decrease along the grid, but it grows from t={t[i]:g} to t={t[i + 1]:g}")
+    keep = np.append(True, step > 0)
+    if final == "zero":  # the end must stay (1, 0) even where the last time already has no noise
+        keep[-1], keep[:-1] = True, keep[:-1] & (sigma[:-1] > 0)
+    t, alpha, sigma, lam = (v[keep] for v in (t, alpha, sigma, lam))
+    if start >= len(t) - 1:
+        raise ValueError(f"start must be < {len(t) - 1}, the number of intervals, got {start}")
+    t, alpha, sigma, lam = (v[start:] for v in (t, alpha, sigma, lam))
+    at = partial(
+        points, schedule, prediction=prediction, clip=options.get("clip"), sign=options.get("sign", 1),
+        sigma_data=options.get("sigma_data"),
+    )  # fmt: skip
+    return Grid(at(t[:-1]), t, alpha, sigma, lam, at)

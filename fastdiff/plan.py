@@ -1,0 +1,231 @@
+"""Plan: a sampler as a frozen, validated table with one row per model evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from fastdiff.allocate import Allocation, allocate, liveness
+from fastdiff.grid import Points
+
+__all__ = ["MAX_SLOTS", "ROW_HEADER", "Plan", "row_width"]
+
+ROW_HEADER = 8  # c_skip, c_out, lo, hi, c_in of the next row, has_noise, two unused
+MAX_SLOTS = 6
+END_TOLERANCE = 1e-9
+
+
+def row_width(slots: int) -> int:
+    """Floats of a packed row with r slots: header, A [r, r], b, d, s, read, write [r], padded to 16 bytes."""
+    return -(-(ROW_HEADER + slots * slots + 5 * slots) // 4) * 4
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A sampler as a table: row i is one model evaluation and one affine update of r state slots.
+
+        p  = clamp(c_skip S[0] + c_out m, lo, hi)                 m: the model's output (after guidance)
+        S' = A @ S + b p + d m + s n                              n: standard normal noise
+        S[0] at the start = init_scale n(stream 0, row 0) + init_noise n(stream 0, row 1); other slots are absent
+
+    The model of row i sees c_in[i] * S[0] at times[i].
+    Args (N rows, r slots, float64 on the host):
+        name: for people. times: [N] int64 or float64, what the model receives as t. t: [N] schedule time.
+        alpha, sigma: [N] noise level of the state at row i. c_in, c_skip, c_out, lo, hi: [N].
+        A: [N, r, r]; b, d, s: [N, r]. draws: [N] int64, normal tensors the replaced sampler draws in this row
+        (default 1 where s != 0). init_scale, init_noise: scale of the start. end: (alpha, sigma) after the last row.
+        guidance: None or [N], the weight w of a row, used where sampling gives none.
+    Raises: ValueError for wrong shapes, entries that are not finite, a start or end that is not clean where it must be.
+    """
+
+    name: str
+    times: np.ndarray
+    t: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    c_in: np.ndarray
+    c_skip: np.ndarray
+    c_out: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    A: np.ndarray
+    b: np.ndarray
+    d: np.ndarray
+    s: np.ndarray
+    init_scale: float = 1.0
+    init_noise: float = 0.0
+    end: tuple[float, float] = (1.0, 0.0)
+    draws: np.ndarray | None = None
+    guidance: np.ndarray | None = None
+    _device_tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        for name in ("t", "alpha", "sigma", "c_in", "c_skip", "c_out", "lo", "hi", "A", "b", "d", "s"):
+            put(self, name, np.array(getattr(self, name), np.float64))
+        times = np.array(self.times)
+        put(self, "times", times.astype(np.int64 if np.issubdtype(times.dtype, np.integer) else np.float64))
+        draws = np.any(self.s != 0, axis=-1) if self.draws is None else self.draws
+        put(self, "draws", np.array(draws, np.int64))
+        if self.guidance is not None:
+            put(self, "guidance", np.array(self.guidance, np.float64))
+        self._check_shapes()
+        self._check_values()
+        for value in vars(self).values():
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+
+    def _check_shapes(self) -> None:
+        if self.A.ndim != 3 or self.A.shape[0] < 1 or self.A.shape[1] != self.A.shape[2]:
+            raise ValueError(f"plan {self.name!r}: A must be [N, r, r] with N >= 1, got shape {self.A.shape}")
+        rows, slots = self.A.shape[:2]
+        if not 1 <= slots <= MAX_SLOTS:
+            raise ValueError(f"plan {self.name!r}: 1 to {MAX_SLOTS} slots are supported, got {slots}")
+        vectors = ("times", "t", "alpha", "sigma", "c_in", "c_skip", "c_out", "lo", "hi", "draws", "guidance")
+        shapes = dict.fromkeys(vectors, (rows,)) | dict.fromkeys(("b", "d", "s"), (rows, slots))
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is not None and value.shape != shape:
+                raise ValueError(f"plan {self.name!r}: {name} must have shape {shape}, got {value.shape}")
+
+    def _check_values(self) -> None:
+        finite = ("times", "c_in", "c_skip", "c_out", "A", "b", "d", "s", "init_scale", "init_noise", "end", "guidance")
+        for name in finite:
+            value = getattr(self, name)
+            if value is not None and not np.all(np.isfinite(value)):
+                bad = np.argwhere(~np.isfinite(np.atleast_1d(value)))[0]
+                raise ValueError(f"plan {self.name!r}: {name} is not finite at row {int(bad[0])}")
+        if np.any(np.isnan(self.lo) | np.isnan(self.hi)) or np.any(self.lo > self.hi):
+            raise ValueError(f"plan {self.name!r}: every row needs lo <= hi")
+        if 0 not in self._need[-1] or self._need[0] != frozenset({0}):
+            raise ValueError(f"plan {self.name!r}: the first row reads slots {sorted(self._need[0])}, only 0 exists there")
+        if self.end == (1.0, 0.0):
+            if self.s[-1, 0] != 0:
+                raise ValueError(f"plan {self.name!r}: the last row adds noise ({self.s[-1, 0]:g}) to the clean sample")
+            only_p = not np.any(self.A[-1, 0]) and self.d[-1, 0] == 0
+            if only_p and abs(self.b[-1, 0] - 1) > END_TOLERANCE:
+                raise ValueError(f"plan {self.name!r}: the last row must return x0 itself, but b = {self.b[-1, 0]!r}")
+
+    @classmethod
+    def of(
+        cls, name: str, at: Points, A: np.ndarray, b: np.ndarray, *, d: np.ndarray | None = None,
+        s: np.ndarray | None = None, end: tuple[float, float] = (1.0, 0.0), init_scale: float | None = None,
+    ) -> Plan:
+        """A plan evaluated at `at`; r = 1 coefficients may be [N]. init_scale defaults to the first sigma."""  # fmt: skip
+        n = len(at.t)
+        A = np.asarray(A, np.float64)
+        r = 1 if A.ndim == 1 else A.shape[-1]
+        b, d, s = (np.zeros((n, r)) if v is None else np.reshape(v, (n, r)) for v in (b, d, s))
+        c = at.convert
+        lo, hi = (np.full(n, v) for v in at.clip)
+        return cls(
+            name, at.times, at.t, at.alpha, at.sigma, c.c_in, c.c_skip, c.c_out, lo, hi, A.reshape(n, r, r), b, d, s,
+            init_scale=float(at.sigma[0] if init_scale is None else init_scale), end=end,
+        )  # fmt: skip
+
+    @property
+    def nfe(self) -> int:
+        """Model evaluations: one per row."""
+        return len(self.b)
+
+    @property
+    def slots(self) -> int:
+        """r, the logical state slots."""
+        return self.b.shape[1]
+
+    @property
+    def stochastic(self) -> bool:
+        """Does any row add noise?"""
+        return bool(np.any(self.s))
+
+    @property
+    def clamped(self) -> bool:
+        """Does any row clamp its prediction?"""
+        return bool(np.any(np.isfinite(self.lo) | np.isfinite(self.hi)))
+
+    @cached_property
+    def _need(self) -> list[frozenset[int]]:
+        return liveness(self.A)
+
+    @property
+    def entry_rows(self) -> list[int]:
+        """Rows that read slot 0 alone: where an outside x can enter."""
+        return [k for k in range(self.nfe) if self._need[k] <= {0}]
+
+    @cached_property
+    def _allocation(self) -> Allocation:
+        return allocate(self.A, self.b, self.d, self.s, self.c_skip, self._need)
+
+    def allocate(self) -> Allocation:
+        """Liveness, slot renaming and physical indices: see fastdiff.allocate.Allocation."""
+        return self._allocation
+
+    def bytes_per_element(self, *, model_bytes: int = 4, guided: bool = False) -> np.ndarray:
+        """[N] bytes a row must move per element of the sample.
+
+        fp32 slots read and written plus the model's output (two of them when guided); the low-precision copy of the
+        next model input is not counted.
+        """
+        a = self._allocation
+        uses_m = np.any(self.d != 0, axis=1) | (np.any(self.b != 0, axis=1) & (self.c_out != 0))
+        slots = np.sum(a.read >= 0, axis=1) + np.sum(a.write >= 0, axis=1)
+        return 4 * slots + model_bytes * (1 + guided) * uses_m
+
+    def packed(self) -> np.ndarray:
+        """The table the kernels read, [N, row_width(r)] float32, cast from float64 once."""
+        n, r, a = self.nfe, self.slots, self._allocation
+        noisy = np.any(self.s != 0, axis=1)
+        c_in_next = np.append(self.c_in[1:], 1.0)
+        head = np.stack([self.c_skip, self.c_out, self.lo, self.hi, c_in_next, noisy, 0 * noisy, 0 * noisy], axis=1)
+        blocks = (head, self.A.reshape(n, r * r), self.b, self.d, self.s, a.read, a.write)
+        table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)
+        table = np.pad(table, ((0, 0), (0, row_width(r) - table.shape[1])))
+        return table.astype(np.float32)
+
+    def pack(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The packed fp32 table on a device, [N, row_width(r)]; made once per device."""
+        device = torch.device(device)
+        if device not in self._device_tables:
+            self._device_tables[device] = torch.from_numpy(self.packed()).to(device)
+        return self._device_tables[device]
+
+    def __repr__(self) -> str:
+        noise = "stochastic" if self.stochastic else "deterministic"
+        return f"Plan({self.name!r}, nfe={self.nfe}, slots={self.slots}, {noise}, end={self.end})"
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def _terms(plan: Plan, k: int, i: int) -> str:
+    parts = [(plan.A[k, i, j], f"S{j}") for j in range(plan.slots)]
+    parts += [(plan.b[k, i], "p"), (plan.d[k, i], "m"), (plan.s[k, i], "n")]
+    text = " ".join(f"{c:+.5g} {name}" if c != 1 else f"+ {name}" for c, name in parts if c != 0)
+    return f"S{i} = {text or '0'}"
+
+
+def describe(plan: Plan, *, most: int = 24) -> str:
+    """The plan as a table for people: a header and a line a row; long plans show their first and last rows."""
+    lines = [
+        repr(plan),
+        f"  start: {plan.init_scale:.6g} n0 + {plan.init_noise:.6g} n1;  bytes/element {plan.bytes_per_element().mean():.1f}"
+        f" (fp32);  physical slots {plan.allocate().physical}",
+        f"  {'row':>4} {'t':>9} {'model t':>9} {'alpha':>9} {'sigma':>9} {'c_skip':>10} {'c_out':>10}  update",
+    ]
+    half = most // 2
+    rows = range(plan.nfe) if plan.nfe <= most else [*range(half), -1, *range(plan.nfe - half, plan.nfe)]
+    for k in rows:
+        if k < 0:
+            lines.append(f"  {'...':>4} ({plan.nfe - 2 * half} rows)")
+            continue
+        live = sorted(plan._need[k + 1])
+        clamp = f"  p in [{plan.lo[k]:g}, {plan.hi[k]:g}]" if np.isfinite(plan.lo[k]) or np.isfinite(plan.hi[k]) else ""
+        update = "; ".join(_terms(plan, k, i) for i in live)
+        lines.append(
+            f"  {k:>4} {plan.t[k]:>9.4g} {plan.times[k]:>9.4g} {plan.alpha[k]:>9.4g} {plan.sigma[k]:>9.4g}"
+            f" {plan.c_skip[k]:>10.4g} {plan.c_out[k]:>10.4g}  {update}{clamp}"
+        )
+    return "\n".join(lines)
