@@ -1,7 +1,8 @@
 """fastdiff: sampling from diffusion models, score models and flows at one kernel per model evaluation."""
 
-from fastdiff import schedules, solvers
+from fastdiff import ops, rng, schedules, solvers, training
 from fastdiff.plan import Plan
+from fastdiff.sampler import Sampler, Trajectory, sample
 
-__all__ = ["Plan", "schedules", "solvers"]
+__all__ = ["Plan", "Sampler", "Trajectory", "ops", "rng", "sample", "schedules", "solvers", "training"]
 __version__ = "0.1.0"

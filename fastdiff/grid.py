@@ -152,7 +152,8 @@ def _spaced(schedule: Schedule, spacing: str, steps: int, top: float, low: float
     count = steps + (final == "min")
     if spacing in ("karras", "exponential", "logsnr"):
         ends = np.array([top, low])
-        ratio = schedule.sigma(ends) / schedule.alpha(ends)
+        with np.errstate(divide="ignore"):
+            ratio = schedule.sigma(ends) / schedule.alpha(ends)
         if not np.all(np.isfinite(ratio)) or ratio[1] == 0:
             raise ValueError(
                 f"spacing {spacing!r} needs finite sigma/alpha > 0 at both ends, got {ratio[0]:g} and {ratio[1]:g}; "

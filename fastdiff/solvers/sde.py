@@ -20,9 +20,10 @@ def _integrate(name: str, schedule: Schedule, steps: int, options: GridOptions, 
     t, sigma = grid.t[:n], grid.sigma[:n]
     h = t - grid.t[1 : n + 1]
     f, g2 = schedule.drift(t), schedule.diffusion2(t)
-    if not (np.all(np.isfinite(f)) and np.all(np.isfinite(g2))):
+    infinite = ~(np.isfinite(f) & np.isfinite(g2))
+    if np.any(infinite):
         raise ValueError(
-            f"{name} needs a finite drift and diffusion, {schedule} has none at t = {t[~np.isfinite(f + g2)][0]:g}; "
+            f"{name} needs a finite drift and diffusion, {schedule} has none at t = {t[infinite][0]:g}; "
             f"give t_start below it, or use euler or ddim"
         )
     pull = (1.0 if noisy else 0.5) * g2 * h / sigma  # x' = (1 - f h) x - pull eps

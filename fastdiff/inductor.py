@@ -1,0 +1,43 @@
+"""One function on fixed buffers, compiled by Inductor without Dynamo's guards (tens of microseconds a call)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["compile_static"]
+
+_broken: list[str] = []
+
+
+def compile_static(fn: Callable[..., Any], example: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
+    """Compiles fn for exactly these shapes, dtypes and strides; mutations of its arguments are kept.
+
+    Args: fn: traceable, tensors in, tensors or nothing out. example: tensors to trace with (fn is really run on them).
+    Returns: the compiled function, or None (and one warning per process) where no C++ compiler or Inductor works.
+    Numerics: as eager fp32, except that a * b + c may be contracted to one rounding.
+    """
+    if _broken:
+        return None
+    try:
+        from torch._inductor import compile as inductor_compile
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        with torch.no_grad():
+            graph = make_fx(fn)(*example)
+            compiled = inductor_compile(graph, list(example))
+            compiled(*example)
+        return compiled
+    except Exception as error:  # any failure of the compiler has the same answer: eager
+        _broken.append(str(error))
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(
+            f"the CPU compiler is not usable ({reason[0][:200]}); steps and noise run eagerly. "
+            "Installing a C++ compiler (g++ or clang++) makes them several times faster.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None

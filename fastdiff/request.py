@@ -1,0 +1,201 @@
+"""What a person asks a sampler for, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdiff import rng
+from fastdiff.noise import NoiseFunction
+from fastdiff.plan import Plan
+
+__all__ = ["CHECK_FINITE", "MODES", "Options", "Request", "resolve"]
+
+MODES = ("auto", "eager", "compile", "step_graph", "loop_graph")
+CHECK_FINITE = ("off", "warn", "raise")
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Callback = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything fd.sample takes besides the model, the plan and the shape: see fd.sample."""
+
+    seed: int = 0
+    seeds: Sequence[int] | Tensor | None = None
+    first: int = 0
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    noise: str | NoiseFunction = "philox"
+    cond: Mapping[str, Any] | None = None
+    uncond: Mapping[str, Any] | None = None
+    guidance: float | Sequence[float] | np.ndarray | Tensor | None = None
+    batched_guidance: bool = True
+    x_T: Tensor | None = None
+    x_init: Tensor | None = None
+    mode: str = "auto"
+    callback: Callback | None = None
+    trajectory: bool = False
+    progress: bool = False
+    check_finite: str = "off"
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    out_dtype: torch.dtype | None = None
+
+    def but(self, **changes: Any) -> Options:  # noqa: ANN401 - any option
+        """The same options with some changed; an unknown name lists the valid ones."""
+        valid = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in valid:
+                raise TypeError(f"unknown option {name!r}; valid: {', '.join(valid)}")
+        return Options(**({name: getattr(self, name) for name in valid} | changes))
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked and resolved options."""
+
+    options: Options
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    seeds: Tensor
+    index: Tensor
+    generators: tuple[torch.Generator, ...]
+    weight: Tensor | None  # [N or 1, B or 1] fp32 on the host, None without guidance
+
+
+def _shape(shape: object) -> tuple[int, ...]:
+    try:
+        out = tuple(int(n) for n in shape)  # type: ignore[attr-defined]
+        exact = all(n == m and not isinstance(m, bool) for n, m in zip(out, shape, strict=True))  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise TypeError(f"shape must be a sequence of integers (B, ...), got {shape!r}") from None
+    if not out or not exact or any(n < 0 for n in out):
+        raise ValueError(f"shape must be (B, ...) with integers >= 0, got {shape!r}")
+    return out
+
+
+def _one_of(name: str, value: object, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+
+
+def _parameter(model: object) -> Tensor | None:
+    if isinstance(model, nn.Module):
+        return next((p for p in model.parameters() if p.is_floating_point()), None)
+    return None
+
+
+def _state(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have the shape asked for, {shape}, got {tuple(value.shape)}")
+    if value.device.type != device.type:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+
+
+def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
+    value = plan.guidance[:, None] if o.guidance is None and plan.guidance is not None else o.guidance
+    if o.uncond is None:
+        if o.guidance is not None and not (np.ndim(_host(o.guidance)) == 0 and float(_host(o.guidance)) == 1):
+            raise ValueError("guidance needs uncond, the model's arguments without the condition; got uncond=None")
+        return None
+    if value is None:
+        raise ValueError("uncond was given without guidance; give guidance=w (1 is none)")
+    w = np.asarray(_host(value), np.float64)
+    if not np.all(np.isfinite(w)):
+        raise ValueError(f"guidance must be finite, got {value!r}")
+    if w.ndim == 0:
+        return None if w == 1 else torch.full((1, 1), float(w))
+    if w.ndim == 1 and w.shape == (batch,):
+        return torch.from_numpy(w.astype(np.float32))[None]
+    if w.ndim == 2 and w.shape in ((plan.nfe, 1), (plan.nfe, batch)):
+        return torch.from_numpy(w.astype(np.float32))
+    raise ValueError(
+        f"guidance must be a number, ({batch},) per sample, ({plan.nfe}, 1) or ({plan.nfe}, {batch}) per row; "
+        f"got shape {w.shape}"
+    )
+
+
+def _host(value: Any) -> Any:  # noqa: ANN401 - number, sequence, array or tensor
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+def _generators(o: Options, batch: int, device: torch.device) -> tuple[torch.Generator, ...]:
+    if o.noise != "torch":
+        if o.generator is not None:
+            raise ValueError(f"generator is used with noise='torch' only, got noise={o.noise!r}")
+        return ()
+    if o.generator is None:
+        seeds = [o.seed] if o.seeds is None else [int(s) for s in o.seeds]
+        given: list[Any] = [torch.Generator(device).manual_seed(s) for s in seeds]
+    else:
+        given = [o.generator] if isinstance(o.generator, torch.Generator) else list(o.generator)
+    if not all(isinstance(g, torch.Generator) for g in given):
+        raise TypeError(f"generator must be a torch.Generator or a list of them, got {o.generator!r}")
+    if len(given) not in (1, batch):
+        raise ValueError(f"generator must be one torch.Generator or {batch} (one a sample), got {len(given)}")
+    return tuple(given)
+
+
+def resolve(model: object, plan: object, shape: object, options: Options) -> Request:
+    """Checks a request and fills in what was left open.
+
+    Raises: TypeError / ValueError that say what came and what is allowed; nothing has been computed by then.
+    """
+    o = options
+    if not callable(model):
+        raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a fastdiff.Plan (from fastdiff.solvers), got {type(plan).__name__}")
+    size = _shape(shape)
+    batch, parameter = size[0], _parameter(model)
+    _one_of("mode", o.mode, MODES)
+    _one_of("check_finite", o.check_finite, CHECK_FINITE)
+    if not callable(o.noise):
+        _one_of("noise", o.noise, ("philox", "torch"))
+    sources: list[Any] = [o.x_T, o.x_init, parameter]
+    found = next((v.device for v in sources if isinstance(v, Tensor)), torch.device("cpu"))
+    device = torch.device(o.device) if o.device is not None else found
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    dtype = o.dtype or (parameter.dtype if parameter is not None and parameter.dtype in MODEL_DTYPES else torch.float32)
+    out_dtype = o.out_dtype or torch.float32
+    if dtype not in MODEL_DTYPES:
+        raise TypeError(f"dtype, the model's input type, must be one of {MODEL_DTYPES}, got {dtype}")
+    if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
+        raise TypeError(f"out_dtype must be a floating point dtype, got {out_dtype}")
+    if o.mode in ("step_graph", "loop_graph") and device.type != "cuda":
+        raise ValueError(f"mode {o.mode!r} needs a CUDA device, this run is on {device}; use 'auto', 'eager' or 'compile'")
+    if o.mode == "loop_graph":
+        for name in ("callback", "trajectory"):
+            if getattr(o, name):
+                raise ValueError(f"{name} cannot run inside mode 'loop_graph'; use 'step_graph' or 'eager'")
+        if o.noise != "philox":
+            raise ValueError("mode 'loop_graph' draws its noise in the kernels: noise must be 'philox'; or use 'step_graph'")
+    if o.callback is not None and not callable(o.callback):
+        raise TypeError(f"callback must be callable as callback(row, t, x, x0), got {type(o.callback).__name__}")
+    if o.x_T is not None and o.x_init is not None:
+        raise ValueError("give x_T (the state itself) or x_init (clean data to be noised), not both")
+    _state("x_T", o.x_T, size, device)
+    _state("x_init", o.x_init, size, device)
+    if o.x_init is not None and not np.isfinite(plan.alpha[0]):
+        raise ValueError(f"plan {plan.name!r} does not record its alpha, so x_init cannot be noised; give x_T")
+    for name in ("cond", "uncond"):
+        value = getattr(o, name)
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a dict of keyword arguments for the model, got {type(value).__name__}")
+    seeds, index = rng.keys(seed=o.seed, seeds=o.seeds, first=o.first, batch=batch, device=device)
+    weight = _guidance(o, plan, batch)
+    return Request(o, size, device, dtype, out_dtype, seeds, index, _generators(o, batch, device), weight)

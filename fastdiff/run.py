@@ -1,0 +1,201 @@
+"""One sampling run's buffers, and the one thing it does with them: a model evaluation and a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.cpu import CompiledStep, EagerStep
+from fastdiff.noise import CallableNoise, Noise, PhiloxNoise, TorchNoise
+from fastdiff.plan import Plan
+from fastdiff.request import Request
+
+__all__ = ["Run"]
+
+
+class Run:
+    """State slab, model input, times, weights and noise of one (plan, shape, device, dtype, guidance).
+
+    advance(k) evaluates the model at row k and updates the state in place; x is slot 0, [B, *] fp32.
+    """
+
+    def __init__(self, model: Callable[..., Any], plan: Plan, request: Request, *, compiled: bool) -> None:
+        self.model, self.plan, self.shape, self.device = model, plan, request.shape, request.device
+        batch, dims = request.shape[0], len(request.shape)
+        o = request.options
+        self.guided = request.weight is not None
+        self.doubled = self.guided and o.batched_guidance
+        self.slab = torch.empty(plan.allocate().physical, *self.shape, device=self.device)
+        self.x = self.slab[0]
+        copies = 2 if self.doubled else 1
+        self.aliased = copies == 1 and request.dtype == torch.float32 and bool((plan.c_in == 1).all())
+        size = (copies * batch, *self.shape[1:])
+        self.model_in = self.x if self.aliased else torch.empty(size, device=self.device, dtype=request.dtype)
+        self.halves = [] if self.aliased else list(self.model_in.split(batch)) if batch else [self.model_in]
+        self.c_in = plan.c_in.tolist()
+        times = torch.from_numpy(plan.times.copy())
+        times = (times if times.dtype == torch.int64 else times.float()).to(self.device)
+        self.times = times
+        self.t = list(times[:, None].expand(plan.nfe, size[0]).contiguous().unbind(0))
+        self.rows = list(torch.arange(plan.nfe, dtype=torch.int32, device=self.device).split(1))
+        self.x0 = torch.empty_like(self.x) if o.trajectory or o.callback is not None else None
+        self.cond: dict[str, Any] = {}
+        self.uncond: dict[str, Any] = {}
+        self.bad = torch.full((), plan.nfe, dtype=torch.int32, device=self.device) if o.check_finite != "off" else None
+        self.noise = self._noise(request, compiled)
+        self.external = None if self.noise_in_kernel or not plan.draws.any() else torch.empty_like(self.x)  # type: ignore[union-attr]
+        self._weights(request, dims)
+        self.on_cpu = self.device.type == "cpu"
+        if self.on_cpu:
+            slots = list(self.slab.unbind(0))
+            self.eager = EagerStep(plan, slots)
+            self.compiled = CompiledStep(plan, slots, copies=self.halves) if compiled else None
+        else:
+            self.table = plan.pack(self.device)
+
+    def _noise(self, request: Request, compiled: bool) -> Noise:
+        noise, plan = request.options.noise, self.plan
+        self.noise_in_kernel = self.device.type != "cpu" and noise == "philox"
+        if noise == "torch":
+            return TorchNoise(plan, self.x, request.generators)
+        philox = PhiloxNoise(plan, self.x, compiled=compiled, in_kernel=noise != "philox" or self.noise_in_kernel)
+        return CallableNoise(plan, self.x, noise, philox) if callable(noise) else philox
+
+    def _weights(self, request: Request, dims: int) -> None:
+        self.weight = None if request.weight is None else request.weight.to(self.device)
+        if request.weight is None or self.device.type != "cpu":
+            return
+        rows = request.weight.expand(self.plan.nfe, -1)
+        self.w_tensors = [w.view(-1, *[1] * (dims - 1)) for w in rows]
+        self.w_eager = [float(w) if w.numel() == 1 else v for w, v in zip(rows, self.w_tensors, strict=True)]
+
+    def bind(self, model: Callable[..., Any], cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None) -> None:
+        """The model and its keyword arguments for this run; tensors a graph has captured are filled, not replaced."""
+        self.model = model
+        cond = dict(cond or {})
+        uncond = {**cond, **(uncond or {})}
+        if self.doubled:
+            if set(uncond) - set(cond):
+                raise ValueError(f"cond lacks {sorted(set(uncond) - set(cond))}, which uncond has")
+            cond = {name: _joined(name, uncond[name], value, self.shape[0]) for name, value in cond.items()}
+        for mine, new in ((self.cond, cond), (self.uncond, uncond)):
+            for name, value in new.items():
+                old = mine.get(name)
+                if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
+                    if old is not value:
+                        mine[name] = old.copy_(value) if self.keeps_buffers else value
+                else:
+                    mine[name] = value
+
+    keeps_buffers = False  # set by a captured graph
+
+    def start(self, request: Request) -> None:
+        """Writes the start into slot 0 and the model's first input."""
+        o, plan = request.options, self.plan
+        philox = self.noise.philox if isinstance(self.noise, CallableNoise) else self.noise
+        if isinstance(philox, PhiloxNoise):
+            philox.reset(request.seeds, request.index)
+        if isinstance(self.noise, TorchNoise):
+            self.noise.generators = request.generators
+        if isinstance(self.noise, CallableNoise):
+            self.noise.function = o.noise  # type: ignore[assignment]
+        if o.x_T is not None:
+            self.x.copy_(o.x_T)
+        else:
+            self.x.copy_(self.noise.start(0)).mul_(plan.init_scale)
+            if o.x_init is not None:
+                self.x.add_(o.x_init, alpha=float(plan.alpha[0]))
+            if plan.init_noise:
+                self.x.add_(self.noise.start(1), alpha=plan.init_noise)
+        if self.bad is not None:
+            self.bad.fill_(plan.nfe)
+        self.refresh(0)
+
+    def refresh(self, k: int) -> None:
+        """Writes the input of row k's model from the state (after the start, or an edit of x)."""
+        c = self.c_in[k] if k < self.plan.nfe else 1.0
+        for half in self.halves:
+            if c == 1.0:
+                half.copy_(self.x)
+            elif half.dtype == torch.float32:
+                torch.mul(self.x, c, out=half)
+            else:
+                half.copy_(self.x * c)
+
+    def evaluate(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The model's output(s) at the current state: (m, None) or (cond, uncond)."""
+        version = self.model_in._version
+        m = self.model(self.model_in, t, **self.cond)
+        self._check(m)
+        u = None
+        if self.doubled:
+            u, m = m.split(self.shape[0])
+        elif self.guided:
+            m = m.clone()  # the second call may reuse the first one's memory
+            u = self.model(self.model_in, t, **self.uncond)
+            self._check(u)
+        if self.model_in._version != version:
+            raise ValueError("the model changed its input x in place; x is the sampler's state: let the model copy it")
+        return m, u
+
+    def _check(self, m: object) -> None:
+        if not isinstance(m, Tensor):
+            raise TypeError(
+                f"the model must return a Tensor, got {type(m).__name__}; wrap it, for instance lambda x, t: model(x, t)[0]"
+            )
+        if m.shape != self.model_in.shape:
+            raise ValueError(
+                f"the model must return the shape of its input, {tuple(self.model_in.shape)}, got {tuple(m.shape)}"
+            )
+        if m.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"the model must return float32, bfloat16 or float16, got {m.dtype}")
+        if m.device != self.device:
+            raise ValueError(f"the model must return a tensor on {self.device}, got {m.device}")
+
+    def step(self, k: int, row: Tensor, m: Tensor, u: Tensor | None, noise: Tensor | None) -> None:
+        """Runs row k (on CUDA: the row whose index the device tensor `row` holds)."""
+        if not m.is_contiguous():
+            m = m.contiguous()
+        if u is not None and not u.is_contiguous():
+            u = u.contiguous()
+        if m.data_ptr() == self.x.data_ptr():
+            m = m.clone()  # a model that returns its input: the step would overwrite what it still reads
+        if not self.on_cpu:
+            seeded = self.noise if self.noise_in_kernel and self.plan.stochastic else None
+            ops.affine_step(
+                self.slab, m, self.table, row, slots=self.plan.slots, uncond=u, guidance=self.weight,
+                seeds=seeded.seeds if seeded else None, index=seeded.index if seeded else None,  # type: ignore[attr-defined]
+                noise=noise, model_in=None if self.aliased else self.model_in, x0=self.x0,
+            )  # fmt: skip
+        elif self.compiled is None or not self.compiled(k, m, u, self.w_tensors[k] if self.guided else None, noise, self.x0):
+            self.eager(k, m, u, self.w_eager[k] if self.guided else None, noise, self.x0)
+            self.refresh(k + 1)
+        if self.bad is not None:
+            finite = torch.isfinite(self.x).all() & torch.isfinite(m).all()
+            self.bad.copy_(torch.minimum(self.bad, torch.where(finite, self.plan.nfe, row[0])))
+
+    def advance(self, k: int) -> None:
+        """Row k: one model evaluation (two with two-pass guidance) and one step."""
+        m, u = self.evaluate(self.t[k])
+        self.step(k, self.rows[k], m, u, self.noise.row(k))
+
+
+def _joined(name: str, uncond: Any, cond: Any, batch: int) -> Any:  # noqa: ANN401 - any model argument
+    """[uncond; cond] of one model argument."""
+    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        if cond.ndim and uncond.ndim and cond.shape[1:] == uncond.shape[1:]:
+            sizes = [batch if v.shape[0] == 1 else v.shape[0] for v in (uncond, cond)]
+            if sizes == [batch, batch]:
+                return torch.cat([v.expand(batch, *v.shape[1:]) for v in (uncond, cond)])
+        if cond is uncond or (cond.shape == uncond.shape and cond.ndim == 0 and torch.equal(cond, uncond)):
+            return cond
+    elif not isinstance(cond, Tensor) and not isinstance(uncond, Tensor) and (cond is uncond or cond == uncond):
+        return cond
+    raise ValueError(
+        f"cond[{name!r}] and uncond[{name!r}] cannot be joined into one batch of 2 x {batch}; "
+        "give tensors [B, ...] of one shape, or batched_guidance=False for two calls a row"
+    )

@@ -1,0 +1,247 @@
+"""sample and Sampler: one loop over the rows of a plan."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff import graph as graphs
+from fastdiff.noise import NoiseFunction
+from fastdiff.plan import Plan
+from fastdiff.request import Callback, Options, Request, resolve
+from fastdiff.run import Run
+
+__all__ = ["Sampler", "Trajectory", "sample"]
+
+CACHED_RUNS = 4
+TIMED_STEPS = 9
+
+
+class Trajectory(NamedTuple):
+    """What a run went through: x [nfe + 1, B, *] fp32 (the start first), x0 [nfe, B, *] fp32, t [nfe] schedule time."""
+
+    x: Tensor
+    x0: Tensor
+    t: Tensor
+
+
+class _Prepared(NamedTuple):
+    run: Run
+    graph: graphs.StepGraph | graphs.LoopGraph | None
+
+
+class Sampler:
+    """A model and a plan, with the buffers, compiled loops and captured graphs that sampling them again can reuse.
+
+    Args:
+        model: model(x, t, **cond) -> Tensor of x's shape. x [B, *] is the sampler's own buffer: do not keep or change
+            it. t [B] is float32 or int64 (plan.times).
+        plan: from fastdiff.solvers. mode: see fd.sample; "auto" may compile here (the CPU's step and noise, 10 s at
+            the first call of a shape) and keeps what a measurement after warm-up shows to be fastest.
+        options: any option of fd.sample, as a default for every call.
+    """
+
+    def __init__(self, model: Callable[..., Any], plan: Plan, *, mode: str = "auto", **options: Any) -> None:  # noqa: ANN401
+        self.model, self.plan = model, plan
+        self.options = Options().but(mode=mode, **options)
+        self._runs: OrderedDict[tuple[Any, ...], _Prepared] = OrderedDict()
+        self._compiled_model: Callable[..., Any] | None = None
+        self._one_shot = False
+
+    def __call__(self, shape: Sequence[int], **options: Any) -> Tensor | tuple[Tensor, Trajectory]:  # noqa: ANN401
+        """Samples of the given shape (B, ...); options override the Sampler's own. See fd.sample."""
+        o = self.options.but(**options)
+        request = resolve(self.model, self.plan, shape, o)
+        if 0 in request.shape:
+            return self._empty(request)
+        with torch.inference_mode(False), torch.no_grad():
+            prepared = self._prepared(request)
+            return self._loop(prepared, request)
+
+    def _loop(self, prepared: _Prepared, request: Request) -> Tensor | tuple[Tensor, Trajectory]:
+        run, graph = prepared
+        o, plan = request.options, self.plan
+        run.start(request)
+        if graph is not None:
+            graph.rewind()
+        advance = run.advance if graph is None else graph.advance
+        kept = _allocate(run, plan) if o.trajectory else None
+        if kept is not None:
+            kept.x[0].copy_(run.x)
+        for k in _rows(plan.nfe, o.progress):
+            advance(k)
+            if run.x0 is not None:
+                if kept is not None:
+                    kept.x0[k].copy_(run.x0)
+                if o.callback is not None:
+                    _edit(run, o.callback, k)
+                if kept is not None:
+                    kept.x[k + 1].copy_(run.x)
+        if run.bad is not None:
+            _report(int(run.bad), plan, o.check_finite)
+        x = run.x.to(request.out_dtype, copy=True)
+        return (x, kept) if kept is not None else x
+
+    def _empty(self, request: Request) -> Tensor | tuple[Tensor, Trajectory]:
+        x = torch.empty(request.shape, device=request.device, dtype=request.out_dtype)
+        if not request.options.trajectory:
+            return x
+        n = self.plan.nfe
+        sizes = [torch.empty(k, *request.shape, device=request.device) for k in (n + 1, n)]
+        return x, Trajectory(sizes[0], sizes[1], torch.from_numpy(self.plan.t.copy()))
+
+    def _prepared(self, request: Request) -> _Prepared:
+        o = request.options
+        key = _signature(request)
+        prepared = self._runs.get(key)
+        if prepared is not None:
+            self._runs.move_to_end(key)
+            prepared.run.bind(self._model(o.mode), o.cond, o.uncond)
+            return prepared
+        on_cpu = request.device.type == "cpu"
+        compiled = on_cpu and (o.mode == "compile" or (o.mode == "auto" and not self._one_shot))
+        run = Run(self.model, self.plan, request, compiled=compiled)
+        run.bind(self._model(o.mode), o.cond, o.uncond)
+        if compiled and o.mode == "auto":
+            _keep_faster_step(run, request)
+        graph = None if self._one_shot and o.mode == "auto" else graphs.build(run, request)
+        self._runs[key] = _Prepared(run, graph)
+        while len(self._runs) > CACHED_RUNS:
+            self._runs.popitem(last=False)
+        return self._runs[key]
+
+    def _model(self, mode: str) -> Callable[..., Any]:
+        if mode != "compile":
+            return self.model
+        if self._compiled_model is None:
+            self._compiled_model = torch.compile(self.model, dynamic=False)
+        return self._compiled_model
+
+
+def _signature(request: Request) -> tuple[Any, ...]:
+    """What buffers, compiled loops and graphs depend on."""
+    o = request.options
+    weight = None if request.weight is None else (o.batched_guidance, request.weight.numpy().tobytes(), request.weight.shape)
+    noise = o.noise if isinstance(o.noise, str) else "callable"
+    cond: list[Any] = []
+    if request.device.type == "cuda":
+        for values in (o.cond, o.uncond):
+            for name, v in (values or {}).items():
+                cond.append((name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, id(v)))
+    generator = request.generators[0].device if request.generators else None
+    watched = (o.trajectory or o.callback is not None, o.check_finite != "off")
+    return (request.shape, request.device, request.dtype, weight, noise, generator, o.mode, watched, tuple(cond))
+
+
+def _keep_faster_step(run: Run, request: Request) -> None:
+    """Times the compiled step against the eager one on a middle row and drops the compiled one unless it wins."""
+    run.start(request)
+    k, x = run.plan.nfe // 2, run.x
+    m = torch.zeros((*run.model_in.shape,), dtype=request.dtype)
+    u, m = m.split(run.shape[0]) if run.doubled else (m if run.guided else None, m)
+    best = {}
+    compiled = run.compiled
+    for _ in range(2):
+        for name, step in (("eager", None), ("compiled", compiled)):
+            run.compiled = step
+            for _ in range(TIMED_STEPS):
+                begin = time.perf_counter()
+                run.step(k, run.rows[k], m, u, x if run.plan.s[k].any() else None)
+                best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
+    run.compiled = compiled if best["compiled"] < best["eager"] else None
+
+
+def _rows(count: int, progress: bool) -> Any:  # noqa: ANN401 - an iterable of int
+    if not progress:
+        return range(count)
+    from tqdm.auto import tqdm
+
+    return tqdm(range(count), desc="sampling", unit="row")
+
+
+def _allocate(run: Run, plan: Plan) -> Trajectory:
+    x, x0 = (torch.empty(n, *run.shape, device=run.device) for n in (plan.nfe + 1, plan.nfe))
+    return Trajectory(x, x0, torch.from_numpy(plan.t.copy()))
+
+
+def _edit(run: Run, callback: Callback, k: int) -> None:
+    new = callback(k, run.t[k], run.x, run.x0)  # type: ignore[arg-type]
+    if new is not None:
+        if not isinstance(new, Tensor):
+            raise TypeError(f"callback must return None or a Tensor, got {type(new).__name__}")
+        if new.shape != run.shape:
+            raise ValueError(f"callback must return a state of shape {tuple(run.shape)}, got {tuple(new.shape)}")
+        run.x.copy_(new)
+    run.refresh(k + 1)
+
+
+def _report(bad: int, plan: Plan, check_finite: str) -> None:
+    if bad >= plan.nfe:
+        return
+    message = (
+        f"the model's output or the state is not finite, first at row {bad} of {plan.nfe} "
+        f"(t = {plan.times[bad]:g}) of {plan.name}"
+    )
+    if check_finite == "raise":
+        raise ValueError(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def sample(
+    model: Callable[..., Any],
+    plan: Plan,
+    shape: Sequence[int],
+    *,
+    seed: int = 0,
+    seeds: Sequence[int] | Tensor | None = None,
+    first: int = 0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    noise: str | NoiseFunction = "philox",
+    cond: Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    guidance: float | Sequence[float] | np.ndarray | Tensor | None = None,
+    batched_guidance: bool = True,
+    x_T: Tensor | None = None,
+    x_init: Tensor | None = None,
+    mode: str = "auto",
+    callback: Callback | None = None,
+    trajectory: bool = False,
+    progress: bool = False,
+    check_finite: str = "off",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Trajectory]:
+    """Samples from a model by a plan.
+
+        x = start;  for each row: m = model(c_in x, t, **cond); x = row(x, m, n)
+
+    Args:
+        model: model(x, t, **cond) -> Tensor of x's shape, t [B] float32 or int64.
+        plan: fastdiff.Plan. shape: (B, ...).
+        seed: the samples are (seed, first), (seed, first + 1), ...; seeds: [B], each sample (seeds[i], 0).
+        noise: "philox" (the same sample whatever the batch, device or mode), "torch" (generator's own stream; a
+            generator or a list of B), or a function (row, like) -> Tensor called plan.draws[row] times a row.
+        cond, uncond, guidance: m = uncond + w (cond - uncond); w a number, (B,), (nfe, 1) or (nfe, B); 1 is none. The
+            model is called once on [uncond; cond], or twice with batched_guidance=False.
+        x_T: the starting state itself. x_init: clean data, noised to the plan's start (plans made with start=k).
+        mode: auto | eager | compile (the model through torch.compile; on a CPU also step and noise) | step_graph |
+            loop_graph (CUDA). auto never compiles in this one-shot call; a fd.Sampler may.
+        callback: (row, t, x, x0) -> None or a replacement of x, after each row; x may be edited in place.
+        trajectory: also return a Trajectory. check_finite: off | warn | raise (read once, at the end).
+        device, dtype (of the model's input): default those of the model's parameters. out_dtype: default float32.
+    Returns: x [B, *] of out_dtype, or (x, Trajectory).
+    Raises: TypeError / ValueError for anything else, before the first model call.
+    Numerics: fp32 state; bit-equal for any batch with an elementwise model; modes and devices agree to 1e-5 relative.
+    """
+    given = {k: v for k, v in locals().items() if k not in ("model", "plan", "shape")}
+    sampler = Sampler(model, plan, **given)
+    sampler._one_shot = True
+    return sampler(shape)
