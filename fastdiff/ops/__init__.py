@@ -1,0 +1,22 @@
+"""The operations: each checks its arguments, then runs one Triton kernel (CUDA) or its plain torch reference (CPU)."""
+
+from fastdiff.ops import normal as _normal  # noqa: F401 - registers the fill kernel
+from fastdiff.ops._dispatch import use_kernels
+from fastdiff.ops.add_noise import add_noise, add_noise_ref
+from fastdiff.ops.affine_step import advance, advance_ref, affine_step, affine_step_ref
+from fastdiff.ops.forward_step import forward_step, forward_step_ref
+from fastdiff.ops.posterior import posterior, posterior_ref
+
+__all__ = [
+    "add_noise",
+    "add_noise_ref",
+    "advance",
+    "advance_ref",
+    "affine_step",
+    "affine_step_ref",
+    "forward_step",
+    "forward_step_ref",
+    "posterior",
+    "posterior_ref",
+    "use_kernels",
+]

@@ -1,0 +1,159 @@
+"""Which path an operation takes, what it refuses, and how its kernel is launched.
+
+CUDA tensors go to the Triton kernels, CPU tensors to plain torch (which torch.compile fuses, vmap and autograd
+understand). Kernels are registered with `torch.library.Library`, the cheapest form to call; triton is imported on the
+first launch only. There is no autotuning at run time: one small table picks the tile.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTS = (torch.int32, torch.int64)
+GRID_LIMIT = 65535  # of a CUDA grid's second axis
+
+LIBRARY = torch.library.Library("fastdiff", "DEF")
+
+_forced = False
+
+
+@contextmanager
+def use_kernels() -> Iterator[None]:
+    """Inside this context CPU tensors go to the Triton kernels too, run by Triton's interpreter.
+
+    For tests: needs TRITON_INTERPRET=1 in the environment before the first launch. Compiled code keeps plain torch.
+    """
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def kernels_for(x: Tensor) -> bool:
+    """Does an operation on x run the Triton kernel?"""
+    if x.is_cuda:
+        return True
+    return _forced and not torch.compiler.is_compiling()
+
+
+def register(schema: str, launch: Callable[..., None]) -> None:
+    """Registers an operation that writes into its arguments: its launch (CUDA, the interpreter), nothing for Meta."""
+    LIBRARY.define(schema)
+    name = schema.split("(")[0]
+    LIBRARY.impl(name, launch, "CUDA")
+    LIBRARY.impl(name, launch, "CPU")
+    LIBRARY.impl(name, lambda *args, **kwargs: None, "Meta")
+
+
+def kernels(name: str) -> ModuleType:
+    """The Triton module of one operation, imported when first needed."""
+    try:
+        return importlib.import_module(f"fastdiff_kernels.{name}")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == "triton":
+            raise RuntimeError("CUDA tensors need triton, which is not installed: pip install triton") from error
+        raise
+
+
+def math_of(kernel: object) -> str:
+    """The sine, cosine and square root a kernel is compiled with: "cuda", "hip" or, in the interpreter, "exact"."""
+    import triton
+
+    if not isinstance(kernel, triton.JITFunction):
+        return "exact"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def tiling(n: int, batch: int, *, slots: int = 1) -> dict[str, int]:
+    """BLOCK, PARTS and num_warps for samples of n elements: small tiles where parallelism is scarce.
+
+    With three slots or more a piece is one vector a thread, which keeps registers low.
+    """
+    if n <= 128:
+        return {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
+    if n * batch < 1 << 20:
+        return {"BLOCK": 512, "PARTS": 1, "num_warps": 4}
+    return {"BLOCK": 2048, "PARTS": 4 if slots > 2 else 2, "num_warps": 4}
+
+
+def launch(
+    kernel: Any, args: Sequence[object], n: int, batch: int, *, slots: int = 1, depth: int = 1, **meta: object
+) -> None:
+    """Launches an element-wise kernel on grid (tiles of a sample, samples, depth), 65535 samples at a time.
+
+    `args` are the kernel's arguments up to its constexprs; the entry FIRST is replaced by each launch's first sample.
+    """
+    tile = tiling(n, batch, slots=slots)
+    block = tile["BLOCK"]
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    constants = {"ALIGNED": n % 4 == 0, "WIDE": n > 2**31 - 2 * block, "MATH": math_of(kernel), **tile, **meta}
+    if constants["MATH"] == "exact" and tensor.is_cuda:
+        raise RuntimeError("TRITON_INTERPRET is set: Triton's interpreter runs CPU tensors, not CUDA tensors")
+    if constants["MATH"] != "exact" and not tensor.is_cuda:
+        raise RuntimeError("kernels run CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1 before import")
+    tiles = -(-n // block)
+    for first in range(0, batch, GRID_LIMIT):
+        grid = (tiles, min(GRID_LIMIT, batch - first), depth)
+        filled = [first if a is FIRST else a for a in args]
+        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
+                kernel[grid](*filled, **constants, enable_fp_fusion=False)
+        else:
+            kernel[grid](*filled, **constants, enable_fp_fusion=False)
+
+
+FIRST = object()
+
+
+def check_tensor(
+    name: str,
+    x: object,
+    *,
+    shape: Sequence[int] | None = None,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    like: Tensor | None = None,
+    contiguous: bool = False,
+) -> None:
+    """Refuses what a kernel cannot take, saying what came and what is allowed.
+
+    Raises: TypeError for something that is no tensor or of another dtype; ValueError for shape, device and strides.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must be {allowed}, got {str(x.dtype).removeprefix('torch.')}")
+    if shape is not None and tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {x.device}")
+    if contiguous and not x.is_contiguous():
+        raise ValueError(f"{name} is written in place and must be contiguous, got strides {x.stride()}")
+
+
+def check_batched(name: str, x: object) -> tuple[int, int]:
+    """A tensor [B, *sample]: returns B and the elements of a sample."""
+    if isinstance(x, Tensor) and x.dim() == 0:
+        raise ValueError(f"{name} must have a batch axis, [B, *sample], got a 0-d tensor")
+    assert isinstance(x, Tensor)
+    return x.shape[0], x.shape[1:].numel()
+
+
+def spread(c: Tensor, x: Tensor) -> Tensor:
+    """c [B or 1] shaped to multiply x [B, *]."""
+    return c.view(-1, *[1] * (x.dim() - 1))
+
+
+def float_types(x: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes an operation takes on x's device: float64 only where plain torch runs."""
+    return (*FLOATS, torch.float64) if not kernels_for(x) else FLOATS

@@ -1,0 +1,169 @@
+"""What add_noise and forward_step share: times, coefficients, noise arguments and the launch of a x + s n."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastdiff import rng
+from fastdiff.ops import _dispatch
+from fastdiff.ops._dispatch import FLOATS, check_tensor, spread
+from fastdiff.schedules import Betas, Schedule
+
+Seeds = Sequence[int] | Tensor
+
+
+def times(t: object, schedule: object, x: Tensor) -> Tensor:
+    """t as a tensor [B] or [1] on x's device: int64 for Betas, floating for a continuous schedule.
+
+    Raises: TypeError for a schedule that is none and for the other kind of time; ValueError for another shape and, on
+        the CPU, a t outside the schedule's range (on CUDA, where looking would wait for the device, it gives NaN).
+    """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be one of fastdiff.schedules, got {type(schedule).__name__}")
+    if isinstance(t, bool) or not isinstance(t, int | float | Tensor):
+        raise TypeError(f"t must be a number or a tensor [B], got {type(t).__name__}")
+    out = t if isinstance(t, Tensor) else torch.tensor(t, device=x.device)
+    if isinstance(schedule, Betas):
+        if out.dtype.is_floating_point or out.dtype == torch.bool:
+            raise TypeError(f"t must be an integer index 0..{len(schedule.betas) - 1} for {schedule}, got {out.dtype}")
+        out = out.long()
+    elif not out.dtype.is_floating_point:
+        raise TypeError(f"t must be floating point, in [0, {schedule.t_max:g}], for {schedule}, got {out.dtype}")
+    if out.device != x.device:
+        raise ValueError(f"t must be on {x.device}, got {out.device}")
+    if out.dim() == 0:
+        out = out.view(1)
+    if tuple(out.shape) not in ((1,), (x.shape[0],)):
+        raise ValueError(f"t must be a scalar or have shape ({x.shape[0]},), got {tuple(out.shape)}")
+    if out.is_cpu and not torch.compiler.is_compiling() and out.numel():
+        low, high = out.min().item(), out.max().item()
+        if not (low >= 0 and high <= schedule.t_max):
+            raise ValueError(f"t must be in 0..{schedule.t_max:g} for {schedule}, got {low:g}..{high:g}")
+    return out
+
+
+def table_of(
+    schedule: Betas,
+    kind: str,
+    device: torch.device,
+    make: Callable[[], Sequence[Tensor]],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A chain's table [T, columns], made once per schedule, kind, device and dtype from float64 columns."""
+    cache = schedule.__dict__.setdefault("_op_tables", {})
+    key = (kind, device, dtype)
+    if key not in cache:
+        cache[key] = torch.stack([c.double() for c in make()], 1).to(device, dtype)
+    return cache[key]
+
+
+def noise_arguments(
+    x: Tensor, seeds: Seeds | None, index: Tensor | None, row: int, stream: int, noise: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """seeds and index as int64 [B] on x's device, checked; None, None where the noise itself is given."""
+    batch = x.shape[0]
+    if (seeds is None) == (noise is None):
+        raise ValueError("give either seeds or noise, got " + ("neither" if seeds is None else "both"))
+    for name, value in (("row", row), ("stream", stream)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= rng.MASK:
+            raise ValueError(f"{name} must be an int in 0 .. 2**32 - 1, got {value!r}")
+    if noise is not None:
+        if index is not None:
+            raise ValueError("index goes with seeds, not with noise")
+        check_tensor("noise", noise, shape=x.shape, dtypes=(*FLOATS, torch.float64), like=x)
+        return None, None
+    assert seeds is not None
+    keyed = rng.seed_tensor(seeds, None if isinstance(seeds, Tensor) else x.device)
+    check_tensor("seeds", keyed, shape=(batch,), dtypes=(torch.int64,), like=x)
+    if index is None:
+        return keyed, torch.zeros_like(keyed)
+    check_tensor("index", index, shape=(batch,), dtypes=(torch.int64,), like=x)
+    return keyed, index
+
+
+def noise_of(
+    x: Tensor,
+    seeds: Tensor | None,
+    index: Tensor | None,
+    row: int,
+    stream: int,
+    noise: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """n [B, *sample] in a dtype: the noise that is given, or Philox's."""
+    if noise is not None:
+        return noise.to(dtype)
+    assert seeds is not None
+    return rng.normal(seeds, x.shape[1:], row=row, stream=stream, index=index).to(dtype)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype plain torch computes in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def affine(x: Tensor, n: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """a x + s n with a, s [B or 1] float64, computed in n's dtype."""
+    return spread(a.to(n.dtype), x) * x.to(n.dtype) + spread(s.to(n.dtype), x) * n
+
+
+def out_type(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """x's dtype, or the one asked for."""
+    if out_dtype is None:
+        return x.dtype
+    if out_dtype not in (*FLOATS, torch.float64):
+        raise TypeError(f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype}")
+    return out_dtype
+
+
+def on_kernel(x: Tensor, dtype: torch.dtype) -> bool:
+    """The kernel, unless a gradient to x or float64 is wanted."""
+    graded = torch.is_grad_enabled() and x.requires_grad
+    return _dispatch.kernels_for(x) and not graded and torch.float64 not in (x.dtype, dtype)
+
+
+def run_kernel(
+    x: Tensor, coef: Tensor, t: Tensor | None, seeds: Tensor | None, index: Tensor | None, row: int, stream: int,
+    noise: Tensor | None, dtype: torch.dtype, with_target: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Allocates the outputs and calls the registered kernel; coef [rows, 4], t [B], [1] or None (row = sample)."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    target = torch.empty_like(out) if with_target else None
+    if x.numel():
+        torch.ops.fastdiff.add_noise(x, noise, coef, t, seeds, index, row, stream, out, target)
+    return out, target
+
+
+def _launch(
+    x: Tensor, noise: Tensor | None, coef: Tensor, t: Tensor | None, seeds: Tensor | None, index: Tensor | None,
+    row: int, stream: int, out: Tensor, target: Tensor | None,
+) -> None:  # fmt: skip
+    batch, n = x.shape[0], x.shape[1:].numel()
+    per_sample = coef.shape[0] > 1 if t is None else t.numel() > 1
+    args = (
+        x.contiguous(),
+        None if noise is None else noise.contiguous(),
+        coef,
+        None if t is None else t.contiguous(),
+        None if seeds is None else seeds.contiguous(),
+        None if index is None else index.contiguous(),
+        out,
+        target,
+        n,
+        _dispatch.FIRST,
+        coef.shape[0],
+        int(per_sample),
+        row,
+        stream,
+    )
+    _dispatch.launch(_dispatch.kernels("add_noise").add_noise_kernel, args, n, batch)
+
+
+_dispatch.register(
+    "add_noise(Tensor x, Tensor? noise, Tensor coef, Tensor? t, Tensor? seeds, Tensor? index, int row, int stream, "
+    "Tensor(a!) out, Tensor(b!)? target) -> ()",
+    _launch,
+)

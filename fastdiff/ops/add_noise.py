@@ -1,0 +1,112 @@
+"""Forward noising q(x_t | x_0), with the training target from the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdiff import rng
+from fastdiff.ops import _noising
+from fastdiff.ops._dispatch import check_batched, check_tensor, float_types
+from fastdiff.ops._noising import Seeds
+from fastdiff.schedules import Betas, Schedule
+
+# target name -> its coefficients of x0 and eps, from float64 alpha, sigma
+TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "eps": lambda a, s: (0 * a, 1 + 0 * s),
+    "v": lambda a, s: (-s / torch.hypot(a, s), a / torch.hypot(a, s)),
+    "x0": lambda a, s: (1 + 0 * a, 0 * s),
+    "score": lambda a, s: (0 * a, -1 / s),
+    "flow": lambda a, s: (-1 + 0 * a, 1 + 0 * s),
+}
+
+
+def add_noise(
+    x0: Tensor,
+    t: int | float | Tensor,
+    schedule: Schedule,
+    *,
+    seeds: Seeds | None = None,
+    index: Tensor | None = None,
+    row: int = 0,
+    stream: int = rng.ROWS,
+    target: str | None = None,
+    noise: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Noises clean data to time t, and gives the training target on request.
+
+        x_t = alpha(t) x0 + sigma(t) n
+        eps = n;  v = (alpha n - sigma x0) / sqrt(alpha^2 + sigma^2);  score = -n / sigma;  flow = n - x0
+
+    Args:
+        x0: [B, *sample], fp32, bf16 or fp16 (float64 in plain torch), any strides.
+        t: one time, or [B]: an integer index for Betas, floating point for a continuous schedule.
+        schedule: one of fastdiff.schedules.
+        seeds: B ints or int64 [B]: n = rng.normal(seeds, sample, row=row, stream=stream, index=index), drawn in the
+            kernel.   index: int64 [B], None is 0 each.   row: changes n (a training step, say).
+        noise: n itself, [B, *sample]; not with seeds.   target: None, "eps", "v", "x0", "score" or "flow".
+        out_dtype: of x_t and the target; default x0's.
+    Returns: x_t [B, *sample], or (x_t, target).
+    Raises:  TypeError, ValueError: a wrong shape, dtype or device, an unknown target, seeds and noise both or neither,
+        integer t for a continuous schedule or floating t for Betas, t out of range (on CUDA: NaN instead of an error).
+    Numerics: coefficients in float64, arithmetic in fp32. A gradient to x0 is plain torch's, with the same noise.
+    Source:  Ho et al. 2020, arXiv:2006.11239, eq. 4; v: Salimans and Ho 2022, arXiv:2202.00512.
+    """
+    at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise)
+    dtype = _noising.out_type(x0, out_dtype)
+    if not _noising.on_kernel(x0, dtype):
+        out = add_noise_ref(
+            x0, at, schedule, seeds=keyed, index=which, row=row, stream=stream, target=target, noise=noise,
+            out_dtype=dtype,
+        )  # fmt: skip
+        return out
+    coef: Tensor
+    if isinstance(schedule, Betas):
+        steps = torch.arange(len(schedule.betas))
+        coef = _noising.table_of(schedule, f"add_noise {target}", x0.device, lambda: _columns(schedule, steps, target))
+    else:
+        coef, at = torch.stack(_columns(schedule, at, target), 1).float(), None
+    x_t, goal = _noising.run_kernel(x0, coef, at, keyed, which, row, stream, noise, dtype, target is not None)
+    return x_t if goal is None else (x_t, goal)
+
+
+def add_noise_ref(
+    x0: Tensor,
+    t: int | float | Tensor,
+    schedule: Schedule,
+    *,
+    seeds: Seeds | None = None,
+    index: Tensor | None = None,
+    row: int = 0,
+    stream: int = rng.ROWS,
+    target: str | None = None,
+    noise: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`add_noise` in plain torch: computes in float64 for float64 data, else in float32; differentiable."""
+    at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise)
+    dtype = _noising.out_type(x0, out_dtype)
+    n = _noising.noise_of(x0, keyed, which, row, stream, noise, _noising.wide(x0))
+    alpha, sigma, t_x0, t_eps = _columns(schedule, at, target)
+    x_t = _noising.affine(x0, n, alpha, sigma).to(dtype)
+    return x_t if target is None else (x_t, _noising.affine(x0, n, t_x0, t_eps).to(dtype))
+
+
+def _columns(schedule: Schedule, t: Tensor, target: str | None) -> tuple[Tensor, ...]:
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return alpha, sigma, *TARGETS[target or "eps"](alpha, sigma)
+
+
+def _checked(
+    x0: Tensor, t: int | float | Tensor, schedule: Schedule, seeds: Seeds | None, index: Tensor | None, row: int,
+    stream: int, target: str | None, noise: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    check_tensor("x0", x0, dtypes=(*float_types(x0), torch.float64))
+    check_batched("x0", x0)
+    if target is not None and target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; valid: {', '.join(TARGETS)}, or None")
+    at = _noising.times(t, schedule, x0)
+    return at, *_noising.noise_arguments(x0, seeds, index, row, stream, noise)

@@ -1,0 +1,273 @@
+"""Reproducible normal noise: a pure function of (seed, stream, row, sample index, element within the sample).
+
+Philox4x32-10 with key = the 64-bit seed and counter = (element // 4, row, stream, sample index); four normals each.
+The integers equal those of the Triton kernels bit for bit, the normals within 2e-6.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+M0, M1 = 0xD2511F53, 0xCD9E8D57
+W0, W1 = 0x9E3779B9, 0xBB67AE85
+MASK = 0xFFFFFFFF
+START, ROWS, CATEGORICAL = 0, 1, 2  # streams
+CHUNK = 1 << 17  # counters of one eager pass: its temporaries stay in a core's cache
+
+_scratch = threading.local()
+
+
+def philox(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor, rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32: four uint32 words, held in int64, of a 128-bit counter and a 64-bit key.
+
+    Args:    c0..c3, k0, k1: int64 tensors of uint32 values, broadcastable.   rounds: 10 is Random123's default.
+    Returns: four int64 tensors of uint32 values.
+    Numerics: int64 products wrap, so bits 32..63 are the high word; c1 and c3 keep surplus high bits until the end.
+    Source:  Salmon et al. 2011, Random123.
+    """
+    for _ in range(rounds):
+        p0, p1 = c0 * M0, c2 * M1
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & MASK, p0
+        k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
+    return c0, c1 & MASK, c2, c3 & MASK
+
+
+def box_muller(i0: Tensor, i1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normals (r sin a, r cos a) of two uint32 words.
+
+        r = sqrt(-2 ln(i0 2^-32 + 2^-33)),  a = int32(i1) pi 2^-31
+
+    Args:    i0, i1: int64 tensors of uint32 values.
+    Returns: two fp32 tensors.
+    Source:  Box and Muller 1958 with cuRAND's maps of the integers.
+    """
+    u = i0.to(torch.float32) * 2.0**-32 + 2.0**-33
+    angle = i1.to(torch.int32).to(torch.float32) * (math.pi * 2.0**-31)
+    r = torch.sqrt(-2.0 * torch.log(u))
+    return r * torch.sin(angle), r * torch.cos(angle)
+
+
+def normals(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
+    """The noise of several rows and samples in one traceable expression (torch.compile makes it one loop).
+
+    Args:    seeds, index: int64 [B].   rows: int64 [k].   stream: 0 start, 1 plan rows, 2 categorical.   n: elements.
+    Returns: fp32 [k, B, n].
+    """
+    return _expression(seeds.view(1, -1, 1), index.view(1, -1, 1), rows.view(-1, 1, 1), stream, n)
+
+
+def paired_normals(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
+    """`normals` with one row a sample: seeds, index, rows int64 [B] -> fp32 [B, n]."""
+    return _expression(seeds.view(-1, 1), index.view(-1, 1), rows.view(-1, 1), stream, n)
+
+
+def _expression(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
+    counter = torch.arange((n + 3) // 4, device=seeds.device)
+    c2 = torch.full((), stream, dtype=torch.int64, device=seeds.device)
+    words = philox(counter, rows, c2, index, seeds & MASK, seeds >> 32)
+    lanes = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
+    return torch.stack(lanes, -1).flatten(-2)[..., :n]
+
+
+def keys(
+    seed: int | None = None,
+    seeds: Sequence[int] | Tensor | None = None,
+    *,
+    first: int = 0,
+    batch: int,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The (seed, sample index) pairs of a batch.
+
+        seed = s: (s, first), (s, first + 1), ...;  seeds = [a, b, ...]: (a, 0), (b, 0), ...
+
+    Args:    seed: one seed for the batch.   seeds: one a sample.   first: index of the first sample (with `seed`).
+             batch: number of samples B.
+    Returns: seeds int64 [B], index int64 [B].
+    Raises:  ValueError if both or neither are given, if len(seeds) != batch, or a number is out of range.
+    """
+    if (seed is None) == (seeds is None):
+        raise ValueError("give either seed or seeds, got " + ("neither" if seed is None else "both"))
+    if seed is not None:
+        if not 0 <= first < 2**32 - batch:
+            raise ValueError(f"first must be in 0..2**32 - batch - 1, got {first}")
+        value = _checked_seed(seed)
+        index = torch.arange(first, first + batch, dtype=torch.int64, device=device)
+        return torch.full((batch,), value, dtype=torch.int64, device=device), index
+    if first != 0:
+        raise ValueError(f"first goes with seed=, not with seeds=; got first={first}")
+    assert seeds is not None
+    tensor = seed_tensor(seeds, device)
+    if tensor.numel() != batch:
+        raise ValueError(f"seeds must hold one seed a sample: got {tensor.numel()} for a batch of {batch}")
+    return tensor, torch.zeros_like(tensor)
+
+
+def _checked_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        try:
+            seed = seed.__index__()
+        except AttributeError:
+            raise TypeError(f"a seed must be an int, got {type(seed).__name__} {seed!r}") from None
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"a seed must be in 0 .. 2**63 - 1, got {seed}")
+    return int(seed)
+
+
+def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Seeds as an int64 tensor [B]; Python ints are checked, a tensor is taken as it is (no host sync).
+
+    Raises:  TypeError for another dtype or a bare number; ValueError for another shape or a number out of range.
+    """
+    if isinstance(seeds, Tensor):
+        if seeds.dtype != torch.int64:
+            raise TypeError(f"seeds must be an int64 tensor or a list of ints, got {seeds.dtype}")
+        if seeds.dim() != 1:
+            raise ValueError(f"seeds must have shape [B], got {tuple(seeds.shape)}")
+        return seeds if device is None else seeds.to(device)
+    if isinstance(seeds, (int, str, bytes)) or not hasattr(seeds, "__iter__"):
+        raise TypeError(f"seeds must be a list of ints or an int64 tensor [B], got {type(seeds).__name__} {seeds!r}")
+    return torch.tensor([_checked_seed(s) for s in seeds], dtype=torch.int64, device=device)
+
+
+def normal(
+    seeds: Sequence[int] | Tensor,
+    sample_shape: Sequence[int],
+    *,
+    row: int | Tensor = 0,
+    stream: int = ROWS,
+    index: Sequence[int] | Tensor | None = None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Standard normal noise of a batch of samples.
+
+        n[b, e] = lane e % 4 of Philox(key = seeds[b], counter = (e // 4, row, stream, index[b]))
+
+    Args:    seeds: B ints in 0 .. 2**63 - 1, or int64 [B].   sample_shape: shape of one sample.
+             row: plan row, or int64 [k] for many rows in one call.   stream: 0 start, 1 plan rows, 2 categorical.
+             index: sample index, int64 [B]; None is 0 each.   device: default that of `seeds`.   out: fp32 buffer.
+    Returns: fp32 [B, *sample_shape], or [k, B, *sample_shape] for a tensor of rows.
+    Raises:  TypeError or ValueError for seeds, index, rows, a shape or a buffer that do not fit.
+    Numerics: independent of batch, position, device and chunking; integers exact, normals within 2e-6 between devices.
+    """
+    shape = tuple(int(s) for s in sample_shape)
+    if any(s < 0 for s in shape):
+        raise ValueError(f"sample_shape must not be negative, got {shape}")
+    keyed = seed_tensor(seeds, device if device is not None else (out.device if out is not None else None))
+    where = keyed.device
+    batch = keyed.numel()
+    if index is None:
+        which = torch.zeros_like(keyed)
+    else:
+        which = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64)
+        which = which.to(where)
+        if which.dtype != torch.int64 or which.shape != keyed.shape:
+            raise ValueError(f"index must be int64 [{batch}], got {which.dtype} {tuple(which.shape)}")
+    if isinstance(row, Tensor):
+        if row.dtype not in (torch.int64, torch.int32) or row.dim() != 1:
+            raise ValueError(f"row must be an int or an int64 tensor [k], got {row.dtype} {tuple(row.shape)}")
+        rows, lead = row.to(where, torch.int64), (row.numel(), batch)
+    else:
+        if not 0 <= row <= MASK:
+            raise ValueError(f"row must be in 0 .. 2**32 - 1, got {row}")
+        rows, lead = torch.full((1,), row, dtype=torch.int64, device=where), (batch,)
+    if not 0 <= stream <= MASK:
+        raise ValueError(f"stream must be in 0 .. 2**32 - 1, got {stream}")
+    size, n = (*lead, *shape), math.prod(shape)
+    if out is None and torch.compiler.is_compiling():
+        return normals(keyed, which, rows, stream, n).reshape(size)
+    if out is None:
+        out = torch.empty(size, dtype=torch.float32, device=where)
+    elif out.dtype != torch.float32 or tuple(out.shape) != size or out.device != where or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous fp32 {size} on {where}, got {out.dtype} {tuple(out.shape)} on {out.device}"
+            f"{'' if out.is_contiguous() else ', not contiguous'}"
+        )
+    if out.numel() == 0:
+        return out
+    from fastdiff.ops._dispatch import kernels_for
+
+    flat = out.view(rows.numel(), batch, n)
+    if kernels_for(out):
+        torch.ops.fastdiff.normal(flat, keyed, which, rows, stream)
+    elif torch.compiler.is_compiling():
+        flat.copy_(normals(keyed, which, rows, stream, n))
+    else:
+        _fill(flat, keyed, which, rows, stream)
+    return out
+
+
+def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Reused temporaries [6, size] int64 and [4, size] fp32, so that a sampling loop allocates nothing a step."""
+    cache = _scratch.__dict__.setdefault("cache", {})
+    held = cache.get(device)
+    if held is None or held[0].shape[1] < size:
+        held = (
+            torch.empty((6, size), dtype=torch.int64, device=device),
+            torch.empty((4, size), dtype=torch.float32, device=device),
+        )
+        cache[device] = held
+    return held
+
+
+@torch.no_grad()
+def _fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, stream: int) -> None:
+    """Writes `normals` into out [k, B, n] in passes of at most CHUNK counters."""
+    k, batch, n = out.shape
+    quads = (n + 3) // 4
+    pairs = k * batch
+    k0 = (seeds & MASK).expand(k, batch).reshape(pairs, 1)
+    k1 = (seeds >> 32).expand(k, batch).reshape(pairs, 1)
+    c1 = rows.view(k, 1).expand(k, batch).reshape(pairs, 1)
+    c3 = index.expand(k, batch).reshape(pairs, 1)
+    flat = out.view(pairs, n)
+    wide = min(quads, CHUNK)
+    tall = max(1, min(pairs, CHUNK // wide))
+    counters = torch.arange(quads, device=out.device).view(1, quads)
+    for p in range(0, pairs, tall):
+        q = min(pairs, p + tall)
+        for a in range(0, quads, wide):
+            b = min(quads, a + wide)
+            _fill_chunk(flat[p:q, 4 * a : min(n, 4 * b)], counters[:, a:b], c1[p:q], stream, c3[p:q], k0[p:q], k1[p:q])
+
+
+def _fill_chunk(out: Tensor, c0: Tensor, c1: Tensor, stream: int, c3: Tensor, k0: Tensor, k1: Tensor) -> None:
+    """Philox and Box-Muller of one chunk [pairs, quads] with no allocation of its size."""
+    pairs, quads = k0.shape[0], c0.shape[1]
+    size = pairs * quads
+    ints, floats = _buffers(size, out.device)
+    w = [ints[i, :size].view(pairs, quads) for i in range(6)]
+    x0, x1, x2, x3, p0, p1 = w
+    x0.copy_(c0.expand(pairs, quads))
+    x1.copy_(c1.expand(pairs, quads))
+    x2.fill_(stream)
+    x3.copy_(c3.expand(pairs, quads))
+    for _ in range(10):
+        torch.mul(x0, M0, out=p0)
+        torch.mul(x2, M1, out=p1)
+        torch.bitwise_right_shift(p1, 32, out=x0)
+        x0.bitwise_xor_(x1).bitwise_xor_(k0).bitwise_and_(MASK)
+        torch.bitwise_right_shift(p0, 32, out=x2)
+        x2.bitwise_xor_(x3).bitwise_xor_(k1).bitwise_and_(MASK)
+        x1, p1 = p1, x1
+        x3, p0 = p0, x3
+        k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
+    r, angle, s = (floats[i, :size].view(pairs, quads) for i in range(3))
+    whole = out.shape[1] == 4 * quads
+    lanes = out.unflatten(1, (quads, 4)) if whole else torch.empty((pairs, quads, 4), device=out.device)
+    signed = floats[3, :size].view(torch.int32).view(pairs, quads)
+    for lane, (i0, i1) in enumerate(((x0, x1), (x2, x3))):
+        r.copy_(i0).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
+        angle.copy_(signed.copy_(i1)).mul_(math.pi * 2.0**-31)
+        torch.mul(r, torch.sin(angle, out=s), out=lanes[..., 2 * lane])
+        torch.mul(r, torch.cos(angle, out=s), out=lanes[..., 2 * lane + 1])
+    if not whole:
+        out.copy_(lanes.flatten(1)[:, : out.shape[1]])

@@ -1,0 +1,1 @@
+"""Triton kernels of fastdiff, one file an operation; importing this package does not import triton."""
