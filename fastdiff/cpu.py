@@ -106,7 +106,7 @@ class EagerStep:
             m = self.m.copy_(m)
         p, scale = self.p, 1.0
         if row.uses_p or x0 is not None:
-            stored = x0 is not None or any(t.is_prediction for t in row.targets)
+            stored = any(t.is_prediction for t in row.targets)
             if row.c_skip != 0 and not row.clamps and not stored:
                 torch.add(x, m, alpha=row.c_out / row.c_skip, out=p)
                 scale = row.c_skip
@@ -118,7 +118,7 @@ class EagerStep:
             if row.clamps:
                 p.clamp_(row.lo, row.hi)
             if x0 is not None:
-                x0.copy_(p)
+                torch.mul(p, scale, out=x0)
         spare = iter(self.spare)
         late: list[tuple[int, Tensor]] = []
         trade = None

@@ -141,7 +141,7 @@ def _generators(o: Options, batch: int, device: torch.device) -> tuple[torch.Gen
         seeds = [o.seed] if o.seeds is None else [int(s) for s in o.seeds]
         given: list[Any] = [torch.Generator(device).manual_seed(s) for s in seeds]
     else:
-        given = [o.generator] if isinstance(o.generator, torch.Generator) else list(o.generator)
+        given = list(o.generator) if isinstance(o.generator, Sequence) else [o.generator]
     if not all(isinstance(g, torch.Generator) for g in given):
         raise TypeError(f"generator must be a torch.Generator or a list of them, got {o.generator!r}")
     if len(given) not in (1, batch):
@@ -168,6 +168,8 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     sources: list[Any] = [o.x_T, o.x_init, parameter]
     found = next((v.device for v in sources if isinstance(v, Tensor)), torch.device("cpu"))
     device = torch.device(o.device) if o.device is not None else found
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or CUDA device, got {device}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = o.dtype or (parameter.dtype if parameter is not None and parameter.dtype in MODEL_DTYPES else torch.float32)
@@ -196,6 +198,7 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
         value = getattr(o, name)
         if value is not None and not isinstance(value, Mapping):
             raise TypeError(f"{name} must be a dict of keyword arguments for the model, got {type(value).__name__}")
-    seeds, index = rng.keys(seed=o.seed, seeds=o.seeds, first=o.first, batch=batch, device=device)
+    seed = o.seed if o.seeds is None else None
+    seeds, index = rng.keys(seed, o.seeds, first=o.first, batch=batch, device=device)
     weight = _guidance(o, plan, batch)
     return Request(o, size, device, dtype, out_dtype, seeds, index, _generators(o, batch, device), weight)
