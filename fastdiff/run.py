@@ -42,6 +42,7 @@ class Run:
         self.times = times
         self.t = list(times[:, None].expand(plan.nfe, size[0]).contiguous().unbind(0))
         self.rows = list(torch.arange(plan.nfe, dtype=torch.int32, device=self.device).split(1))
+        self.first: Tensor | None = None  # two-pass guidance keeps the conditional output here
         self.x0 = torch.empty_like(self.x) if o.trajectory or o.callback is not None else None
         self.cond: dict[str, Any] = {}
         self.uncond: dict[str, Any] = {}
@@ -135,7 +136,9 @@ class Run:
         if self.doubled:
             u, m = m.split(self.shape[0])
         elif self.guided:
-            m = m.clone()  # the second call may reuse the first one's memory
+            if self.first is None or self.first.dtype != m.dtype:
+                self.first = torch.empty(self.shape, dtype=m.dtype, device=self.device)
+            m = self.first.copy_(m)  # the second call may reuse the first one's memory
             u = self.model(self.model_in, t, **self.uncond)
             self._check(u)
         if self.model_in._version != version:
