@@ -111,14 +111,12 @@ def keys(
 
 
 def _checked_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        try:
-            seed = seed.__index__()
-        except AttributeError:
-            raise TypeError(f"a seed must be an int, got {type(seed).__name__} {seed!r}") from None
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"a seed must be in 0 .. 2**63 - 1, got {seed}")
-    return int(seed)
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"a seed must be an int, got {type(seed).__name__} {seed!r}")
+    value = seed.__index__()
+    if not 0 <= value < 2**63:
+        raise ValueError(f"a seed must be in 0 .. 2**63 - 1, got {value}")
+    return value
 
 
 def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -218,6 +216,14 @@ def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return held
 
 
+def _counters(quads: int, device: torch.device) -> Tensor:
+    """0 .. quads - 1, kept between calls."""
+    held = _scratch.__dict__.get("counters")
+    if held is None or held.numel() < quads or held.device != device:
+        held = _scratch.counters = torch.arange(quads, device=device)
+    return held[:quads]
+
+
 @torch.no_grad()
 def _fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, stream: int) -> None:
     """Writes `normals` into out [k, B, n] in passes of at most CHUNK counters."""
@@ -231,7 +237,7 @@ def _fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, stream: int) 
     flat = out.view(pairs, n)
     wide = min(quads, CHUNK)
     tall = max(1, min(pairs, CHUNK // wide))
-    counters = torch.arange(quads, device=out.device).view(1, quads)
+    counters = _counters(quads, out.device).view(1, quads)
     for p in range(0, pairs, tall):
         q = min(pairs, p + tall)
         for a in range(0, quads, wide):

@@ -74,16 +74,17 @@ def math_of(kernel: object) -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
-def tiling(n: int, batch: int, *, slots: int = 1) -> dict[str, int]:
+def tiling(n: int, batch: int, *, slots: int = 1, lanes: int = 32) -> dict[str, int]:
     """BLOCK, PARTS and num_warps for samples of n elements: small tiles where parallelism is scarce.
 
-    With three slots or more a piece is one vector a thread, which keeps registers low.
+    Every piece is at least one vector of 4 elements a thread, and exactly one with three slots or more, which keeps
+    registers low. `lanes` is the threads of a warp.
     """
-    if n <= 128:
-        return {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
+    if n <= 4 * lanes:
+        return {"BLOCK": 4 * lanes, "PARTS": 1, "num_warps": 1}
     if n * batch < 1 << 20:
-        return {"BLOCK": 512, "PARTS": 1, "num_warps": 4}
-    return {"BLOCK": 2048, "PARTS": 4 if slots > 2 else 2, "num_warps": 4}
+        return {"BLOCK": 512, "PARTS": 1, "num_warps": 128 // lanes}
+    return {"BLOCK": 2048, "PARTS": 4 if slots > 2 else 2, "num_warps": 128 // lanes}
 
 
 def launch(
@@ -93,7 +94,7 @@ def launch(
 
     `args` are the kernel's arguments up to its constexprs; the entry FIRST is replaced by each launch's first sample.
     """
-    tile = tiling(n, batch, slots=slots)
+    tile = tiling(n, batch, slots=slots, lanes=64 if torch.version.hip else 32)
     block = tile["BLOCK"]
     tensor = next(a for a in args if isinstance(a, Tensor))
     constants = {"ALIGNED": n % 4 == 0, "WIDE": n > 2**31 - 2 * block, "MATH": math_of(kernel), **tile, **meta}

@@ -1,0 +1,1 @@
+"""Benchmarks and checks of fastdiff that ship with it."""

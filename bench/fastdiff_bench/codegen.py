@@ -1,0 +1,292 @@
+"""What the kernels compile to, without a GPU: registers, spills, shared memory, access widths, instructions an element.
+
+Every kernel is compiled ahead of time as the operations launch it (same constexprs, same tile, all features in), for
+NVIDIA targets down to SASS, and held against budgets.json. Counts are static: both sides of a branch are counted.
+
+    python -m fastdiff_bench.codegen [--arch 80 89 90 100] [--hip gfx942] [--only affine_step] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+SAMPLE, BATCH = 1 << 24, 8  # the size the shipped launch table is asked for
+WIDTHS = {"fp32": 16, "bf16": 8, "fp16": 8}  # bytes of one vector of four elements
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel as launched: pointer and scalar types, constexprs, tile tensors read and written, budget name."""
+
+    name: str
+    module: str
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    loads: tuple[str, ...]
+    stores: tuple[str, ...]
+    clamps: bool = False
+    scalars: int = 0  # predicated accesses of single numbers
+    num_warps: int = 4
+    lanes: int = 32
+
+    @property
+    def elements_per_thread(self) -> float:
+        return self.constants["BLOCK"] / (self.lanes * self.num_warps)
+
+
+def _tile(slots: int = 1, *, lanes: int = 32) -> tuple[dict[str, Any], int]:
+    from fastdiff.ops._dispatch import tiling
+
+    tile = tiling(SAMPLE, BATCH, slots=slots, lanes=lanes)
+    return {"BLOCK": tile["BLOCK"], "PARTS": tile["PARTS"], "ALIGNED": True, "WIDE": False}, tile["num_warps"]
+
+
+def _step(slots: int, model: str, *, lanes: int = 32, noise: bool = True, guided: bool = True, copies: int = 1) -> Case:
+    from fastdiff.plan import ROW_HEADER, row_width
+
+    scalars = ("n", "batch", "first", "row_stride", "w_row_stride", "w_batch_stride", "stream")
+    types = {"state_ptr": "*fp32", "model_ptr": f"*{model}", "table_ptr": "*fp32", "row_ptr": "*i32"}
+    types |= dict.fromkeys(scalars, "i32")
+    if copies:
+        types["model_in_ptr"] = "*bf16"
+    if guided:
+        types |= {"uncond_ptr": f"*{model}", "w_ptr": "*fp32"}
+    if noise:
+        types |= {"seed_ptr": "*i64", "index_ptr": "*i64"}
+    tile, warps = _tile(slots, lanes=lanes)
+    constants = {"SLOTS": slots, "HEADER": ROW_HEADER, "WIDTH": row_width(slots), "NOISE": int(noise)}
+    constants |= {"GUIDED": guided, "COPIES": copies, **tile}
+    features = [f for f, on in (("noise", noise), ("guidance", guided), ("2copies", copies == 2)) if on]
+    return Case(
+        f"affine_step/r{slots}/{'+'.join(features) or 'plain'}/{model}",
+        "affine_step", "affine_step_kernel", types, constants,
+        loads=(model,) * (1 + guided) + ("fp32",) * slots, stores=("fp32",) * slots + ("bf16",) * copies,
+        clamps=True, num_warps=warps, lanes=lanes,
+    )  # fmt: skip
+
+
+def cases(lanes: int = 32) -> Iterator[Case]:
+    """The kernels of the package in the variants that matter, tiled for warps of `lanes` threads."""
+    for model in ("fp32", "bf16"):
+        yield _step(1, model, lanes=lanes, noise=False, guided=False)
+        yield _step(1, model, lanes=lanes, guided=False)
+        for slots in (1, 2, 3, 4):
+            yield _step(slots, model, lanes=lanes)
+    yield _step(4, "bf16", lanes=lanes, copies=2)
+    yield _step(5, "bf16", lanes=lanes)
+    tile, warps = _tile(lanes=lanes)
+    seeds = {"seed_ptr": "*i64", "index_ptr": "*i64"}
+    counts = {"n": "i32", "first": "i32", "rows": "i32", "t_stride": "i32"}
+    for dtype in ("fp32", "bf16"):
+        p = f"*{dtype}"
+        for target in (False, True):
+            types = {"x_ptr": p, "out_ptr": p, "coef_ptr": "*fp32", "t_ptr": "*i64", **seeds, **counts}
+            types |= {"row": "i32", "stream": "i32", **({"target_ptr": p} if target else {})}
+            name = f"add_noise/{'target' if target else 'plain'}/{dtype}"
+            yield Case(
+                name,
+                "add_noise",
+                "add_noise_kernel",
+                types,
+                tile,
+                (dtype,),
+                (dtype,) * (1 + target),
+                num_warps=warps,
+                lanes=lanes,
+            )
+        types = {"x_ptr": p, "model_ptr": p, "coef_ptr": "*fp32", "t_ptr": "*i64", "mean_ptr": p, "x0_ptr": p}
+        types |= {"variance_ptr": "*fp32", "batch": "i32", "lo": "fp32", "hi": "fp32", **counts}
+        yield Case(
+            f"posterior/clip/{dtype}", "posterior", "posterior_kernel", types, {"CLIP": True, **tile},
+            (dtype,) * 2, (dtype,) * 2, clamps=True, scalars=4, num_warps=warps, lanes=lanes,
+        )  # fmt: skip
+    types = {"out_ptr": "*fp32", "rows_ptr": "*i64", **seeds}
+    types |= dict.fromkeys(("n", "batch", "first", "stream"), "i32")
+    yield Case("normal/fp32", "philox", "normal_kernel", types, tile, (), ("fp32",), num_warps=warps, lanes=lanes)
+
+
+def compile_case(case: Case, backend: str, arch: int | str) -> Any:
+    """Compiles one case for ("cuda", 90) or ("hip", "gfx942"), as the JIT specialises it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"fastdiff_kernels.{case.module}"), case.kernel)
+    constants = {**case.constants, "MATH": backend}
+    types = {k: case.types.get(k, "constexpr") for k in kernel.arg_names}
+    at = kernel.arg_names.index
+    absent = {k: constants.get(k) for k, v in types.items() if v == "constexpr"}
+    # the JIT notes 16-byte pointers and sizes divisible by 16
+    attributes = {(at(k),): [["tt.divisibility", 16]] for k, v in types.items() if v.startswith("*") or k == "n"}
+    source = ASTSource(
+        fn=kernel, signature=types, constexprs={(at(k),): v for k, v in absent.items()}, attrs=attributes
+    )
+    target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
+    return triton.compile(source, target=target, options={"num_warps": case.num_warps, "enable_fp_fusion": False})
+
+
+def source_hash(module: str) -> str:
+    """The first 12 digits of the SHA-256 over a kernel's source file and the device functions it uses."""
+    folder = Path(importlib.import_module("fastdiff_kernels").__file__ or "").parent
+    files = sorted({module, "philox", "tiles"})
+    return hashlib.sha256(b"".join((folder / f"{f}.py").read_bytes() for f in files)).hexdigest()[:12]
+
+
+@functools.cache
+def _tool() -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        raise SystemExit(
+            f"cuobjdump is not where the triton wheel keeps it ({tool.name}); install triton from its wheel"
+        )
+    return str(tool)
+
+
+def _dump(flag: str, path: str) -> str:
+    return subprocess.run([_tool(), flag, path], capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_report(case: Case, arch: int) -> dict[str, Any]:
+    """Resources and SASS of one case on sm_<arch>."""
+    compiled = compile_case(case, "cuda", arch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage, sass = _dump("--dump-resource-usage", f.name), _dump("--dump-sass", f.name)
+    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.M)
+    ops = [(bool(p), op) for p, op in found if op != "NOP"]
+    heads = collections.Counter(op.split(".")[0] for _, op in ops)
+    tile, scalar = collections.Counter[str](), 0
+    for predicated, op in ops:
+        head = op.split(".")[0]
+        if head not in ("LDG", "STG"):
+            continue
+        width = 16 if ".128" in op else 8 if ".64" in op else 2 if "16" in op else 4
+        # a tile's loads are masked; its stores too, but the last one of a program may be guarded by an early exit
+        if width >= 8 and (predicated or head == "STG"):
+            tile[f"{head}{width}"] += 1
+        elif predicated or head == "STG":
+            scalar += 1
+    return {
+        "case": case.name,
+        "target": f"sm_{arch}",
+        "registers": used.get("REG", 0),
+        "stack": used.get("STACK", 0),
+        "spills": heads["LDL"] + heads["STL"],
+        "shared": compiled.metadata.shared,
+        "barriers": heads["BAR"],
+        "per_element": round(len(ops) / case.elements_per_thread, 1),
+        "mufu": heads["MUFU"],
+        "fmnmx_nan": sum(op.startswith("FMNMX") and ".NAN" in op for _, op in ops),
+        "tile_accesses": dict(tile),
+        "narrow_accesses": scalar,
+        "constants": {**case.constants, "MATH": "cuda", "num_warps": case.num_warps},
+        "source": source_hash(case.module),
+    }
+
+
+def hip_report(case: Case, arch: str) -> dict[str, Any]:
+    """Resources and instructions of one case on an AMD target (reported, no budget)."""
+    compiled = compile_case(case, "hip", arch)
+    text = compiled.asm["amdgcn"]
+    number = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|sgpr_count|vgpr_spill_count):\s+(\d+)", text)}
+    ops = re.findall(r"^\t((?:v|s|global|buffer|flat|ds|scratch)_\w+)", text, re.M)
+    memory = collections.Counter(op for op in ops if op.startswith(("global_", "buffer_", "flat_")))
+    return {
+        "case": case.name,
+        "target": arch,
+        "registers": number.get("vgpr_count", 0),
+        "stack": 0,
+        "spills": number.get("vgpr_spill_count", 0),
+        "shared": compiled.metadata.shared,
+        "barriers": ops.count("s_barrier"),
+        "per_element": round(len(ops) / case.elements_per_thread, 1),
+        "tile_accesses": dict(memory),
+        "constants": {**case.constants, "MATH": "hip", "num_warps": case.num_warps},
+        "source": source_hash(case.module),
+    }
+
+
+def over_budget(case: Case, report: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
+    """What a report exceeds, one line each; empty when it is within budget."""
+    arch = report["target"].removeprefix("sm_")
+    name = case.name.rsplit("/", 1)[0]
+    limits = {**budgets["all"], **budgets["cases"].get(name, {}), **budgets.get(f"sm_{arch}", {}).get(name, {})}
+    if "per_element" not in limits:
+        return [f"no budget for {name}"]
+    missed = [f"{k} {report[k]} > {v}" for k, v in limits.items() if report[k] > v]
+    vectors = int(case.elements_per_thread // 4)
+    want = collections.Counter[str]()
+    for head, dtypes in (("LDG", case.loads), ("STG", case.stores)):
+        for dtype in dtypes:
+            want[f"{head}{WIDTHS[dtype]}"] += vectors
+    if report["tile_accesses"] != dict(want) or report["narrow_accesses"] > case.scalars:
+        missed.append(f"accesses {report['tile_accesses']} + {report['narrow_accesses']} narrow, expected {dict(want)}")
+    if case.clamps and not report["fmnmx_nan"]:
+        missed.append("the clamp does not propagate NaN (no FMNMX.NAN)")
+    return missed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns 1 over budget, 2 where it cannot run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastdiff_bench.codegen", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--arch", nargs="*", type=int, default=[80, 89, 90, 100], help="NVIDIA targets, sm_<arch>")
+    parser.add_argument("--hip", nargs="*", default=[], help="AMD targets, for instance gfx942 (reported, no budget)")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", metavar="FILE", help="write all reports to a file")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("codegen compiles for real targets: unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    if not any(args.only in c.name for c in cases()):
+        print(f"no case contains {args.only!r}; there are: {', '.join(c.name for c in cases())}", file=sys.stderr)
+        return 2
+    import triton
+
+    print(f"triton {triton.__version__}; instructions are static counts per element; constexprs and source at the end")
+    budgets = json.loads(BUDGETS.read_text())
+    reports, failed = [], 0
+    targets = [*(("cuda", a) for a in args.arch), *(("hip", h) for h in args.hip)]
+    for backend, arch in targets:
+        for case in (c for c in cases(32 if backend == "cuda" else 64) if args.only in c.name):
+            report = nvidia_report(case, arch) if backend == "cuda" else hip_report(case, arch)
+            missed = over_budget(case, report, budgets) if backend == "cuda" else []
+            failed += bool(missed)
+            reports.append({**report, "over_budget": missed})
+            print(
+                f"{report['target']:7s} {case.name:42s} {report['per_element']:6.1f}/el  {report['registers']:3d} regs"
+                f"  {report['spills']} spills  {report['shared']} smem  {report['barriers']} bar  "
+                f"{report['tile_accesses']}{'  OVER: ' + '; '.join(missed) if missed else ''}",
+                flush=True,
+            )
+    for report in {r["case"]: r for r in reports}.values():
+        print(f"{report['case']}: source {report['source']} {report['constants']}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"triton": triton.__version__, "reports": reports}, indent=1) + "\n")
+    print(f"{len(reports)} kernels, {failed} over budget")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

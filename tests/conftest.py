@@ -1,0 +1,38 @@
+"""Runs kernels on the GPU where there is one, in Triton's interpreter elsewhere."""
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["ref", "kernel"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device of a test that runs once on plain torch and once on the kernels (GPU, else interpreter)."""
+    from fastdiff import ops
+
+    on_gpu = request.param == "kernel" and torch.cuda.is_available()
+    with ops.use_kernels() if request.param == "kernel" else nullcontext():
+        yield torch.device("cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture
+def kernel_device() -> Iterator[torch.device]:
+    """The device of a test that runs on the kernels only."""
+    from fastdiff import ops
+
+    with ops.use_kernels():
+        yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
