@@ -26,7 +26,7 @@ logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 SHAPE = (2, 3, 8, 8)
 BETAS = {
-    "linear": ({"beta_schedule": "linear"}, S.linear_betas(1000)),
+    "linear": ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}, S.linear_betas(1000)),
     "scaled_linear": ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, S.scaled_linear_betas(1000)),
     "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, S.cosine_betas(1000)),
 }
@@ -147,7 +147,8 @@ def test_equals_diffusers(name: str, betas: str) -> None:
             return float((a.double() - b.double()).abs().max() / scale)
 
         tolerance = 7e-5 if betas == "cosine" else 2e-6
-        assert far(reference, exact) <= 1e-12, (name, prediction)
+        # in sigma space stock Heun cancels sigma/alpha = 20291 on cosine betas: its float64 is off by its fp32's 2^-29
+        assert far(reference, exact) <= max(1e-12, 4 * far(theirs, exact) * 2**-29), (name, prediction)
         assert far(ours, exact) <= tolerance, (name, prediction)
         assert far(ours, theirs) <= far(theirs, exact) + tolerance, (name, prediction)
 
