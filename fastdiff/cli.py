@@ -217,7 +217,7 @@ def run_sample(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     with torch.no_grad():
         x = fd.sample(
-            model if args.mode == "compile" else _guarded(model), plan, args.shape, seed=args.seed, first=args.first,
+            _guarded(model) if args.mode == "eager" else model, plan, args.shape, seed=args.seed, first=args.first,
             mode=args.mode, device=args.device, progress=not args.json and sys.stderr.isatty(), check_finite="warn",
         )  # fmt: skip
     seconds = time.perf_counter() - began

@@ -60,5 +60,4 @@ def run_demo(
     if rows:
         say("")
         say(report.table(rows))
-        say("us/step, plain us: wall time per model evaluation, model included, here and in a plain eager torch loop")
     return content

@@ -13,13 +13,13 @@ from fastdiff.demo import plots
 from fastdiff.demo.data import DATA_STD, GRAY_LEVELS, Digits, digits
 from fastdiff.demo.measure import Case, Sampled, sample_case
 from fastdiff.demo.nets import DigitNet
-from fastdiff.demo.report import Part, Row
+from fastdiff.demo.report import Part, Row, make_row
 from fastdiff.demo.train import Recipe, Say, fit_classifier, fit_denoiser
 
 __all__ = ["cases", "run"]
 
 SAMPLES = 500
-RECIPE = Recipe(steps=1200, batch=128, learning_rate=3e-3, level=(-0.4, 1.2), focus=0.8)
+RECIPE = Recipe(steps=1000, batch=128, learning_rate=3e-3, level=(-0.4, 1.2), focus=0.8)
 MIN_CONFIDENCE = 0.85  # of the confidence on held-out real digits
 CLASS_SHARE = (0.04, 0.18)
 HALF_GRAY_LEVEL = 1 / GRAY_LEVELS  # in [-1, 1] a level is 2/16: closer than half of one is the same picture
@@ -54,12 +54,7 @@ def _judge(case: Case, got: Sampled, data: Digits, classifier: nn.Module, real: 
     metrics = {
         "confidence": confidence, "rarest_class": low, "commonest_class": high, "nearest_training_image": nearest,
     }  # fmt: skip
-    if got.difference is not None:
-        metrics["difference_from_plain_loop"] = got.difference
-    return Row(
-        "digits", case.schedule_name, case.solver, case.options.get("spacing", "default"), got.plan.nfe, got.us,
-        got.us_plain, metrics, missed,
-    )  # fmt: skip
+    return make_row("digits", case, got, metrics, missed)
 
 
 def run(out: Path, *, seed: int, say: Say) -> Part:

@@ -145,5 +145,5 @@ class PlanModel(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """eps of x [B, ...] at model times t [B]."""
-        row = torch.searchsorted(self.halfway, t.float())
+        row = torch.searchsorted(self.halfway, t.float().contiguous())
         return self.net(x, self.alpha[row], self.sigma[row])

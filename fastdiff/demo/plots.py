@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
-EXTENT = 1.8
 COLOURS = "magma"
 FORWARD_TIMES = (0.02, 0.1, 0.25, 0.45, 1.0)
 GIF_FRAMES = 40
+SHOWN_REVERSE = "probability_flow"  # its rows are even in log-SNR, so every stage of the way is seen
 
 
 def save_figure(figure: Figure, out: Path, name: str) -> str:
@@ -136,7 +136,7 @@ def _reverse_figure(label: str, got: Sampled, columns: int = 8) -> Figure:
     figure.suptitle(f"Reverse: {label}")
     for column, row in enumerate(_rows_shown(got.plan.nfe, columns)):
         alpha, sigma = got.plan.alpha[row], got.plan.sigma[row]
-        _scatter(axes[0][column], got.trajectory.x[row], half=1.25 * alpha + 2.5 * sigma)
+        _scatter(axes[0][column], got.trajectory.x[row], half=_window(alpha, sigma))
         _scatter(axes[1][column], got.trajectory.x0[row], colour="C3")
         axes[0][column].set_title(f"row {row}, sigma/alpha {sigma / alpha:.2g}", fontsize=9)
     axes[0][0].set_ylabel("x_t")
@@ -172,29 +172,33 @@ def _cloud(x: Tensor, caption: str, half: float, size: int = 280) -> Image.Image
     return picture
 
 
+def _window(alpha: float, sigma: float) -> float:
+    return 1.25 * alpha + 2.5 * sigma
+
+
 def spiral_pictures(
     out: Path, data: Tensor, sampled: Mapping[str, Sampled], judge: Callable[[Tensor], Tensor]
 ) -> list[str]:
     """Forward density, samples, reverse trajectory, distance over time, and two GIFs; returns the files' names."""
     schedule = fd.schedules.VP()
+    label, got = next((k, v) for k, v in sampled.items() if k.startswith(SHOWN_REVERSE))
+    title = "mean distance of x0-hat to the spiral"
     names = [
         save_figure(_forward_figure(data, schedule), out, "spiral_forward.png"),
         save_figure(_samples_figure(data, sampled), out, "spiral_samples.png"),
+        save_figure(_reverse_figure(label, got), out, "spiral_reverse.png"),
+        save_figure(_over_time(sampled, judge, title, log=True), out, "spiral_distance.png"),
     ]
-    label, got = next((k, v) for k, v in sampled.items() if not v.plan.stochastic)
-    names.append(save_figure(_reverse_figure(label, got), out, "spiral_reverse.png"))
-    names.append(
-        save_figure(
-            _over_time(sampled, judge, "mean distance of x0-hat to the spiral", log=True), out, "spiral_distance.png"
-        )
-    )
-    frames = []
-    for t in np.linspace(0, 1, GIF_FRAMES) ** 1.5:
-        x = data[:4000] if t == 0 else noised(data[:4000], float(t), schedule)
-        frames.append(_cloud(x, f"forward, VP, t = {t:.2f}", 2.5))
+    frames = [_cloud(data[:4000], "forward, VP, t = 0", _window(1, 0))]
+    for t in np.linspace(0, 1, GIF_FRAMES)[1:] ** 2:
+        x = noised(data[:4000], float(t), schedule)
+        frames.append(_cloud(x, f"forward, VP, t = {t:.3f}", _window(*_levels(schedule, t))))
     names.append(save_gif(frames, out, "spiral_forward.gif"))
-    rows = [*range(got.plan.nfe), got.plan.nfe]
-    frames = [_cloud(got.trajectory.x[k], f"reverse, {label.split(',')[0]}, row {k}", 2.5) for k in rows]
+    levels = [*zip(got.plan.alpha, got.plan.sigma, strict=True), got.plan.end]
+    frames = [
+        _cloud(x, f"reverse, {label.split(',')[0]}, row {k}", _window(*level))
+        for k, (x, level) in enumerate(zip(got.trajectory.x, levels, strict=True))
+    ]
     names.append(save_gif(frames, out, "spiral_reverse.gif"))
     return names
 
@@ -225,8 +229,8 @@ def _digit_samples(data: Digits, sampled: Mapping[str, Sampled]) -> Figure:
     return figure
 
 
-def _digit_reverse(sampled: Mapping[str, Sampled], count: int = 8, columns: int = 10) -> Figure:
-    figure = Figure(figsize=(13, 3.1 * len(sampled)), layout="constrained")
+def _digit_reverse(sampled: Mapping[str, Sampled], count: int = 4, columns: int = 10) -> Figure:
+    figure = Figure(figsize=(13, 2.85 * len(sampled)), layout="constrained")
     axes = figure.subplots(len(sampled), 2, squeeze=False)
     for pair, (label, got) in zip(axes, sampled.items(), strict=True):
         rows = _rows_shown(got.plan.nfe, columns)
@@ -236,7 +240,7 @@ def _digit_reverse(sampled: Mapping[str, Sampled], count: int = 8, columns: int 
         for axis, name, x in zip(pair, ("x_t", "x0-hat"), (states, got.trajectory.x0[rows][:, :count]), strict=True):
             # a column is a row of the plan, a line is one sample
             page = mosaic(x.transpose(0, 1).flatten(0, 1), len(rows))
-            axis.imshow(page, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+            axis.imshow(page, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axis.set_title(f"{label}: {name}", fontsize=10)
             axis.set_axis_off()
     return figure
@@ -259,7 +263,7 @@ def digit_pictures(out: Path, data: Digits, sampled: Mapping[str, Sampled], clas
     schedule, images = fd.schedules.VP(), data.images[:64]
     forward = [images if t == 0 else noised(images, float(t), schedule) for t in np.linspace(0, 1, GIF_FRAMES)]
     names.append(save_gif([Image.fromarray(mosaic(x, 8)) for x in forward], out, "digits_forward.gif"))
-    got = next(v for v in sampled.values() if not v.plan.stochastic)
+    got = next(v for k, v in sampled.items() if k.startswith(SHOWN_REVERSE))
     frames = [
         Image.fromarray(np.concatenate([mosaic(x[:64], 8), mosaic(x0[:64], 8)], axis=1))
         for x, x0 in zip(got.trajectory.x, [*got.trajectory.x0, got.trajectory.x[-1]], strict=True)

@@ -47,8 +47,11 @@ def _times(recipe: Recipe, generator: torch.Generator) -> Tensor:
 def fit_denoiser(
     make: Callable[[], Preconditioned], data: Tensor, recipe: Recipe, *, seed: int, say: Say
 ) -> tuple[Preconditioned, float]:
-    """Train a network on mean |eps - eps(x_t)|^2 and average its weights on the way.
+    """Train a network on the eps loss and average its weights on the way.
 
+        loss = mean (1 + sigma^2 / (alpha std)^2) |eps - eps(x_t)|^2
+
+    The weight is 1 at low noise; at high noise, where eps is nearly x_t itself, it asks for x0 instead.
     Args: make: builds the network. data: [N, ...] clean samples. seed: initial weights, order and noise.
     Returns: the averaged network in eval mode, and the mean loss of the last tenth.
     """
@@ -69,7 +72,9 @@ def fit_denoiser(
         seeds = torch.randint(2**62, (recipe.batch,), generator=generator)
         x_t, eps = fd.training.add_noise(x0, t, TRAINING, seeds=seeds, target="eps")
         alpha, sigma = TRAINING.alpha(t).float(), TRAINING.sigma(t).float()
-        loss = F.mse_loss(net(x_t, alpha, sigma), eps)
+        weight = 1 + (sigma / alpha / net.data_std) ** 2
+        error = (net(x_t, alpha, sigma) - eps).square().flatten(1).mean(dim=1)
+        loss = (weight * error).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
