@@ -172,7 +172,8 @@ def normal(
     if isinstance(row, Tensor):
         if row.dtype not in (torch.int64, torch.int32) or row.dim() != 1:
             raise ValueError(f"row must be an int or an int64 tensor [k], got {row.dtype} {tuple(row.shape)}")
-        rows, lead = row.to(where, torch.int64), (row.numel(), batch)
+        rows = row.to(where, torch.int64)
+        lead: tuple[int, ...] = (row.numel(), batch)
     else:
         if not 0 <= row <= MASK:
             raise ValueError(f"row must be in 0 .. 2**32 - 1, got {row}")

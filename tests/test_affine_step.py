@@ -78,7 +78,7 @@ def test_reference_is_the_definition():
     m, u = torch.randn(2, batch, n, generator=g, dtype=torch.float64)
     row, seeds = torch.tensor([2, 0]), torch.tensor([7, 8])
     got, model_in, x0 = ops.affine_step_ref(
-        state, m, table, row, slots=slots, uncond=u, guidance=torch.tensor([[w]]), seeds=seeds
+        state, m, table, row, slots=slots, uncond=u, guidance=torch.tensor([[w]], dtype=torch.float64), seeds=seeds
     )
     for b in range(batch):
         k = int(row[b])
@@ -156,7 +156,7 @@ def test_guidance_and_rows(shape, per_sample, device):
             slots=slots, uncond=u[b : b + 1], guidance=full[int(k), b].clone(), seeds=extra["seeds"][b : b + 1]
         )
         single = run(device, state[:, b : b + 1], m[b : b + 1], table, k, **alone)[0]
-        assert torch.equal(single[:, 0], got[:, b]) or relative(single[:, 0], got[:, b]) <= 3e-7
+        assert relative(single[:, 0], got[:, b]) <= 3e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

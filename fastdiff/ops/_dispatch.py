@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS64 = (*FLOATS, torch.float64)  # float64 runs plain torch on every device
 INTS = (torch.int32, torch.int64)
 GRID_LIMIT = 65535  # of a CUDA grid's second axis
 
@@ -153,8 +154,3 @@ def check_batched(name: str, x: object) -> tuple[int, int]:
 def spread(c: Tensor, x: Tensor) -> Tensor:
     """c [B or 1] shaped to multiply x [B, *]."""
     return c.view(-1, *[1] * (x.dim() - 1))
-
-
-def float_types(x: Tensor) -> tuple[torch.dtype, ...]:
-    """The dtypes an operation takes on x's device: float64 only where plain torch runs."""
-    return (*FLOATS, torch.float64) if not kernels_for(x) else FLOATS

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff import rng
 from fastdiff.ops import _dispatch
-from fastdiff.ops._dispatch import FLOATS, check_tensor, spread
+from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
 from fastdiff.schedules import Betas, Schedule
 
 Seeds = Sequence[int] | Tensor
@@ -73,7 +73,7 @@ def noise_arguments(
     if noise is not None:
         if index is not None:
             raise ValueError("index goes with seeds, not with noise")
-        check_tensor("noise", noise, shape=x.shape, dtypes=(*FLOATS, torch.float64), like=x)
+        check_tensor("noise", noise, shape=x.shape, dtypes=FLOATS64, like=x)
         return None, None
     assert seeds is not None
     keyed = rng.seed_tensor(seeds, None if isinstance(seeds, Tensor) else x.device)
@@ -114,7 +114,7 @@ def out_type(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     """x's dtype, or the one asked for."""
     if out_dtype is None:
         return x.dtype
-    if out_dtype not in (*FLOATS, torch.float64):
+    if out_dtype not in FLOATS64:
         raise TypeError(f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype}")
     return out_dtype
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff import rng
 from fastdiff.ops import _noising
-from fastdiff.ops._dispatch import check_batched, check_tensor, float_types
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._noising import Seeds
 from fastdiff.schedules import Betas, Schedule
 
@@ -63,13 +63,13 @@ def add_noise(
             out_dtype=dtype,
         )  # fmt: skip
         return out
-    coef: Tensor
+    which_row: Tensor | None = at
     if isinstance(schedule, Betas):
         steps = torch.arange(len(schedule.betas))
         coef = _noising.table_of(schedule, f"add_noise {target}", x0.device, lambda: _columns(schedule, steps, target))
     else:
-        coef, at = torch.stack(_columns(schedule, at, target), 1).float(), None
-    x_t, goal = _noising.run_kernel(x0, coef, at, keyed, which, row, stream, noise, dtype, target is not None)
+        coef, which_row = torch.stack(_columns(schedule, at, target), 1).float(), None
+    x_t, goal = _noising.run_kernel(x0, coef, which_row, keyed, which, row, stream, noise, dtype, target is not None)
     return x_t if goal is None else (x_t, goal)
 
 
@@ -104,7 +104,7 @@ def _checked(
     x0: Tensor, t: int | float | Tensor, schedule: Schedule, seeds: Seeds | None, index: Tensor | None, row: int,
     stream: int, target: str | None, noise: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    check_tensor("x0", x0, dtypes=(*float_types(x0), torch.float64))
+    check_tensor("x0", x0, dtypes=FLOATS64)
     check_batched("x0", x0)
     if target is not None and target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; valid: {', '.join(TARGETS)}, or None")

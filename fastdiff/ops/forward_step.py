@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdiff import rng
 from fastdiff.ops import _noising
-from fastdiff.ops._dispatch import check_batched, check_tensor, float_types
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._noising import Seeds
 from fastdiff.schedules import Betas, Schedule
 
@@ -104,7 +104,7 @@ def _checked(
     x: Tensor, t: int | Tensor | None, schedule: Schedule | None, a: float | Tensor | None, s: float | Tensor | None,
     seeds: Seeds | None, index: Tensor | None, row: int, stream: int, noise: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    check_tensor("x", x, dtypes=(*float_types(x), torch.float64))
+    check_tensor("x", x, dtypes=FLOATS64)
     check_batched("x", x)
     at = None
     if a is None and s is None:

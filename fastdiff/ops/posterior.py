@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import _dispatch, _noising
-from fastdiff.ops._dispatch import check_batched, check_tensor, float_types, spread
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
 from fastdiff.prediction import conversion
 from fastdiff.schedules import Betas
 
@@ -101,10 +101,9 @@ def _checked(
     x_t: Tensor, model_out: Tensor, t: int | Tensor, schedule: Betas, prediction: str,
     clip: tuple[float, float] | None,
 ) -> tuple[Tensor, float, float]:  # fmt: skip
-    dtypes = (*float_types(x_t), torch.float64) if isinstance(x_t, Tensor) else ()
-    check_tensor("x_t", x_t, dtypes=dtypes)
+    check_tensor("x_t", x_t, dtypes=FLOATS64)
     check_batched("x_t", x_t)
-    check_tensor("model_out", model_out, shape=x_t.shape, dtypes=dtypes, like=x_t)
+    check_tensor("model_out", model_out, shape=x_t.shape, dtypes=FLOATS64, like=x_t)
     if not isinstance(schedule, Betas):
         raise TypeError(f"the posterior of a step needs Betas, got {schedule!r}")
     if prediction not in POSTERIOR_PREDICTIONS:

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="misc, var-annotated"
 """One row of a plan on one tile of one sample: guidance, conversion, clamp, A, b, d, s, noise, low-precision copy.
 
     m = uncond + w (cond - uncond);  p = clamp(c_skip S0 + c_out m, lo, hi)
