@@ -1,0 +1,84 @@
+"""Where a number was measured: machine, versions, commit, and the GPU's state."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["describe", "environment"]
+
+PACKAGES = ("torch", "triton", "numpy", "diffusers")
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        root = Path(__file__).resolve().parent
+        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=root, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {}
+    p = torch.cuda.get_device_properties(0)
+    out: dict[str, Any] = {"gpu": p.name, "sms": p.multi_processor_count, "memory_gib": round(p.total_memory / 2**30)}
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        h = pynvml.nvmlDeviceGetHandleByIndex(0)
+        out["driver"] = pynvml.nvmlSystemGetDriverVersion()
+        out["sm_clock_mhz"] = pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_SM)
+        out["memory_clock_mhz"] = pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_MEM)
+        out["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(h) / 1000
+        out["throttle_reasons"] = hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(h))
+    except Exception as error:  # no NVML is no reason to lose the measurement
+        out["nvml"] = f"not readable: {error}"
+    return out
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit as a flat dictionary."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "commit": _commit(),
+        **_gpu(),
+    }
+
+
+def describe(env: dict[str, Any]) -> str:
+    """One line for people."""
+    where = env.get("gpu") or f"{env['cpu']}, {env['cores']} cores"
+    versions = ", ".join(f"{name} {env[name]}" for name in PACKAGES if name in env)
+    return f"{where}; Python {env['python']}, {versions}; commit {env['commit']}"
