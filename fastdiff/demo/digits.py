@@ -30,8 +30,8 @@ def cases() -> list[Case]:
     vp = fd.schedules.VP()
     chain = fd.schedules.Betas(fd.schedules.cosine_betas(1000))
     return [
-        Case("ddpm", "cosine betas", chain, 250),
-        Case("euler_maruyama", "VP", vp, 250),
+        Case("ddpm", "cosine betas", chain, 200),
+        Case("euler_maruyama", "VP", vp, 200),
         Case("ddim", "cosine betas", chain, 40),
         Case("probability_flow", "VP", vp, 40, {"spacing": "logsnr"}),
         Case("heun", "EDM", fd.schedules.EDM(sigma_min=0.005, sigma_max=80.0), 20),

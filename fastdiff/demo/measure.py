@@ -16,8 +16,8 @@ from fastdiff.demo.plain import LOOPS, trip
 __all__ = ["Case", "Sampled", "sample_case"]
 
 Tensor = torch.Tensor
-PLAIN_POINTS = 50
-REPEATS = 3
+PLAIN_POINTS = 25
+REPEATS = 2
 
 
 @dataclass(frozen=True)

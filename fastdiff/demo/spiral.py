@@ -18,7 +18,7 @@ from fastdiff.demo.train import Recipe, Say, fit_denoiser
 __all__ = ["cases", "run"]
 
 SAMPLES = 2000
-RECIPE = Recipe(steps=3000, batch=512, learning_rate=3e-3, level=(-2.2, 1.3), focus=0.5)
+RECIPE = Recipe(steps=3000, batch=512, learning_rate=3e-3, level=(-2.2, 1.3), focus=0.7)
 MAX_DISTANCE = {False: 0.012, True: 0.02}  # by plan.stochastic
 MAX_COVERAGE = 0.015
 
@@ -34,12 +34,12 @@ def cases() -> list[Case]:
         Case("euler_maruyama", "VP", vp, 1000),
         Case("euler_maruyama", "SubVP", subvp, 1000),
         Case("euler_maruyama", "VE", ve, 1000),
-        Case("ddim", "Cosine", fd.schedules.Cosine(), 40),
+        Case("ddim", "linear betas", chain, 40, near),
         Case("probability_flow", "VP", vp, 40, near),
         Case("euler", "Flow", fd.schedules.Flow(), 40, {"t_start": 0.99}),  # eps is undefined at alpha = 0
         Case("heun", "EDM", edm, 20),
         Case("dpmpp_2m", "VP", vp, 20, near),
-        Case("dpmpp_2m", "EDM", edm, 40),
+        Case("dpmpp_2m", "Cosine", fd.schedules.Cosine(), 40, near),
     ]
 
 
