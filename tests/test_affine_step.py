@@ -274,7 +274,7 @@ def test_reference_is_differentiable_and_vectorises():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-@pytest.mark.parametrize("batch", [1, 300])
+@pytest.mark.parametrize("batch", [0, 1, 300, 5000])
 def test_advance(dtype, batch, device):
     row = torch.tensor([0], dtype=torch.int32, device=device)
     times = torch.tensor([9, 7, 4], dtype=dtype, device=device)

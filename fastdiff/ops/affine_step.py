@@ -301,9 +301,11 @@ def advance_ref(row: Tensor, times: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _launch_advance(row: Tensor, times: Tensor, t: Tensor) -> None:
-    kernel = _dispatch.kernels("affine_step").advance_kernel
+    kernel, batch = _dispatch.kernels("affine_step").advance_kernel, t.shape[0]
+    block = min(4096, max(128, 1 << (batch - 1).bit_length() if batch else 128))
+    tile = {"BLOCK": block, "STEPS": -(-batch // block), "num_warps": 1 if block <= 256 else 4}
     with torch.cuda.device_of(row):
-        kernel[(1,)](row, times.contiguous(), t, times.shape[0], t.shape[0], BLOCK=128, num_warps=1)
+        kernel[(1,)](row, times.contiguous(), t, times.shape[0], batch, **tile, enable_fp_fusion=False)
 
 
 _dispatch.register("advance(Tensor(a!) row, Tensor times, Tensor(b!) t) -> ()", _launch_advance)

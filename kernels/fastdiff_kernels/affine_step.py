@@ -124,11 +124,12 @@ def advance_kernel(
     rows,
     batch,
     BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """One program: row += 1 and t[:] = times[row] (the last time again past the end)."""
     row = tl.load(row_ptr) + 1
     time = tl.load(times_ptr + tl.minimum(row, rows - 1))
     tl.store(row_ptr, row)
-    for start in range(0, batch, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for step in tl.static_range(STEPS):
+        at = step * BLOCK + tl.arange(0, BLOCK)
         tl.store(t_ptr + at, time, mask=at < batch)
