@@ -62,7 +62,7 @@ def allocate(
     for k in range(rows):
         rest = np.stack([b[k], d[k], s[k]], axis=1)
         live = sorted(need[k + 1])
-        kept = {}
+        kept: dict[int, int] = {}
         for i in live:
             j = _unchanged(A[k], rest, i)
             if j is not None and j in place and (i == 0) == (place[j] == 0) and place[j] not in kept.values():

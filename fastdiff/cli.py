@@ -145,6 +145,16 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no torch device; write cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is not here: {torch.cuda.device_count()} CUDA devices were found")
+    return device
+
+
 def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, allow_nan=False, default=str))
 
@@ -304,7 +314,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise; default 0")
     sample.add_argument("--first", type=int, default=0, help="index of the first sample; default 0")
     sample.add_argument("--mode", choices=MODES, default="eager", help="how to run; default %(default)s")
-    sample.add_argument("--device", default="cpu", help="torch device; default %(default)s")
+    sample.add_argument("--device", type=_device, default="cpu", help="torch device; default %(default)s")
     sample.add_argument("--out", required=True, metavar="FILE.npy", help="where to write the samples")
     sample.set_defaults(run=run_sample)
 

@@ -60,7 +60,9 @@ def host_rows(plan: Plan) -> list[HostRow]:
         c_skip, c_out, lo, hi, c_in_next = row[:5]
         clamps = lo > -float("inf") or hi < float("inf")
         noisy = any(t.s for t in targets)
-        rows.append(HostRow(c_skip, c_out, lo, hi, clamps, c_in_next, any(t.b for t in targets), noisy, ordered, staged))
+        rows.append(
+            HostRow(c_skip, c_out, lo, hi, clamps, c_in_next, any(t.b for t in targets), noisy, ordered, staged)
+        )
     return rows
 
 
@@ -94,7 +96,13 @@ class EagerStep:
         self.spare = [torch.empty_like(slots[0]) for _ in range(width)]
 
     def __call__(
-        self, k: int, m: Tensor, uncond: Tensor | None, w: float | Tensor | None, noise: Tensor | None, x0: Tensor | None
+        self,
+        k: int,
+        m: Tensor,
+        uncond: Tensor | None,
+        w: float | Tensor | None,
+        noise: Tensor | None,
+        x0: Tensor | None,
     ) -> None:
         """Runs row k. m, uncond: model outputs; w: guidance weight; noise: [B, *] or None; x0: receives p."""
         row, S = self.rows[k], self.slots
@@ -222,9 +230,9 @@ class CompiledStep:
             if it.guided:
                 u, w = next(rest).float(), next(rest)
                 m = u + w * (m - u)
-            n = next(rest) if it.noisy else None
+            n = next(rest) if it.noisy else m
             S = {j: slots[source] for j, source in it.reads}
-            p = None
+            p = m
             if it.uses_p:
                 p = c[1] * m + c[0] * S[0] if it.skip else c[1] * m
                 if it.clamps:

@@ -106,7 +106,7 @@ class LoopGraph:
 
 
 def verify(graph: StepGraph | LoopGraph, request: Request) -> None:
-    """Runs the same rows eagerly and by replay from one start, with poisoned buffers; raises CaptureError if they differ.
+    """Runs the same rows eagerly and by replay from one start, in poisoned buffers; CaptureError if they differ.
 
     Two rows for a StepGraph, all of them for a LoopGraph.
     """

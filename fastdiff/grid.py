@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypedDict, get_type_hints
 
@@ -56,8 +56,9 @@ class Points:
 
     def take(self, index: Array) -> Points:
         """The same points in another order or number (two-evaluation methods)."""
-        arrays = (getattr(self, name)[index] for name in ("t", "alpha", "sigma", "lam", "times"))
-        return Points(*arrays, Conversion(*(c[index] for c in self.convert)), self.clip)
+        convert = Conversion(*(c[index] for c in self.convert))
+        arrays = {name: getattr(self, name)[index] for name in ("t", "alpha", "sigma", "lam", "times")}
+        return replace(self, convert=convert, **arrays)
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,15 @@ def _log_ratio(alpha: Array, sigma: Array) -> Array:
 
 
 def points(
-    schedule: Schedule, t: Array, *, prediction: Prediction = "eps", clip: tuple[float, float] | None = None,
-    sign: int = 1, sigma_data: float | None = None,
+    schedule: Schedule,
+    t: Array,
+    *,
+    prediction: Prediction = "eps",
+    clip: tuple[float, float] | None = None,
+    sign: int = 1,
+    sigma_data: float | None = None,
 ) -> Points:
-    """The schedule at times t [N], with the conversion of `prediction` there."""  # fmt: skip
+    """The schedule at times t [N], with the conversion of `prediction` there."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     data = sigma_data if sigma_data is not None else getattr(schedule, "sigma_data", 0.5)
     convert = conversion(prediction, alpha, sigma, sigma_data=data, sign=sign)
@@ -179,10 +185,15 @@ def _spaced(schedule: Schedule, spacing: str, steps: int, top: float, low: float
 
 
 def _times(
-    schedule: Schedule, steps: int, prediction: Prediction, spacing: str | Sequence[float] | Array | None,
-    final: str, t_start: float | None, t_end: float | None,
+    schedule: Schedule,
+    steps: int,
+    prediction: Prediction,
+    spacing: str | Sequence[float] | Array | None,
+    final: str,
+    t_start: float | None,
+    t_end: float | None,
 ) -> Array:
-    """Evaluation times, and with final="min" the end point behind them."""  # fmt: skip
+    """Evaluation times, and with final="min" the end point behind them."""
     if spacing is not None and not isinstance(spacing, str):
         t = np.asarray(spacing, np.float64)
         if t.ndim != 1 or len(t) != steps + (final == "min"):
@@ -199,7 +210,9 @@ def _times(
     if steps > 1 and not low < top:
         raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}")
     if isinstance(schedule, Betas) and t_start is not None and spacing in ("trailing", "leading"):
-        raise ValueError(f"spacing {spacing!r} of a chain starts at its last time; use linspace with t_start, or start=k")
+        raise ValueError(
+            f"spacing {spacing!r} of a chain starts at its last time; use linspace with t_start, or start=k"
+        )
     return _spaced(schedule, spacing, steps, top, min(low, top), final)
 
 

@@ -81,9 +81,7 @@ class PhiloxNoise(Noise):
         if self.fill is not None:
             self.fill(self.seeds, self.index, self.rows, self.buffer)
         else:
-            rng.normal(
-                self.seeds, self.shape[1:], row=self.rows, stream=ROW_STREAM, index=self.index, out=self.buffer
-            )
+            rng.normal(self.seeds, self.shape[1:], row=self.rows, stream=ROW_STREAM, index=self.index, out=self.buffer)
         self.block = block
 
 
@@ -129,8 +127,6 @@ class CallableNoise(Noise):
             if not isinstance(n, Tensor):
                 raise TypeError(f"noise({k}, like) must return a Tensor, got {type(n).__name__}")
             if n.shape != self.like.shape:
-                raise ValueError(
-                    f"noise({k}, like) must return shape {tuple(self.like.shape)}, got {tuple(n.shape)}"
-                )
+                raise ValueError(f"noise({k}, like) must return shape {tuple(self.like.shape)}, got {tuple(n.shape)}")
             n = n.to(self.like.device, torch.float32).contiguous()
         return n

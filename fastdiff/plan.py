@@ -58,7 +58,7 @@ class Plan:
     init_scale: float = 1.0
     init_noise: float = 0.0
     end: tuple[float, float] = (1.0, 0.0)
-    draws: np.ndarray | None = None
+    draws: np.ndarray = None  # type: ignore[assignment]  # filled in __post_init__
     guidance: np.ndarray | None = None
     _device_tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -101,7 +101,9 @@ class Plan:
         if np.any(np.isnan(self.lo) | np.isnan(self.hi)) or np.any(self.lo > self.hi):
             raise ValueError(f"plan {self.name!r}: every row needs lo <= hi")
         if 0 not in self._need[-1] or self._need[0] != frozenset({0}):
-            raise ValueError(f"plan {self.name!r}: the first row reads slots {sorted(self._need[0])}, only 0 exists there")
+            raise ValueError(
+                f"plan {self.name!r}: the first row reads slots {sorted(self._need[0])}, only 0 exists there"
+            )
         if self.end == (1.0, 0.0):
             if self.s[-1, 0] != 0:
                 raise ValueError(f"plan {self.name!r}: the last row adds noise ({self.s[-1, 0]:g}) to the clean sample")
@@ -111,10 +113,18 @@ class Plan:
 
     @classmethod
     def of(
-        cls, name: str, at: Points, A: np.ndarray, b: np.ndarray, *, d: np.ndarray | None = None,
-        s: np.ndarray | None = None, end: tuple[float, float] = (1.0, 0.0), init_scale: float | None = None,
+        cls,
+        name: str,
+        at: Points,
+        A: np.ndarray,
+        b: np.ndarray,
+        *,
+        d: np.ndarray | None = None,
+        s: np.ndarray | None = None,
+        end: tuple[float, float] = (1.0, 0.0),
+        init_scale: float | None = None,
     ) -> Plan:
-        """A plan evaluated at `at`; r = 1 coefficients may be [N]. init_scale defaults to the first sigma."""  # fmt: skip
+        """A plan evaluated at `at`; r = 1 coefficients may be [N]. init_scale defaults to the first sigma."""
         n = len(at.t)
         A = np.asarray(A, np.float64)
         r = 1 if A.ndim == 1 else A.shape[-1]
@@ -211,8 +221,8 @@ def describe(plan: Plan, *, most: int = 24) -> str:
     """The plan as a table for people: a header and a line a row; long plans show their first and last rows."""
     lines = [
         repr(plan),
-        f"  start: {plan.init_scale:.6g} n0 + {plan.init_noise:.6g} n1;  bytes/element {plan.bytes_per_element().mean():.1f}"
-        f" (fp32);  physical slots {plan.allocate().physical}",
+        f"  start: {plan.init_scale:.6g} n0 + {plan.init_noise:.6g} n1;  "
+        f"fp32 bytes/element {plan.bytes_per_element().mean():.1f};  physical slots {plan.allocate().physical}",
         f"  {'row':>4} {'t':>9} {'model t':>9} {'alpha':>9} {'sigma':>9} {'c_skip':>10} {'c_out':>10}  update",
     ]
     half = most // 2

@@ -93,7 +93,7 @@ def conversion(
         if prediction in ("eps", "score", "edm") and np.any(hopeless):
             raise ValueError(
                 f"prediction {prediction!r} cannot start from zero signal: logsnr < -30 at row "
-                f"{int(np.flatnonzero(hopeless)[0])} (zero terminal SNR); use v, x0 or flow prediction, or an earlier start"
+                f"{int(np.flatnonzero(hopeless)[0])} (zero terminal SNR); use v, x0 or flow prediction, or t_start"
             )
         c_in = 1 / (alpha * np.sqrt((sigma / alpha) ** 2 + sigma_data**2)) if prediction == "edm" else 1 + 0 * alpha
     if not (np.all(np.isfinite(skip)) and np.all(np.isfinite(out))):

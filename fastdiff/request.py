@@ -167,7 +167,10 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
         _one_of("noise", o.noise, ("philox", "torch"))
     sources: list[Any] = [o.x_T, o.x_init, parameter]
     found = next((v.device for v in sources if isinstance(v, Tensor)), torch.device("cpu"))
-    device = torch.device(o.device) if o.device is not None else found
+    try:
+        device = torch.device(o.device) if o.device is not None else found
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be a CPU or CUDA device, got {o.device!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be a CPU or CUDA device, got {device}")
     if device.type == "cuda" and device.index is None:
@@ -179,13 +182,17 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype must be a floating point dtype, got {out_dtype}")
     if o.mode in ("step_graph", "loop_graph") and device.type != "cuda":
-        raise ValueError(f"mode {o.mode!r} needs a CUDA device, this run is on {device}; use 'auto', 'eager' or 'compile'")
+        raise ValueError(
+            f"mode {o.mode!r} needs a CUDA device, this run is on {device}; use 'auto', 'eager' or 'compile'"
+        )
     if o.mode == "loop_graph":
         for name in ("callback", "trajectory"):
             if getattr(o, name):
                 raise ValueError(f"{name} cannot run inside mode 'loop_graph'; use 'step_graph' or 'eager'")
         if o.noise != "philox":
-            raise ValueError("mode 'loop_graph' draws its noise in the kernels: noise must be 'philox'; or use 'step_graph'")
+            raise ValueError(
+                "mode 'loop_graph' draws its noise in the kernels: noise must be 'philox'; or use 'step_graph'"
+            )
     if o.callback is not None and not callable(o.callback):
         raise TypeError(f"callback must be callable as callback(row, t, x, x0), got {type(o.callback).__name__}")
     if o.x_T is not None and o.x_init is not None:

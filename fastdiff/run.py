@@ -148,7 +148,7 @@ class Run:
     def _check(self, m: object) -> None:
         if not isinstance(m, Tensor):
             raise TypeError(
-                f"the model must return a Tensor, got {type(m).__name__}; wrap it, for instance lambda x, t: model(x, t)[0]"
+                f"the model must return a Tensor, got {type(m).__name__}; wrap it: lambda x, t: model(x, t)[0], say"
             )
         if m.shape != self.model_in.shape:
             raise ValueError(
@@ -174,7 +174,9 @@ class Run:
                 seeds=seeded.seeds if seeded else None, index=seeded.index if seeded else None,  # type: ignore[attr-defined]
                 noise=noise, model_in=None if self.aliased else self.model_in, x0=self.x0,
             )  # fmt: skip
-        elif self.compiled is None or not self.compiled(k, m, u, self.w_tensors[k] if self.guided else None, noise, self.x0):
+        elif self.compiled is None or not self.compiled(
+            k, m, u, self.w_tensors[k] if self.guided else None, noise, self.x0
+        ):
             self.eager(k, m, u, self.w_eager[k] if self.guided else None, noise, self.x0)
             self.refresh(k + 1)
         if self.bad is not None:

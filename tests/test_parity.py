@@ -27,7 +27,10 @@ logging.getLogger("diffusers").setLevel(logging.ERROR)
 SHAPE = (2, 3, 8, 8)
 BETAS = {
     "linear": ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}, S.linear_betas(1000)),
-    "scaled_linear": ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, S.scaled_linear_betas(1000)),
+    "scaled_linear": (
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        S.scaled_linear_betas(1000),
+    ),
     "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, S.cosine_betas(1000)),
 }
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -52,33 +55,58 @@ CASES = {
     "ddpm": Case("ddpm", "DDPMScheduler", "ddpm", {"clip_sample": False}, {}, {}, "leading"),
     "ddpm-clip": Case("ddpm", "DDPMScheduler", "ddpm", {"clip_sample": True}, {}, CLIP, "leading"),
     "ddpm-large": Case(
-        "ddpm", "DDPMScheduler", "ddpm", {"clip_sample": True, "variance_type": "fixed_large"}, {},
-        {**CLIP, "variance": "fixed_large"}, "leading",
+        "ddpm",
+        "DDPMScheduler",
+        "ddpm",
+        {"clip_sample": True, "variance_type": "fixed_large"},
+        {},
+        {**CLIP, "variance": "fixed_large"},
+        "leading",
     ),
     "ddim": Case("ddim", "DDIMScheduler", "ddim", {"clip_sample": False}, {}, {}),
     "ddim-eta": Case("ddim", "DDIMScheduler", "ddim", {"clip_sample": False}, {"eta": 0.7}, {"eta": 0.7}),
     "ddim-clip": Case(
-        "ddim", "DDIMScheduler", "ddim", {"clip_sample": True}, {"eta": 0.5},
+        "ddim",
+        "DDIMScheduler",
+        "ddim",
+        {"clip_sample": True},
+        {"eta": 0.5},
         {**CLIP, "eta": 0.5, "use_clipped_model_output": False},
     ),
     "ddim-clip-rederived": Case(
-        "ddim", "DDIMScheduler", "ddim", {"clip_sample": True}, {"eta": 0.5, "use_clipped_model_output": True},
+        "ddim",
+        "DDIMScheduler",
+        "ddim",
+        {"clip_sample": True},
+        {"eta": 0.5, "use_clipped_model_output": True},
         {**CLIP, "eta": 0.5},
     ),
     "euler": Case("euler_discrete", "EulerDiscreteScheduler", "euler", {}, {}, {}, scaled=True),
-    "euler-leading": Case("euler_discrete", "EulerDiscreteScheduler", "euler", {}, {}, {}, "leading", True, ("eps", "v")),
+    "euler-leading": Case(
+        "euler_discrete", "EulerDiscreteScheduler", "euler", {}, {}, {}, "leading", True, ("eps", "v")
+    ),
     "euler_ancestral": Case(
-        "euler_ancestral_discrete", "EulerAncestralDiscreteScheduler", "euler_ancestral", {}, {}, {}, scaled=True,
+        "euler_ancestral_discrete",
+        "EulerAncestralDiscreteScheduler",
+        "euler_ancestral",
+        {},
+        {},
+        {},
+        scaled=True,
         predictions=("eps", "v"),
     ),
     "heun": Case("heun_discrete", "HeunDiscreteScheduler", "heun", {}, {}, {}, scaled=True),
     "heun-clip": Case("heun_discrete", "HeunDiscreteScheduler", "heun", {"clip_sample": True}, {}, CLIP, scaled=True),
     "dpmpp_2m": Case("dpmsolver_multistep", "DPMSolverMultistepScheduler", "dpmpp_2m", {}, {}, {}),
     "dpmpp_2m-clip": Case(
-        "dpmsolver_multistep", "DPMSolverMultistepScheduler", "dpmpp_2m", {"thresholding": True, "sample_max_value": 1.0},
-        {}, CLIP,
+        "dpmsolver_multistep",
+        "DPMSolverMultistepScheduler",
+        "dpmpp_2m",
+        {"thresholding": True, "sample_max_value": 1.0},
+        {},
+        CLIP,
     ),
-}  # fmt: skip
+}
 
 
 def lifted(name: str) -> types.ModuleType:
@@ -97,7 +125,9 @@ def model(x: Tensor, t: Any) -> Tensor:  # noqa: ANN401 - a tensor or a number
     return torch.tanh(1.3 * x + time.to(x.dtype).reshape(-1, 1, 1, 1) / 1000)
 
 
-def stock(case: Case, module: types.ModuleType, config: dict[str, Any], steps: int, x_T: Tensor, noise: Iterator[Tensor]) -> Tensor:
+def stock(
+    case: Case, module: types.ModuleType, config: dict[str, Any], steps: int, x_T: Tensor, noise: Iterator[Tensor]
+) -> Tensor:
     """The scheduler's own loop from the state x_T (alpha x0 + sigma eps), in x_T's dtype."""
     module.randn_tensor = lambda *args, **kwargs: next(noise).to(x_T.dtype)  # type: ignore[attr-defined]
     scheduler = getattr(module, case.scheduler)(timestep_spacing=case.spacing, **config, **case.stock)
@@ -138,9 +168,9 @@ def test_equals_diffusers(name: str, betas: str) -> None:
         finally:
             shipped.randn_tensor = original  # type: ignore[attr-defined]
         source = iter(pool)
-        reference = reference_sample(model, plan, x_T.double(), lambda k, like: next(source).double())
+        reference = reference_sample(model, plan, x_T.double(), lambda k, like, source=source: next(source).double())
         source = iter(pool)
-        ours = fd.sample(model, plan, SHAPE, x_T=x_T, noise=lambda k, like: next(source))
+        ours = fd.sample(model, plan, SHAPE, x_T=x_T, noise=lambda k, like, source=source: next(source))
         scale = exact.abs().max()
 
         def far(a: Tensor, b: Tensor, scale: Tensor = scale) -> float:
@@ -214,7 +244,9 @@ def test_equals_the_textbook_loops() -> None:
     plan = solvers.ddpm(S.Betas(betas), 50)
     same(reference_sample(model, plan, x, lambda k, like: pool[49 - k]), textbook_ddpm(x, betas, lambda t: pool[t]))
     sigmas = np.append(S.EDM().sigma(np.linspace(1, 0, 18)), 0)
-    same(reference_sample(model, solvers.heun(S.EDM(), 18, prediction="x0"), 80 * x, none), textbook_heun(80 * x, sigmas))
+    same(
+        reference_sample(model, solvers.heun(S.EDM(), 18, prediction="x0"), 80 * x, none), textbook_heun(80 * x, sigmas)
+    )
     same(
         reference_sample(model, solvers.dpmpp_2m(S.EDM(), 18, prediction="x0"), 80 * x, none),
         textbook_dpmpp_2m(80 * x, sigmas),

@@ -84,7 +84,9 @@ def test_a_shift_costs_nothing() -> None:
     b = np.zeros((rows, 3))
     b[:, 1] = 1.0
     zero, one = np.zeros((rows, 3)), np.ones(rows)
-    plan = Plan("shift", one, one, one, one, one, one, -one, -np.inf * one, np.inf * one, A, b, zero, zero, end=(1, 0.1))
+    plan = Plan(
+        "shift", one, one, one, one, one, one, -one, -np.inf * one, np.inf * one, A, b, zero, zero, end=(1, 0.1)
+    )
     a = plan.allocate()
     assert a.copies == 0 and a.physical == 3
     steady = plan.bytes_per_element()[3:-2]

@@ -128,7 +128,9 @@ def test_times_reach_the_model() -> None:
         return x * 0.5
 
     fd.sample(model, solvers.ddim(CHAIN, 4), (3, 2))
-    assert [t.dtype for t in seen] == [torch.int64] * 4 and [t.tolist() for t in seen] == [[v] * 3 for v in (999, 749, 499, 249)]
+    assert [t.dtype for t in seen] == [torch.int64] * 4 and [t.tolist() for t in seen] == [
+        [v] * 3 for v in (999, 749, 499, 249)
+    ]
     seen.clear()
     fd.sample(model, solvers.ddim(S.VP(), 4), (3, 2), dtype=torch.bfloat16)
     assert all(t.dtype == torch.float32 and t.shape == (3,) for t in seen)
@@ -182,7 +184,9 @@ def test_guidance(name: str, kind: str, batched: bool) -> None:
         "row-sample": torch.linspace(1, 3, n)[:, None] * torch.tensor([1.0, 0.5, 2.0]),
         "array": np.linspace(1, 3, n)[:, None],
     }[kind]
-    table = torch.as_tensor(w, dtype=torch.float64).reshape((1, 1) if kind == "number" else (-1, 3) if kind == "sample" else (n, -1))
+    table = torch.as_tensor(w, dtype=torch.float64).reshape(
+        (1, 1) if kind == "number" else (-1, 3) if kind == "sample" else (n, -1)
+    )
     table = table.expand(n, batch)
     c, u = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([-0.1, 0.0, 0.1])
     model, row = Conditional(), iter(range(n))
@@ -259,7 +263,9 @@ def test_torch_noise_is_torchs_own_stream() -> None:
     plan = PLANS["ddpm"]
     draw = torch.Generator().manual_seed(42)
     x_T = torch.randn(3, 5, 4, generator=draw)
-    want = reference_sample(elementwise, plan, x_T.double() * plan.init_scale, lambda k, x: torch.randn(3, 5, 4, generator=draw).double())
+    want = reference_sample(
+        elementwise, plan, x_T.double() * plan.init_scale, lambda k, x: torch.randn(3, 5, 4, generator=draw).double()
+    )
     got = fd.sample(elementwise, plan, (3, 5, 4), noise="torch", generator=torch.Generator().manual_seed(42))
     assert (got - want).abs().max() <= 1e-5
     assert torch.equal(got, fd.sample(elementwise, plan, (3, 5, 4), noise="torch", seed=42))
@@ -296,7 +302,11 @@ class _Allocations(TorchDispatchMode):
         self.size, self.known, self.made = size, set(), []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        before = {a.untyped_storage().data_ptr() for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+        before = {
+            a.untyped_storage().data_ptr()
+            for a in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(a, Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for o in torch.utils._pytree.tree_leaves(out):
             if isinstance(o, Tensor) and o.numel() >= self.size and o.untyped_storage().data_ptr() not in before:
@@ -310,7 +320,12 @@ def test_an_eager_loop_allocates_nothing_per_step(plan: fd.Plan, guided: bool, m
     monkeypatch.setattr("fastdiff.noise.BLOCK_ELEMENTS", 1)  # noise a row at a time, as for large states
     m = torch.linspace(-1, 1, 2 * 4096).view(2, 4096)
 
-    guidance: dict[str, Any] = {"cond": {"which": 1}, "uncond": {"which": 2}, "guidance": 2.0, "batched_guidance": False}
+    guidance: dict[str, Any] = {
+        "cond": {"which": 1},
+        "uncond": {"which": 2},
+        "guidance": 2.0,
+        "batched_guidance": False,
+    }
     options = guidance if guided else {}
     sampler = fd.Sampler(lambda x, t, which=0: m, plan, mode="eager", **options)
     sampler((2, 4096))  # buffers
@@ -372,7 +387,11 @@ def test_check_finite(mode: str, where: int) -> None:
     def model(x: Tensor, t: Tensor) -> Tensor:
         calls.append(0)
         out = elementwise(x, t)
-        return out.index_fill(1, torch.tensor([2]), torch.nan if where == 3 else torch.inf) if len(calls) == where + 1 else out
+        return (
+            out.index_fill(1, torch.tensor([2]), torch.nan if where == 3 else torch.inf)
+            if len(calls) == where + 1
+            else out
+        )
 
     if mode == "raise":
         with pytest.raises(ValueError, match=f"not finite, first at row {where} of 13"):
@@ -404,7 +423,11 @@ PLAN = PLANS["heun"]
         (lambda: fd.sample(MODEL, PLAN, ()), ValueError, r"shape must be \(B, ...\)"),
         (lambda: fd.sample(MODEL, PLAN, (2.5, 2)), ValueError, r"shape must be \(B, ...\)"),
         (lambda: fd.sample(MODEL, PLAN, (-1, 2)), ValueError, "integers >= 0"),
-        (lambda: fd.sample(MODEL, PLAN, (1, 2), mode="fast"), ValueError, "valid: auto, eager, compile, step_graph, loop_graph"),
+        (
+            lambda: fd.sample(MODEL, PLAN, (1, 2), mode="fast"),
+            ValueError,
+            "valid: auto, eager, compile, step_graph, loop_graph",
+        ),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), mode="step_graph"), ValueError, "needs a CUDA device"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), mode="loop_graph"), ValueError, "needs a CUDA device"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), noise="normal"), ValueError, "valid: philox, torch"),
@@ -417,31 +440,58 @@ PLAN = PLANS["heun"]
         (lambda: fd.sample(MODEL, PLAN, (1, 2), generator=torch.Generator()), ValueError, "noise='torch' only"),
         (lambda: fd.sample(MODEL, PLAN, (3, 2), noise="torch", generator=[torch.Generator()] * 2), ValueError, "or 3"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), noise="torch", generator=5), TypeError, "generator must be"),
-        (lambda: fd.sample(MODEL, PLAN, (1, 2), x_T=torch.zeros(1, 3)), ValueError, r"x_T must have the shape asked for, \(1, 2\)"),
+        (
+            lambda: fd.sample(MODEL, PLAN, (1, 2), x_T=torch.zeros(1, 3)),
+            ValueError,
+            r"x_T must have the shape asked for, \(1, 2\)",
+        ),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), x_T=torch.zeros(1, 2, dtype=torch.int64)), TypeError, "floating point"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), x_T=[[0, 0]]), TypeError, "x_T must be a Tensor"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), x_T=torch.zeros(1, 2, device="meta")), ValueError, "meta"),
-        (lambda: fd.sample(MODEL, PLAN, (1, 2), x_T=torch.zeros(1, 2), x_init=torch.zeros(1, 2)), ValueError, "not both"),
+        (
+            lambda: fd.sample(MODEL, PLAN, (1, 2), x_T=torch.zeros(1, 2), x_init=torch.zeros(1, 2)),
+            ValueError,
+            "not both",
+        ),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), guidance=2.0), ValueError, "guidance needs uncond"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), uncond={}), ValueError, "without guidance"),
         (lambda: fd.sample(MODEL, PLAN, (2, 2), uncond={}, guidance=[1.0, 2.0, 3.0]), ValueError, r"\(2,\) per sample"),
         (lambda: fd.sample(MODEL, PLAN, (2, 2), uncond={}, guidance=float("nan")), ValueError, "finite"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), cond=[1]), TypeError, "cond must be a dict"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), callback=3), TypeError, "callback must be callable"),
-        (lambda: fd.sample(MODEL, PLAN, (1, 2), callback=lambda *a: torch.zeros(3)), ValueError, "callback must return a state"),
+        (
+            lambda: fd.sample(MODEL, PLAN, (1, 2), callback=lambda *a: torch.zeros(3)),
+            ValueError,
+            "callback must return a state",
+        ),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), callback=lambda *a: 3), TypeError, "None or a Tensor"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), dtype=torch.float64), TypeError, "dtype, the model's input type"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), out_dtype=torch.int64), TypeError, "out_dtype must be"),
         (lambda: fd.Sampler(MODEL, PLAN, stepz=3), TypeError, "unknown option 'stepz'; valid: seed"),
         (lambda: fd.Sampler(MODEL, PLAN)((1, 2), steps=3), TypeError, "unknown option 'steps'"),
-        (lambda: fd.sample(lambda x, t: x[:, :1], PLAN, (1, 2)), ValueError, r"shape of its input, \(1, 2\), got \(1, 1\)"),
+        (
+            lambda: fd.sample(lambda x, t: x[:, :1], PLAN, (1, 2)),
+            ValueError,
+            r"shape of its input, \(1, 2\), got \(1, 1\)",
+        ),
         (lambda: fd.sample(lambda x, t: (x,), PLAN, (1, 2)), TypeError, "must return a Tensor, got tuple"),
         (lambda: fd.sample(lambda x, t: x.double(), PLAN, (1, 2)), TypeError, "got torch.float64"),
         (lambda: fd.sample(lambda x, t: x.mul_(2), PLAN, (1, 2)), ValueError, "in place"),
         (lambda: fd.sample(MODEL, PLANS["ddpm"], (1, 2), noise=lambda row, like: 0), TypeError, "must return a Tensor"),
-        (lambda: fd.sample(MODEL, PLANS["ddpm"], (1, 2), noise=lambda row, like: torch.zeros(3)), ValueError, "must return shape"),
         (
-            lambda: fd.sample(Conditional(), PLAN, (2, 2), cond={"shift": torch.zeros(2)}, uncond={"shift": torch.zeros(3)}, guidance=2.0),
+            lambda: fd.sample(MODEL, PLANS["ddpm"], (1, 2), noise=lambda row, like: torch.zeros(3)),
+            ValueError,
+            "must return shape",
+        ),
+        (
+            lambda: fd.sample(
+                Conditional(),
+                PLAN,
+                (2, 2),
+                cond={"shift": torch.zeros(2)},
+                uncond={"shift": torch.zeros(3)},
+                guidance=2.0,
+            ),
             ValueError,
             "cannot be joined",
         ),

@@ -94,7 +94,9 @@ def test_fixed_large_keeps_its_own_variance_recursion(schedule: S.Schedule, fina
 
 
 @parametrize
-@pytest.mark.parametrize("schedule", [S.VP(), S.SubVP(), S.VE(0.02, 10.0), S.EDM(0.02, 10.0), S.Flow(), S.Cosine()], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [S.VP(), S.SubVP(), S.VE(0.02, 10.0), S.EDM(0.02, 10.0), S.Flow(), S.Cosine()], ids=str
+)
 def test_convergence_order(case: Case, schedule: S.Schedule) -> None:
     """Gaussian data N(0.7, 0.5^2), ideal model: the end's mean and variance (or its gain) against the exact ones."""
     if "variance" in case.options:
@@ -179,8 +181,10 @@ def test_both_clip_dialects() -> None:
     assert np.all(kept.d[:-1] != 0) and kept.clamped
     plain = solvers.ddim(CHAIN, 10)
     # without saturation both dialects are the same map of (x, m)
-    np.testing.assert_allclose(kept.A[:, 0, 0] + kept.b[:, 0] * kept.c_skip, plain.A[:, 0, 0] + plain.b[:, 0] * plain.c_skip, rtol=1e-12)  # fmt: skip
-    np.testing.assert_allclose(kept.d[:, 0] + kept.b[:, 0] * kept.c_out, plain.b[:, 0] * plain.c_out, rtol=1e-12)
+    of_x = [q.A[:, 0, 0] + q.b[:, 0] * q.c_skip for q in (kept, plain)]
+    of_m = [q.d[:, 0] + q.b[:, 0] * q.c_out for q in (kept, plain)]
+    np.testing.assert_allclose(of_x[0], of_x[1], rtol=1e-12)
+    np.testing.assert_allclose(of_m[0], of_m[1], rtol=1e-12)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "score", "flow", "edm"])

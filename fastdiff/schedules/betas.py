@@ -25,22 +25,22 @@ class Betas(Schedule):
     """
 
     def __init__(self, betas: Sequence[float] | np.ndarray | torch.Tensor) -> None:
-        if isinstance(betas, torch.Tensor):
-            betas = betas.detach().cpu().numpy()
-        betas = np.array(betas, np.float64)
-        if betas.ndim != 1 or betas.size == 0:
-            raise ValueError(f"betas must be a non-empty 1-D array, got shape {betas.shape}")
-        if not np.all((betas > 0) & (betas <= 1)):
-            i = int(np.flatnonzero(~((betas > 0) & (betas <= 1)))[0])
-            raise ValueError(f"betas must be in (0, 1], got betas[{i}] = {betas[i]}")
-        if np.any(betas[:-1] == 1):
-            i = int(np.flatnonzero(betas[:-1] == 1)[0])
-            raise ValueError(f"beta = 1 is allowed as the last beta only, got betas[{i}] = 1 of {len(betas)}")
-        betas.setflags(write=False)
-        self.betas = betas
-        self.t_max = float(len(betas) - 1)
+        host = betas.detach().cpu().numpy() if isinstance(betas, torch.Tensor) else betas
+        values = np.array(host, np.float64)
+        if values.ndim != 1 or values.size == 0:
+            raise ValueError(f"betas must be a non-empty 1-D array, got shape {values.shape}")
+        outside = ~((values > 0) & (values <= 1))
+        if np.any(outside):
+            i = int(np.flatnonzero(outside)[0])
+            raise ValueError(f"betas must be in (0, 1], got betas[{i}] = {values[i]}")
+        if np.any(values[:-1] == 1):
+            i = int(np.flatnonzero(values[:-1] == 1)[0])
+            raise ValueError(f"beta = 1 is allowed as the last beta only, got betas[{i}] = 1 of {len(values)}")
+        values.setflags(write=False)
+        self.betas = values
+        self.t_max = float(len(values) - 1)
         with np.errstate(divide="ignore"):
-            log_alpha_bar = np.cumsum(np.log1p(-betas))
+            log_alpha_bar = np.cumsum(np.log1p(-values))
             self._alpha = np.exp(0.5 * log_alpha_bar)
             self._sigma = np.sqrt(-np.expm1(log_alpha_bar))
             self._ell = np.log(self._sigma) - 0.5 * log_alpha_bar  # ln(sigma / alpha)
@@ -65,6 +65,9 @@ class Betas(Schedule):
 
     def _lookup(self, t: Array) -> tuple[Array, Array]:
         t = self._time(t)
+        alpha: Array
+        sigma: Array
+        ell: Array
         if isinstance(t, torch.Tensor):
             alpha, sigma, ell = self._tables(t.device)
             low = t.floor().clamp(0, max(self.t_max - 1, 0)).long()

@@ -92,7 +92,7 @@ class VE(Schedule):
         alpha = 1,  sigma = sigma_min (sigma_max / sigma_min)^t
 
     Args: sigma_min, sigma_max: noise levels at t = 0 and t = 1, in units of the data.
-    Source: Song et al. 2021, arXiv:2011.13456, eq. 30; the continuous form, so g^2 = 2 sigma^2 ln(sigma_max / sigma_min).
+    Source: Song et al. 2021, arXiv:2011.13456, eq. 30, so g^2 = 2 sigma^2 ln(sigma_max / sigma_min).
     """
 
     sigma_min: float = 0.01

@@ -30,9 +30,7 @@ def _gaussian_rows(grid: Grid, eta: float) -> tuple[np.ndarray, np.ndarray, np.n
     return A, b, eta * sigma * np.sqrt(-np.expm1(-2 * h))
 
 
-def ddpm(
-    schedule: Schedule, steps: int, *, variance: str = "fixed_small", **options: Unpack[GridOptions]
-) -> Plan:  # fmt: skip
+def ddpm(schedule: Schedule, steps: int, *, variance: str = "fixed_small", **options: Unpack[GridOptions]) -> Plan:
     """DDPM ancestral sampling: the exact posterior q(x' | x, x0) with x0 = p.
 
         x' = (sigma'/sigma) e^-h x + alpha' (1 - e^-2h) p + s n,   h = ln(alpha'/sigma') - ln(alpha/sigma)
@@ -54,7 +52,11 @@ def ddpm(
 
 
 def ddim(
-    schedule: Schedule, steps: int, *, eta: float = 0.0, use_clipped_model_output: bool = True,
+    schedule: Schedule,
+    steps: int,
+    *,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = True,
     **options: Unpack[GridOptions],
 ) -> Plan:
     """DDIM: deterministic at eta = 0, DDPM's posterior at eta = 1.
@@ -66,7 +68,7 @@ def ddim(
         False keeps the model's own eps (diffusers' default). The rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot, order 1 (eta = 0).
     Source: Song et al. 2021, arXiv:2010.02502, eq. 12 and 16.
-    """  # fmt: skip
+    """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta!r}")
     grid = make_grid(schedule, steps, options)
@@ -84,16 +86,14 @@ def euler(schedule: Schedule, steps: int, **options: Unpack[GridOptions]) -> Pla
         x' = (sigma'/sigma) x + alpha' (1 - e^-h) p
 
     The same update as DDIM with eta = 0, whatever the schedule.
-    Returns: Plan, nfe = steps, 1 slot, order 1. Source: Karras et al. 2022, arXiv:2206.00364, algorithm 1 (no correction).
+    Returns: Plan, nfe = steps, 1 slot, order 1. Source: Karras et al. 2022, arXiv:2206.00364, alg. 1.
     """
     grid = make_grid(schedule, steps, options)
     A, b, _ = _gaussian_rows(grid, 0.0)
     return Plan.of("euler", grid.at, A, b, end=grid.end)
 
 
-def euler_ancestral(
-    schedule: Schedule, steps: int, *, eta: float = 1.0, **options: Unpack[GridOptions]
-) -> Plan:
+def euler_ancestral(schedule: Schedule, steps: int, *, eta: float = 1.0, **options: Unpack[GridOptions]) -> Plan:
     """Euler to sigma_down, then fresh noise up to sigma' (in units of sigma/alpha).
 
         r = sigma/alpha,  up = min(r', eta r' sqrt(1 - r'^2/r^2)),  down^2 = r'^2 - up^2
@@ -102,7 +102,7 @@ def euler_ancestral(
     For eta <= 1 this is DDIM with the same eta; above, up is capped at r'.
     Args: eta >= 0; the rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot, weak order 1. Source: k-diffusion's sample_euler_ancestral.
-    """  # fmt: skip
+    """
     if not eta >= 0 or not np.isfinite(eta):
         raise ValueError(f"eta must be a finite number >= 0, got {eta!r}")
     grid = make_grid(schedule, steps, options)

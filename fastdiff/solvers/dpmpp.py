@@ -15,9 +15,7 @@ __all__ = ["dpmpp_2m"]
 FEW_STEPS = 15
 
 
-def dpmpp_2m(
-    schedule: Schedule, steps: int, *, lower_order_final: bool = True, **options: Unpack[GridOptions]
-) -> Plan:
+def dpmpp_2m(schedule: Schedule, steps: int, *, lower_order_final: bool = True, **options: Unpack[GridOptions]) -> Plan:
     """DPM-Solver++(2M): second-order multistep on x0, in lam = ln(alpha/sigma).
 
         D = p + (p - p_prev) h / (2 h_prev),   x' = (sigma'/sigma) x + alpha' (1 - e^-h) D
@@ -27,7 +25,7 @@ def dpmpp_2m(
         the rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 2 slots (x, p_prev), order 2.
     Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
-    """  # fmt: skip
+    """
     grid = make_grid(schedule, steps, options)
     n, h = len(grid.at.t), grid.h
     weight = np.zeros(n)

@@ -16,7 +16,7 @@ __all__ = ["heun"]
 def heun(schedule: Schedule, steps: int, **options: Unpack[GridOptions]) -> Plan:
     """Heun (explicit trapezoid) on the probability-flow ODE in d(x/alpha) / d(sigma/alpha) = eps.
 
-        y = x / alpha, r = sigma / alpha;   y^ = y + (r' - r) eps(y, r);   y' = y + (r' - r) (eps(y, r) + eps(y^, r')) / 2
+        y^ = y + (r' - r) eps(y, r),   y' = y + (r' - r) (eps(y, r) + eps(y^, r')) / 2,   y = x/alpha, r = sigma/alpha
 
     On Flow: dx/dsigma = eps - x0 in place of it. A step that ends clean is one Euler row (x' = p).
     Slots: x^, and eps at the step's start; as x' = x^ + alpha' (r' - r) (eps^ - eps) / 2 keeps most digits where r'/r

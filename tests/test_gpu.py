@@ -1,0 +1,196 @@
+"""What only a CUDA device can show: modes, graphs and their nodes, noise, large offsets. Run with -m gpu."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff import ops, rng, solvers
+from fastdiff import schedules as S
+
+pytestmark = pytest.mark.gpu
+CHAIN = S.Betas(S.scaled_linear_betas(1000))
+SHAPE = (4, 3, 17, 5)
+PLANS = {
+    "ddpm": solvers.ddpm(CHAIN, 20, clip=(-1, 1)),
+    "heun": solvers.heun(S.EDM(), 10, prediction="edm"),
+    "dpmpp_2m": solvers.dpmpp_2m(CHAIN, 20, prediction="v"),
+    "flow": solvers.euler(S.Flow(3.0), 12, prediction="flow"),
+    "euler_maruyama": solvers.euler_maruyama(S.VP(), 20, prediction="score"),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+
+
+def model(x: Tensor, t: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+    time = t.view(-1, *[1] * (x.dim() - 1)).to(x.dtype) / 1000
+    return torch.tanh(1.3 * x + time) + (shift.view(-1, 1, 1, 1) if isinstance(shift, Tensor) else shift)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a.cpu() - b.cpu()).abs().max() <= 1e-5 * b.abs().max().cpu())
+
+
+def kernels(run: Callable[[], object]) -> int:
+    """CUDA kernels (not copies or fills) that a call launches, replays included."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not n.lower().startswith(("memcpy", "memset")) for n in names)
+
+
+@plans
+def test_cpu_and_every_mode_give_the_same_samples(plan: fd.Plan) -> None:
+    want = fd.sample(model, plan, SHAPE, seed=3)
+    for mode in ("eager", "step_graph", "loop_graph", "auto"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            sampler = fd.Sampler(model, plan, mode=mode, device="cuda")
+            for _ in range(2):  # the second call replays what the first captured
+                assert close(sampler(SHAPE, seed=3), want), mode
+            other = sampler(SHAPE, seed=4)
+        assert close(other, fd.sample(model, plan, SHAPE, seed=4)), mode
+
+
+@plans
+@pytest.mark.parametrize("mode", ["eager", "step_graph", "loop_graph"])
+def test_a_sample_does_not_depend_on_its_batch(plan: fd.Plan, mode: str) -> None:
+    out = [fd.Sampler(model, plan, mode=mode, device="cuda")((b, *SHAPE[1:]), seed=5) for b in (1, 7, 64)]
+    assert torch.equal(out[0], out[1][:1]) and torch.equal(out[1], out[2][:7])
+
+
+@pytest.mark.parametrize("mode", ["eager", "step_graph", "loop_graph"])
+@pytest.mark.parametrize("batched", [True, False])
+def test_guidance(mode: str, batched: bool) -> None:
+    plan = PLANS["dpmpp_2m"]
+    w = torch.linspace(1, 3, plan.nfe)[:, None] * torch.tensor([1.0, 0.5, 2.0, 1.5])
+    outputs = []
+    for device in ("cpu", "cuda"):
+        c, u = torch.linspace(0, 1, 4, device=device), torch.linspace(1, 0, 4, device=device)
+        sampler = fd.Sampler(
+            model, plan, mode="eager" if device == "cpu" else mode, device=device, batched_guidance=batched
+        )
+        outputs += [sampler(SHAPE, seed=1, cond={"shift": v}, uncond={"shift": u}, guidance=w) for v in (c, 2 * c)]
+    assert close(outputs[2], outputs[0]) and close(outputs[3], outputs[1])
+
+
+@pytest.mark.parametrize("mode", ["eager", "step_graph"])
+def test_callbacks_and_trajectories(mode: str) -> None:
+    plan = PLANS["heun"]
+
+    def callback(row: int, t: Tensor, x: Tensor, x0: Tensor) -> Tensor | None:
+        return 0.9 * x if row % 2 else None
+
+    want, kept = fd.sample(model, plan, SHAPE, seed=2, callback=callback, trajectory=True)
+    got, seen = fd.Sampler(model, plan, mode=mode, device="cuda")(SHAPE, seed=2, callback=callback, trajectory=True)
+    assert close(got, want) and close(seen.x, kept.x) and close(seen.x0, kept.x0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models(dtype: torch.dtype) -> None:
+    def low(x: Tensor, t: Tensor) -> Tensor:
+        return model(x.float(), t).to(dtype)
+
+    for plan in PLANS.values():
+        want = fd.sample(low, plan, SHAPE, seed=2, dtype=dtype)
+        for mode in ("eager", "loop_graph"):
+            got = fd.Sampler(low, plan, mode=mode, device="cuda", dtype=dtype)(SHAPE, seed=2).cpu()
+            assert (got - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_torch_noise_in_a_step_graph() -> None:
+    plan = PLANS["ddpm"]
+    x = [
+        fd.Sampler(model, plan, mode=mode, device="cuda", noise="torch")(
+            SHAPE, generator=torch.Generator("cuda").manual_seed(1)
+        )
+        for mode in ("eager", "step_graph")
+    ]
+    assert close(x[1], x[0])
+
+
+@plans
+def test_nodes_beyond_the_model(plan: fd.Plan) -> None:
+    """loop_graph: 1 kernel a row; step_graph: 2. The model is one kernel (tanh of its input)."""
+
+    def one_kernel(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    for mode, beyond in (("loop_graph", 1), ("step_graph", 2)):
+        sampler = fd.Sampler(one_kernel, plan, mode=mode, device="cuda")
+        sampler(SHAPE)
+        graph = next(iter(sampler._runs.values())).graph
+        assert graph is not None
+        graph.rewind()
+        rows = plan.nfe if mode == "loop_graph" else 1
+        assert kernels(lambda graph=graph: graph.advance(0)) == rows * (1 + beyond)  # type: ignore[misc]
+
+
+def test_a_model_that_cannot_be_captured_falls_back_loudly() -> None:
+    def syncing(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x) * float(t[0].item() > -1)
+
+    plan = PLANS["dpmpp_2m"]
+    sampler = fd.Sampler(syncing, plan, mode="step_graph", device="cuda")
+    with pytest.warns(RuntimeWarning, match="sampling runs eagerly"):
+        x = sampler(SHAPE, seed=1)
+    assert close(x, fd.sample(syncing, plan, SHAPE, seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # once
+        sampler(SHAPE, seed=1)
+
+
+def test_new_seeds_and_conditions_reach_a_captured_graph() -> None:
+    plan = PLANS["ddpm"]
+    sampler = fd.Sampler(model, plan, mode="loop_graph", device="cuda")
+    for seed, shift in itertools.product((1, 2), (0.0, 1.0)):
+        cond = {"shift": torch.full((4,), shift)}
+        got = sampler(SHAPE, seed=seed, cond={"shift": cond["shift"].cuda()})
+        assert close(got, fd.sample(model, plan, SHAPE, seed=seed, cond=cond))
+
+
+def test_noise_equals_the_cpus() -> None:
+    for n in (1, 5, 4099, 1 << 20):
+        want = rng.normal([3, 2**62 + 5], (n,), row=7, stream=1, index=[0, 9])
+        got = rng.normal([3, 2**62 + 5], (n,), row=7, stream=1, index=[0, 9], device="cuda")
+        assert (got.cpu() - want).abs().max() <= 2e-6
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements() -> None:
+    n = 2**31 + 4100
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    x = torch.zeros(1, 1, n, device="cuda")
+    m = torch.ones(1, n, device="cuda", dtype=torch.bfloat16)
+    plan = solvers.ddpm(CHAIN, 2)
+    row = torch.zeros(1, dtype=torch.int32, device="cuda")
+    seeds, index = rng.keys(5, batch=1, device="cuda")
+    ops.affine_step(x, m, plan.pack("cuda"), row, slots=1, seeds=seeds, index=index)
+    for start in (0, 2**31 - 2050, n - 4100):  # the same tail elements, drawn on the CPU from their own counters
+        at = start // 4 * 4
+        quads = torch.arange(at // 4, at // 4 + 1000)
+        zero = torch.zeros_like(quads)
+        words = rng.philox(quads, zero, zero + 1, zero, zero + 5, zero)
+        z = torch.stack([*rng.box_muller(words[0], words[1]), *rng.box_muller(words[2], words[3])], -1).flatten()
+        want = plan.b[0, 0] * plan.c_out[0] + plan.s[0, 0] * z
+        assert (x[0, 0, at : at + 4000].cpu() - want).abs().max() <= 1e-5
+
+
+def test_auto_keeps_a_graph_only_where_it_pays(monkeypatch: Any) -> None:
+    from fastdiff import graph as graphs
+
+    for answer in (True, False):
+        monkeypatch.setattr(graphs, "pays", lambda *args, answer=answer: answer)
+        sampler = fd.Sampler(model, PLANS["heun"], device="cuda")
+        sampler(SHAPE)
+        assert (next(iter(sampler._runs.values())).graph is not None) == answer
