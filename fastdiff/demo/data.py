@@ -21,7 +21,7 @@ def _spiral_at(t: Tensor) -> Tensor:
 
 
 def spiral(count: int, generator: torch.Generator) -> Tensor:
-    """Points (t cos t, t sin t) / (4 pi) - 1/8 with t uniform in [1.5 pi, 4.5 pi], [count, 2], inside [-1, 1]^2."""
+    """Points (t cos t, t sin t) / (4 pi) - 1/8 with t uniform in [1.5 pi, 4.5 pi], [count, 2], |x| <= 1.004."""
     return _spiral_at(T_LOW + (T_HIGH - T_LOW) * torch.rand(count, generator=generator))
 
 

@@ -59,7 +59,7 @@ def fit_denoiser(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = make()
-    weights = [p for p in net.parameters()]
+    weights = list(net.parameters())
     average = [p.detach().clone() for p in weights]
     optimiser = torch.optim.Adam(weights, lr=recipe.learning_rate)
     warmup = torch.optim.lr_scheduler.OneCycleLR(
@@ -81,7 +81,7 @@ def fit_denoiser(
         warmup.step()
         keep = min(0.998, (step + 1) / (step + 10))
         torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - keep)
-        if step >= 0.9 * recipe.steps:
+        if step >= recipe.steps - math.ceil(recipe.steps / 10):
             recent.append(loss.item())
         if (step + 1) % math.ceil(recipe.steps / 5) == 0:
             say(f"  step {step + 1}/{recipe.steps}, loss {loss.item():.3f}")
