@@ -205,24 +205,14 @@ def normal(
 
 
 def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Reused temporaries [6, size] int64 and [4, size] fp32, so that a sampling loop allocates nothing a step."""
+    """Reused temporaries [7, size] int64 (the last: 0, 1, ...) and [8, size] fp32: a loop allocates nothing a step."""
     cache = _scratch.__dict__.setdefault("cache", {})
     held = cache.get(device)
     if held is None or held[0].shape[1] < size:
-        held = (
-            torch.empty((6, size), dtype=torch.int64, device=device),
-            torch.empty((4, size), dtype=torch.float32, device=device),
-        )
-        cache[device] = held
+        ints = torch.empty((7, size), dtype=torch.int64, device=device)
+        torch.arange(size, out=ints[6])
+        held = cache[device] = (ints, torch.empty((8, size), dtype=torch.float32, device=device))
     return held
-
-
-def _counters(quads: int, device: torch.device) -> Tensor:
-    """0 .. quads - 1, kept between calls."""
-    held = _scratch.__dict__.get("counters")
-    if held is None or held.numel() < quads or held.device != device:
-        held = _scratch.counters = torch.arange(quads, device=device)
-    return held[:quads]
 
 
 @torch.no_grad()
@@ -238,22 +228,24 @@ def _fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, stream: int) 
     flat = out.view(pairs, n)
     wide = min(quads, CHUNK)
     tall = max(1, min(pairs, CHUNK // wide))
-    counters = _counters(quads, out.device).view(1, quads)
     for p in range(0, pairs, tall):
         q = min(pairs, p + tall)
         for a in range(0, quads, wide):
             b = min(quads, a + wide)
-            _fill_chunk(flat[p:q, 4 * a : min(n, 4 * b)], counters[:, a:b], c1[p:q], stream, c3[p:q], k0[p:q], k1[p:q])
+            _fill_chunk(flat[p:q, 4 * a : min(n, 4 * b)], a, b - a, c1[p:q], stream, c3[p:q], k0[p:q], k1[p:q])
 
 
-def _fill_chunk(out: Tensor, c0: Tensor, c1: Tensor, stream: int, c3: Tensor, k0: Tensor, k1: Tensor) -> None:
-    """Philox and Box-Muller of one chunk [pairs, quads] with no allocation of its size."""
-    pairs, quads = k0.shape[0], c0.shape[1]
+def _fill_chunk(
+    out: Tensor, first: int, quads: int, c1: Tensor, stream: int, c3: Tensor, k0: Tensor, k1: Tensor
+) -> None:
+    """Philox and Box-Muller of counters first .. first + quads - 1 of some pairs, with no allocation of that size."""
+    pairs = k0.shape[0]
     size = pairs * quads
     ints, floats = _buffers(size, out.device)
     w = [ints[i, :size].view(pairs, quads) for i in range(6)]
     x0, x1, x2, x3, p0, p1 = w
-    x0.copy_(c0.expand(pairs, quads))
+    torch.add(ints[6, :quads], first, out=x0[0])
+    x0[1:].copy_(x0[:1].expand(pairs - 1, quads))
     x1.copy_(c1.expand(pairs, quads))
     x2.fill_(stream)
     x3.copy_(c3.expand(pairs, quads))
@@ -269,7 +261,7 @@ def _fill_chunk(out: Tensor, c0: Tensor, c1: Tensor, stream: int, c3: Tensor, k0
         k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
     r, angle, s = (floats[i, :size].view(pairs, quads) for i in range(3))
     whole = out.shape[1] == 4 * quads
-    lanes = out.unflatten(1, (quads, 4)) if whole else torch.empty((pairs, quads, 4), device=out.device)
+    lanes = out.unflatten(1, (quads, 4)) if whole else floats[4:8].view(-1)[: 4 * size].view(pairs, quads, 4)
     signed = floats[3, :size].view(torch.int32).view(pairs, quads)
     for lane, (i0, i1) in enumerate(((x0, x1), (x2, x3))):
         r.copy_(i0).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()

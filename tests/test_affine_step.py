@@ -273,6 +273,15 @@ def test_reference_is_differentiable_and_vectorises():
     assert torch.allclose(mapped, torch.stack([step(s, o) for s, o in zip(states, outs, strict=True)]))
 
 
+def test_registration(kernel_device):
+    """The registered operation's schema names what it writes, and it has a fake implementation."""
+    table, state = make_table(2, 2).to(kernel_device), torch.randn(2, 3, 5, device=kernel_device)
+    m, row = torch.randn(3, 5, device=kernel_device), torch.tensor([1], device=kernel_device)
+    seeds, x = torch.arange(3, device=kernel_device), torch.empty(3, 5, device=kernel_device)
+    args = (state, m, table, row, 2, None, None, seeds, None, 1, None, x, torch.empty_like(x))
+    torch.library.opcheck(torch.ops.fastdiff.affine_step.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 @pytest.mark.parametrize("batch", [0, 1, 300, 5000])
 def test_advance(dtype, batch, device):

@@ -25,7 +25,10 @@ def times(t: object, schedule: object, x: Tensor) -> Tensor:
         raise TypeError(f"schedule must be one of fastdiff.schedules, got {type(schedule).__name__}")
     if isinstance(t, bool) or not isinstance(t, int | float | Tensor):
         raise TypeError(f"t must be a number or a tensor [B], got {type(t).__name__}")
-    out = t if isinstance(t, Tensor) else torch.tensor(t, device=x.device)
+    if isinstance(t, Tensor):
+        out = t
+    else:  # a fill, not a copy from the host, so that it can be captured
+        out = torch.full((1,), t, dtype=torch.int64 if isinstance(t, int) else torch.float64, device=x.device)
     if isinstance(schedule, Betas):
         if out.dtype.is_floating_point or out.dtype == torch.bool:
             raise TypeError(f"t must be an integer index 0..{len(schedule.betas) - 1} for {schedule}, got {out.dtype}")

@@ -302,8 +302,9 @@ def advance_ref(row: Tensor, times: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _launch_advance(row: Tensor, times: Tensor, t: Tensor) -> None:
     kernel, batch = _dispatch.kernels("affine_step").advance_kernel, t.shape[0]
-    block = min(4096, max(128, 1 << (batch - 1).bit_length() if batch else 128))
-    tile = {"BLOCK": block, "STEPS": -(-batch // block), "num_warps": 1 if block <= 256 else 4}
+    block = min(1024, max(128, 1 << max(batch - 1, 0).bit_length()))
+    # one warp: another could read the row after this one has written it
+    tile = {"BLOCK": block, "STEPS": -(-batch // block), "num_warps": 1}
     with torch.cuda.device_of(row):
         kernel[(1,)](row, times.contiguous(), t, times.shape[0], batch, **tile, enable_fp_fusion=False)
 

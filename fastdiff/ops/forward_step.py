@@ -86,7 +86,11 @@ def _pair(a: float | Tensor | None, s: float | Tensor | None, x: Tensor) -> tupl
     for name, value in (("a", a), ("s", s)):
         if not isinstance(value, int | float | Tensor) or isinstance(value, bool):
             raise TypeError(f"{name} must be a number or a tensor [B], got {type(value).__name__}")
-        c = torch.as_tensor(value, dtype=torch.float64, device=x.device if not isinstance(value, Tensor) else None)
+        c = (
+            value.double()
+            if isinstance(value, Tensor)
+            else torch.full((1,), value, dtype=torch.float64, device=x.device)
+        )
         if c.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, got {c.device}")
         if c.dim() > 1 or c.numel() not in (1, x.shape[0]):

@@ -126,7 +126,7 @@ def advance_kernel(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """One program: row += 1 and t[:] = times[row] (the last time again past the end)."""
+    """One program of one warp: row += 1 and t[:] = times[row] (the last time again past the end)."""
     row = tl.load(row_ptr) + 1
     time = tl.load(times_ptr + tl.minimum(row, rows - 1))
     tl.store(row_ptr, row)
