@@ -46,9 +46,11 @@ test: $(READY)-test
 	@echo "==> running the tests"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(READY)-bench,test
-	@echo "==> running the benchmarks"
-	@$(BIN)/python -m pytest bench/bench_*.py -o python_files='bench_*.py' $(BENCH_ARGS)
+bench: $(READY)-bench,diffusers
+	@echo "==> what the kernels compile to"
+	@$(BIN)/python -m fastdiff_bench.codegen
+	@echo "==> what a step costs beyond the model"
+	@$(BIN)/python -m fastdiff_bench.steps $(BENCH_ARGS)
 
 lint: $(READY)-dev,test
 	@echo "==> ruff, ruff format, mypy"
