@@ -179,11 +179,11 @@ class CompiledStep:
 
     def __init__(self, plan: Plan, slots: list[Tensor], *, copies: list[Tensor]) -> None:
         """copies: buffers that receive c_in_next * S'[0] in their own dtype (the model's next input)."""
-        self.plan, self.slots, self.copies = plan, slots, copies
+        self.plan, self.slots, self.copies = plan, slots, copies  # the list is shared with EagerStep, which may trade
         self.rows = host_rows(plan)
         self.table = list(plan.pack("cpu").unbind(0))
-        self.functions: dict[tuple[object, ...], Callable[..., object]] = {}
-        self.lists: dict[int, tuple[Callable[..., object], list[Tensor]]] = {}
+        self.functions: dict[tuple[int, torch.dtype], Callable[..., object]] = {}
+        self.shared: dict[tuple[_Structure, torch.dtype], Callable[..., object]] = {}
 
     def _structure(self, row: HostRow, guided: bool, x0: bool) -> _Structure:
         reads = {j: source for t in row.targets for source, j, _ in t.terms} | {0: 0}
@@ -198,25 +198,35 @@ class CompiledStep:
     ) -> bool:
         """Runs row k; False if the compiler is not usable. w: fp32 tensor that broadcasts against m."""
         row = self.rows[k]
-        extra = [v for v in (uncond, w, noise if row.noisy else None, x0) if v is not None]
-        args = [*self.slots, *self.copies, self.table[k], m, *extra]
-        key = (k, m.dtype, uncond is not None, x0 is not None, w.shape if w is not None else None)
-        fn = self.functions.get(key)
+        args = [*self.slots, *self.copies, self.table[k], m]
+        if uncond is not None:
+            args += (uncond, w)  # type: ignore[arg-type]
+        if row.noisy:
+            args.append(noise)  # type: ignore[arg-type]
+        if x0 is not None:
+            args.append(x0)
+        fn = self.functions.get((k, m.dtype)) or self._compile(k, m.dtype, uncond is not None, x0 is not None, args)
         if fn is None:
-            structure = self._structure(row, uncond is not None, x0 is not None)
-            shared = (structure, *key[1:])
-            fn = self.functions.get(shared)
-            if fn is None:
-                backup = [v.clone() for v in self.slots]
-                fn = compile_static(self._function(structure), args)
-                for slot, value in zip(self.slots, backup, strict=True):
-                    slot.copy_(value)
-                if fn is None:
-                    return False
-                self.functions[shared] = fn
-            self.functions[key] = fn
+            return False
         fn(*args)
         return True
+
+    def _compile(
+        self, k: int, dtype: torch.dtype, guided: bool, x0: bool, args: list[Tensor]
+    ) -> Callable[..., object] | None:
+        """The function of row k, shared by rows of one structure."""
+        structure = self._structure(self.rows[k], guided, x0)
+        fn = self.shared.get((structure, dtype))
+        if fn is None:
+            kept = [v.clone() for v in self.slots]
+            fn = compile_static(self._function(structure), args)
+            for slot, value in zip(self.slots, kept, strict=True):
+                slot.copy_(value)
+            if fn is None:
+                return None
+            self.shared[structure, dtype] = fn
+        self.functions[k, dtype] = fn
+        return fn
 
     def _function(self, it: _Structure) -> Callable[..., None]:
         r, places, copies = self.plan.slots, len(self.slots), len(self.copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from fastdiff.run import Run
 
 __all__ = ["Sampler", "Trajectory", "sample"]
 
+log = logging.getLogger("fastdiff")
 CACHED_RUNS = 4
 TIMED_STEPS = 9
 
@@ -115,6 +117,10 @@ class Sampler:
             return prepared
         on_cpu = request.device.type == "cpu"
         compiled = on_cpu and (o.mode == "compile" or (o.mode == "auto" and not self._one_shot))
+        if compiled:
+            log.warning(
+                "compiling the step and noise of %s for shape %s (once, about 10 s)", self.plan.name, request.shape
+            )
         run = Run(self.model, self.plan, request, compiled=compiled)
         run.bind(self._model(o.mode), o.cond, o.uncond)
         if compiled and o.mode == "auto":
@@ -153,7 +159,8 @@ def _signature(request: Request) -> tuple[Any, ...]:
 def _keep_faster_step(run: Run, request: Request) -> None:
     """Times the compiled step against the eager one on a middle row and drops the compiled one unless it wins."""
     run.start(request)
-    k, x = run.plan.nfe // 2, run.x
+    k = run.plan.nfe // 2
+    n = torch.zeros_like(run.x) if run.plan.s[k].any() else None
     m = torch.zeros((*run.model_in.shape,), dtype=request.dtype)
     u, m = m.split(run.shape[0]) if run.doubled else (m if run.guided else None, m)
     best: dict[str, float] = {}
@@ -163,7 +170,7 @@ def _keep_faster_step(run: Run, request: Request) -> None:
             run.compiled = step
             for _ in range(TIMED_STEPS):
                 begin = time.perf_counter()
-                run.step(k, run.rows[k], m, u, x if run.plan.s[k].any() else None)
+                run.step(k, run.rows[k], m, u, n)
                 best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
     run.compiled = compiled if best["compiled"] < best["eager"] else None
 
