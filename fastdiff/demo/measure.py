@@ -87,7 +87,6 @@ def sample_case(net: Preconditioned, case: Case, shape: tuple[int, ...], *, seed
     loop, per_step = LOOPS[case.solver], 2 if case.solver == "heun" else 1
     go = trip(plan, case.schedule, per_step=per_step, limit=PLAIN_POINTS if plan.stochastic else None)
     rows = len(go.t) if plan.stochastic else plan.nfe
-    repeats = 1 if plan.stochastic else REPEATS
     difference = None
     with torch.inference_mode():
         if plan.stochastic:
@@ -96,9 +95,9 @@ def sample_case(net: Preconditioned, case: Case, shape: tuple[int, ...], *, seed
             start = plan.init_scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         else:
             _, trajectory = sampler(shape, seed=seed, trajectory=True)
-            x, ours = _timed(lambda: sampler(shape, seed=seed), times=repeats)
+            x, ours = _timed(lambda: sampler(shape, seed=seed))
             start = trajectory.x[0]
-        other, plain = _timed(lambda: loop(model, start, go), times=repeats)
+        other, plain = _timed(lambda: loop(model, start, go))
         if not plan.stochastic:
             difference = (other - x).abs().max().item()
         # a model that costs nothing leaves the solver, its noise and the loop
