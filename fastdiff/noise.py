@@ -14,7 +14,6 @@ from fastdiff.plan import Plan
 __all__ = ["CallableNoise", "Noise", "NoiseFunction", "PhiloxNoise", "TorchNoise"]
 
 NoiseFunction = Callable[[int, Tensor], Tensor]
-START_STREAM, ROW_STREAM = 0, 1
 BLOCK_ELEMENTS = 1 << 20
 
 
@@ -33,27 +32,32 @@ class Noise:
 
 
 class PhiloxNoise(Noise):
-    """n = normal(seed, sample, stream, row, element): on CUDA in the step kernel, on the CPU some rows at a time."""
+    """n = normal(seed, sample, stream, row, element): on CUDA in the step kernel, on the CPU some rows at a time.
+
+    Compiled, the start rides along as the first rows of the first block.
+    """
 
     def __init__(self, plan: Plan, like: Tensor, *, compiled: bool, in_kernel: bool) -> None:
-        self.shape, self.in_kernel = like.shape, in_kernel
+        self.shape = like.shape
         self.seeds = torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
         self.index = torch.zeros_like(self.seeds)
-        self.noisy = [] if in_kernel else [k for k in range(plan.nfe) if plan.s[k].any()]
-        self.position = {k: i for i, k in enumerate(self.noisy)}
-        self.count = min(len(self.noisy), max(1, BLOCK_ELEMENTS // max(1, like.numel())))
-        self.buffer = torch.empty(self.count, *like.shape) if self.noisy else None
-        self.rows = torch.zeros(max(1, self.count), dtype=torch.int64)
+        noisy = [] if in_kernel else [(rng.ROWS, k) for k in range(plan.nfe) if plan.s[k].any()]
+        start = [(rng.START, 0), (rng.START, 1)][: 2 if plan.init_noise else 1] if compiled else []
+        self.pairs = [*start, *noisy]  # (stream, row)
+        self.position = {pair: i for i, pair in enumerate(self.pairs)}
+        self.count = min(len(self.pairs), max(1, BLOCK_ELEMENTS // max(1, like.numel())))
+        self.buffer = torch.empty(self.count, *like.shape) if self.pairs else None
+        self.streams, self.rows = (torch.zeros(max(1, self.count), dtype=torch.int64) for _ in range(2))
         self.block = -1
-        self.fill = self._compiled() if compiled and self.buffer is not None and like.numel() else None
+        self.fill = self._compiled() if compiled and self.buffer is not None else None
 
     def _compiled(self) -> Callable[..., object] | None:
         batch, n = self.shape[0], self.shape[1:].numel()
 
-        def fill(seeds: Tensor, index: Tensor, rows: Tensor, out: Tensor) -> None:
-            out.view(self.count, batch, n).copy_(rng.normals(seeds, index, rows, ROW_STREAM, n))
+        def fill(seeds: Tensor, index: Tensor, streams: Tensor, rows: Tensor, out: Tensor) -> None:
+            out.view(self.count, batch, n).copy_(rng.normals(seeds, index, rows, streams, n))
 
-        return compile_static(fill, [self.seeds, self.index, self.rows, self.buffer])  # type: ignore[list-item]
+        return compile_static(fill, [self.seeds, self.index, self.streams, self.rows, self.buffer])  # type: ignore[list-item]
 
     def reset(self, seeds: Tensor, index: Tensor) -> None:
         """New seeds [B] and sample indices [B], copied into the buffers a captured graph reads."""
@@ -62,27 +66,36 @@ class PhiloxNoise(Noise):
         self.block = -1
 
     def start(self, row: int) -> Tensor:
-        return rng.normal(self.seeds, self.shape[1:], row=row, stream=START_STREAM, index=self.index)
+        n = self._at((rng.START, row))
+        if n is None:
+            n = rng.normal(self.seeds, self.shape[1:], row=row, stream=rng.START, index=self.index)
+        return n
 
     def row(self, k: int) -> Tensor | None:
-        if self.buffer is None:
-            return None
-        position = self.position.get(k)
-        if position is None:
+        return self._at((rng.ROWS, k))
+
+    def _at(self, pair: tuple[int, int]) -> Tensor | None:
+        position = self.position.get(pair)
+        if position is None or self.buffer is None:
             return None
         block, offset = divmod(position, self.count)
         if block != self.block:
-            self._draw(block)
+            self._draw(self.pairs[block * self.count : (block + 1) * self.count])
+            self.block = block
         return self.buffer[offset]
 
-    def _draw(self, block: int) -> None:
-        rows = self.noisy[block * self.count : (block + 1) * self.count]
-        self.rows[: len(rows)] = torch.tensor(rows)
+    def _draw(self, pairs: list[tuple[int, int]]) -> None:
+        assert self.buffer is not None
         if self.fill is not None:
-            self.fill(self.seeds, self.index, self.rows, self.buffer)
-        else:
-            rng.normal(self.seeds, self.shape[1:], row=self.rows, stream=ROW_STREAM, index=self.index, out=self.buffer)
-        self.block = block
+            streams, rows = torch.tensor(pairs).unbind(1)
+            self.streams[: len(pairs)], self.rows[: len(pairs)] = streams, rows
+            self.fill(self.seeds, self.index, self.streams, self.rows, self.buffer)
+            return
+        for stream in dict.fromkeys(s for s, _ in pairs):
+            at = [i for i, (s, _) in enumerate(pairs) if s == stream]
+            rows = torch.tensor([pairs[i][1] for i in at])
+            out = self.buffer[at[0] : at[-1] + 1]
+            rng.normal(self.seeds, self.shape[1:], row=rows, stream=stream, index=self.index, out=out)
 
 
 class TorchNoise(Noise):

@@ -54,13 +54,15 @@ def box_muller(i0: Tensor, i1: Tensor) -> tuple[Tensor, Tensor]:
     return r * torch.sin(angle), r * torch.cos(angle)
 
 
-def normals(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
+def normals(seeds: Tensor, index: Tensor, rows: Tensor, stream: int | Tensor, n: int) -> Tensor:
     """The noise of several rows and samples in one traceable expression (torch.compile makes it one loop).
 
-    Args:    seeds, index: int64 [B].   rows: int64 [k].   stream: 0 start, 1 plan rows, 2 categorical.   n: elements.
+    Args:    seeds, index: int64 [B].   rows: int64 [k].   n: elements.
+             stream: 0 start, 1 plan rows, 2 categorical, or int64 [k], one a row.
     Returns: fp32 [k, B, n].
     """
-    return _expression(seeds.view(1, -1, 1), index.view(1, -1, 1), rows.view(-1, 1, 1), stream, n)
+    streams = stream.view(-1, 1, 1) if isinstance(stream, Tensor) else stream
+    return _expression(seeds.view(1, -1, 1), index.view(1, -1, 1), rows.view(-1, 1, 1), streams, n)
 
 
 def paired_normals(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
@@ -68,9 +70,9 @@ def paired_normals(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: i
     return _expression(seeds.view(-1, 1), index.view(-1, 1), rows.view(-1, 1), stream, n)
 
 
-def _expression(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
+def _expression(seeds: Tensor, index: Tensor, rows: Tensor, stream: int | Tensor, n: int) -> Tensor:
     counter = torch.arange((n + 3) // 4, device=seeds.device)
-    c2 = torch.full((), stream, dtype=torch.int64, device=seeds.device)
+    c2 = stream if isinstance(stream, Tensor) else torch.full((), stream, dtype=torch.int64, device=seeds.device)
     words = philox(counter, rows, c2, index, seeds & MASK, seeds >> 32)
     lanes = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
     return torch.stack(lanes, -1).flatten(-2)[..., :n]
