@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from fastdiff.schedules.base import Array, Schedule, positive, xp_of
+from fastdiff.schedules.base import Array, Schedule, positive, quiet, xp_of
 
 
 class Betas(Schedule):
@@ -78,7 +78,7 @@ class Betas(Schedule):
         near = xp.round(t).long() if xp is torch else np.round(t).astype(np.int64)
         high = (low + 1).clip(0, int(self.t_max))
         exact = t == near
-        with np.errstate(invalid="ignore", over="ignore"):
+        with quiet(t):
             between = ell[low] + (t - low) * (ell[high] - ell[low])
             a, s = 1.0 / xp.sqrt(1.0 + xp.exp(2.0 * between)), 1.0 / xp.sqrt(1.0 + xp.exp(-2.0 * between))
         return xp.where(exact, alpha[near], a), xp.where(exact, sigma[near], s)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdiff.schedules.base import Array, Schedule, positive, xp_of
+from fastdiff.schedules.base import Array, Schedule, positive, quiet, xp_of
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Flow(Schedule):
         return self.shift / (1.0 + (self.shift - 1.0) * self._time(t)) ** 2
 
     def drift(self, t: Array) -> Array:
-        with np.errstate(divide="ignore"):
+        with quiet(t):
             return -self._dsigma(t) / self.alpha(t)
 
     def diffusion2(self, t: Array) -> Array:
-        with np.errstate(divide="ignore"):
+        with quiet(t):
             return 2.0 * self.sigma(t) * self._dsigma(t) / self.alpha(t)
 
     def t_of(self, logsnr: Array) -> Array:
