@@ -17,7 +17,7 @@ M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
 START, ROWS, CATEGORICAL = 0, 1, 2  # streams
-CHUNK = 1 << 17  # counters of one eager pass: its temporaries stay in a core's cache
+CHUNK = 1 << 15  # counters of one eager pass and thread: its temporaries stay in a core's cache
 
 _scratch = threading.local()
 
@@ -219,7 +219,7 @@ def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, stream: int) -> None:
-    """Writes `normals` into out [k, B, n] in passes of at most CHUNK counters."""
+    """Writes `normals` into out [k, B, n] in passes of at most CHUNK counters a thread."""
     k, batch, n = out.shape
     quads = (n + 3) // 4
     pairs = k * batch
@@ -228,8 +228,9 @@ def _fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, stream: int) 
     c1 = rows.view(k, 1).expand(k, batch).reshape(pairs, 1)
     c3 = index.expand(k, batch).reshape(pairs, 1)
     flat = out.view(pairs, n)
-    wide = min(quads, CHUNK)
-    tall = max(1, min(pairs, CHUNK // wide))
+    most = CHUNK * min(8, torch.get_num_threads())
+    wide = min(quads, most)
+    tall = max(1, min(pairs, most // wide))
     for p in range(0, pairs, tall):
         q = min(pairs, p + tall)
         for a in range(0, quads, wide):
