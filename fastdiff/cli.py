@@ -279,9 +279,12 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--schedule", required=True, metavar="NAME[:KEY=VALUE,...]", help=", ".join(schedule_names()))
-    parser.add_argument("--steps", required=True, type=int, help="intervals of the grid")
+def _add_plan_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    names = ", ".join(schedule_names())
+    schedule = names if required else f"{names}; default vp"
+    steps = "intervals of the grid" if required else "intervals of the grid; default 10"
+    parser.add_argument("--schedule", required=required, default="vp", metavar="NAME[:KEY=VALUE,...]", help=schedule)
+    parser.add_argument("--steps", required=required, default=10, type=int, help=steps)
     parser.add_argument("--prediction", choices=sorted(PREDICTIONS), help="what the model returns; default eps")
     parser.add_argument("--spacing", choices=SPACINGS, help="where the model is evaluated; default: the schedule's own")
     parser.add_argument("--final", choices=("zero", "min"), help="end clean (zero, the default) or at the last time")
@@ -303,13 +306,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="print a solver's table", description="Print a solver's table.")
     plan.add_argument("solver", metavar="NAME", help=", ".join(solver_names()))
-    _add_plan_options(plan)
+    _add_plan_options(plan, required=False)
     plan.set_defaults(run=run_plan)
 
     sample = commands.add_parser("sample", help="sample a model of your own", description="Sample your own model.")
     sample.add_argument("--model", required=True, metavar="FILE.py:NAME", help="a callable model(x, t) -> Tensor")
     sample.add_argument("--solver", required=True, metavar="NAME", help=", ".join(solver_names()))
-    _add_plan_options(sample)
+    _add_plan_options(sample, required=True)
     sample.add_argument("--shape", required=True, type=_shape, metavar="B,N,...", help="shape of the samples")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise; default 0")
     sample.add_argument("--first", type=int, default=0, help="index of the first sample; default 0")

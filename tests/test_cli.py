@@ -121,7 +121,7 @@ BAD = [
     (["plan", "ddim", "--schedule", "vp:beta_min=-1", "--steps", "4"], "beta_min"),
     (["plan", "ddim", "--schedule", "vp:beta_min=x", "--steps", "4"], "beta_min"),
     (["plan", "ddim", "--schedule", "constant_betas", "--steps", "4"], "needs beta"),
-    (["plan", "ddim", "--schedule", "vp"], "--steps"),
+    (["sample", "--model", "m.py:f", "--solver", "ddim", "--schedule", "vp"], "--steps"),
     ([*PLAN, "0"], "steps must be >= 1, got 0"),
     ([*PLAN, "many"], "many"),
     ([*PLAN, "4", "--set", "etta=1"], "valid: eta"),
