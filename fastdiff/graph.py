@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from fastdiff import ops
-from fastdiff.request import Request
+from fastdiff import ops, rng
+from fastdiff.noise import Noise
+from fastdiff.request import GRAPH_DEVICES, Request
 from fastdiff.run import Run
 
 __all__ = ["CaptureError", "LoopGraph", "StepGraph", "build"]
@@ -25,8 +26,11 @@ class CaptureError(RuntimeError):
     """A model or step that cannot be captured into a CUDA graph, or whose replay differs from the eager run."""
 
 
-def _capture(body: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Warms `body` up on a side stream and captures it there; nothing is freed by the garbage collector meanwhile."""
+def _capture(body: Callable[[], None], rewind: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Warms `body` up on a side stream, each time after `rewind`, and captures it there.
+
+    Nothing is freed by the garbage collector meanwhile.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
@@ -34,6 +38,7 @@ def _capture(body: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     try:
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
+                rewind()
                 body()
         torch.cuda.synchronize(device)
         gc.collect()
@@ -51,6 +56,21 @@ def _capture(body: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     return graph
 
 
+class _Still(Noise):
+    """The same normals for every draw, so that capturing leaves the caller's generator or function alone."""
+
+    def __init__(self, run: Run) -> None:
+        self.draws = run.plan.draws.tolist()
+        seeds = torch.zeros(run.shape[0], dtype=torch.int64, device=run.device)
+        self.n = rng.normal(seeds, run.shape[1:])
+
+    def start(self, row: int) -> torch.Tensor:
+        return self.n
+
+    def row(self, k: int) -> torch.Tensor | None:
+        return self.n if self.draws[k] else None
+
+
 class StepGraph:
     """Model + step of one row, captured once and replayed: 2 nodes beyond the model (the step, and the row's advance).
 
@@ -61,13 +81,15 @@ class StepGraph:
         self.run = run
         self.row = torch.zeros(1, dtype=torch.int32, device=run.device)
         self.t = run.t[0].clone()
-        run.keeps_buffers = True
-        self.graph = _capture(self._row, run.device)
+        drawn_outside = not run.noise_in_kernel and bool(run.plan.draws.any())
+        self.noise = torch.zeros_like(run.x) if drawn_outside else None
+        run.own_conditions(True)
+        self.graph = _capture(self._row, self.rewind, run.device)
 
     def _row(self) -> None:
         run = self.run
         m, u = run.evaluate(self.t)
-        run.step(0, self.row, m, u, run.external)
+        run.step(0, self.row, m, u, self.noise)
         ops.advance(self.row, run.times, self.t)
 
     def rewind(self) -> None:
@@ -77,10 +99,10 @@ class StepGraph:
 
     def advance(self, k: int) -> None:
         """Row k: one replay. Rows must come in order after rewind()."""
-        if self.run.external is not None:
+        if self.noise is not None:
             noise = self.run.noise.row(k)
             if noise is not None:
-                self.run.external.copy_(noise)
+                self.noise.copy_(noise)
         self.graph.replay()
 
 
@@ -89,8 +111,8 @@ class LoopGraph:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        run.keeps_buffers = True
-        self.graph = _capture(self._rows, run.device)
+        run.own_conditions(True)
+        self.graph = _capture(self._rows, self.rewind, run.device)
 
     def _rows(self) -> None:
         for k in range(self.run.plan.nfe):
@@ -148,16 +170,21 @@ def pays(graph: StepGraph, request: Request) -> bool:
 def build(run: Run, request: Request) -> StepGraph | LoopGraph | None:
     """The graph that request.options.mode asks for; None for modes without one, and, loudly, where capture fails."""
     mode = request.options.mode
-    if mode not in ("step_graph", "loop_graph", "auto") or run.device.type != "cuda":
+    if mode not in ("step_graph", "loop_graph", "auto") or run.device.type not in GRAPH_DEVICES:
         return None
+    noise = run.noise
+    if not run.noise_in_kernel:
+        run.noise = _Still(run)
     try:
         graph = LoopGraph(run) if mode == "loop_graph" else StepGraph(run)
         verify(graph, request)
         if mode == "auto" and isinstance(graph, StepGraph) and not pays(graph, request):
-            run.keeps_buffers = False
+            run.own_conditions(False)
             return None
         return graph
     except CaptureError as error:
-        run.keeps_buffers = False
+        run.own_conditions(False)
         warnings.warn(f"CUDA graph capture failed, sampling runs eagerly: {error}", RuntimeWarning, stacklevel=4)
         return None
+    finally:
+        run.noise = noise

@@ -18,6 +18,7 @@ __all__ = ["CHECK_FINITE", "MODES", "Options", "Request", "resolve"]
 
 MODES = ("auto", "eager", "compile", "step_graph", "loop_graph")
 CHECK_FINITE = ("off", "warn", "raise")
+GRAPH_DEVICES = ("cuda",)
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Callback = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 
@@ -181,7 +182,7 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
         raise TypeError(f"dtype, the model's input type, must be one of {MODEL_DTYPES}, got {dtype}")
     if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype must be a floating point dtype, got {out_dtype}")
-    if o.mode in ("step_graph", "loop_graph") and device.type != "cuda":
+    if o.mode in ("step_graph", "loop_graph") and device.type not in GRAPH_DEVICES:
         raise ValueError(
             f"mode {o.mode!r} needs a CUDA device, this run is on {device}; use 'auto', 'eager' or 'compile'"
         )

@@ -16,6 +16,8 @@ from fastdiff.request import Request
 
 __all__ = ["Run"]
 
+HOST_DEVICES = ("cpu",)  # where rows run as host-known numbers rather than by the step kernel
+
 
 class Run:
     """State slab, model input, times, weights and noise of one (plan, shape, device, dtype, guidance).
@@ -27,7 +29,9 @@ class Run:
         self.model, self.plan, self.shape, self.device = model, plan, request.shape, request.device
         batch, dims = request.shape[0], len(request.shape)
         o = request.options
+        self.on_host = self.device.type in HOST_DEVICES
         self.guided = request.weight is not None
+        self.owns_conditions = False
         self.doubled = self.guided and o.batched_guidance
         self.slab = torch.empty(plan.allocate().physical, *self.shape, device=self.device)
         self.x = self.slab[0]
@@ -48,10 +52,11 @@ class Run:
         self.uncond: dict[str, Any] = {}
         self.bad = torch.full((), plan.nfe, dtype=torch.int32, device=self.device) if o.check_finite != "off" else None
         self.noise = self._noise(request, compiled)
-        self.external = None if self.noise_in_kernel or not plan.draws.any() else torch.empty_like(self.x)  # type: ignore[union-attr]
-        self._weights(request, dims)
-        self.on_cpu = self.device.type == "cpu"
-        if self.on_cpu:
+        self.weight = None if request.weight is None else request.weight.to(self.device, copy=True)
+        if self.on_host:
+            if self.weight is not None:
+                rows = self.weight.expand(plan.nfe, -1)
+                self.w_tensors = [w.view(-1, *[1] * (dims - 1)) for w in rows]
             slots = list(self.slab.unbind(0))
             self.eager = EagerStep(plan, slots)
             self.compiled = CompiledStep(plan, slots, copies=self.halves) if compiled else None
@@ -60,19 +65,11 @@ class Run:
 
     def _noise(self, request: Request, compiled: bool) -> Noise:
         noise, plan = request.options.noise, self.plan
-        self.noise_in_kernel = self.device.type != "cpu" and noise == "philox"
+        self.noise_in_kernel = not self.on_host and noise == "philox"
         if noise == "torch":
             return TorchNoise(plan, self.x, request.generators)
         philox = PhiloxNoise(plan, self.x, compiled=compiled, in_kernel=noise != "philox" or self.noise_in_kernel)
         return CallableNoise(plan, self.x, noise, philox) if callable(noise) else philox
-
-    def _weights(self, request: Request, dims: int) -> None:
-        self.weight = None if request.weight is None else request.weight.to(self.device)
-        if request.weight is None or self.device.type != "cpu":
-            return
-        rows = request.weight.expand(self.plan.nfe, -1)
-        self.w_tensors = [w.view(-1, *[1] * (dims - 1)) for w in rows]
-        self.w_eager = [float(w) if w.numel() == 1 else v for w, v in zip(rows, self.w_tensors, strict=True)]
 
     def bind(self, model: Callable[..., Any], cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None) -> None:
         """The model and its keyword arguments for this run; tensors a graph has captured are filled, not replaced."""
@@ -86,13 +83,17 @@ class Run:
         for mine, new in ((self.cond, cond), (self.uncond, uncond)):
             for name, value in new.items():
                 old = mine.get(name)
-                if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
-                    if old is not value:
-                        mine[name] = old.copy_(value) if self.keeps_buffers else value
+                if self.owns_conditions and isinstance(old, Tensor) and isinstance(value, Tensor):
+                    old.copy_(value)
                 else:
                     mine[name] = value
 
-    keeps_buffers = False  # set by a captured graph
+    def own_conditions(self, own: bool) -> None:
+        """Before a capture: the graph reads buffers of its own, which later calls fill (never the caller's tensors)."""
+        self.owns_conditions = own
+        if own:
+            for mine in (self.cond, self.uncond):
+                mine.update({name: v.clone() for name, v in mine.items() if isinstance(v, Tensor)})
 
     def start(self, request: Request) -> None:
         """Writes the start into slot 0 and the model's first input."""
@@ -112,6 +113,10 @@ class Run:
                 self.x.add_(o.x_init, alpha=float(plan.alpha[0]))
             if plan.init_noise:
                 self.x.add_(self.noise.start(1), alpha=plan.init_noise)
+        if self.weight is not None and request.weight is not None:
+            self.weight.copy_(request.weight)
+            if self.on_host:
+                self.w_eager = [float(w) if w.numel() == 1 else w for w in self.w_tensors]
         if self.bad is not None:
             self.bad.fill_(plan.nfe)
         self.refresh(0)
@@ -167,7 +172,7 @@ class Run:
             u = u.contiguous()
         if m.data_ptr() == self.x.data_ptr():
             m = m.clone()  # a model that returns its input: the step would overwrite what it still reads
-        if not self.on_cpu:
+        if not self.on_host:
             seeded = self.noise if self.noise_in_kernel and self.plan.stochastic else None
             ops.affine_step(
                 self.slab, m, self.table, row, slots=self.plan.slots, uncond=u, guidance=self.weight,

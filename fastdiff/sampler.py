@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import graph as graphs
+from fastdiff import run as runs
 from fastdiff.noise import NoiseFunction
 from fastdiff.plan import Plan
 from fastdiff.request import Callback, Options, Request, resolve
@@ -115,8 +116,9 @@ class Sampler:
             self._runs.move_to_end(key)
             prepared.run.bind(self._model(o.mode), o.cond, o.uncond)
             return prepared
-        on_cpu = request.device.type == "cpu"
-        compiled = on_cpu and (o.mode == "compile" or (o.mode == "auto" and not self._one_shot))
+        compiled = request.device.type in runs.HOST_DEVICES and (
+            o.mode == "compile" or (o.mode == "auto" and not self._one_shot)
+        )
         if compiled:
             log.warning(
                 "compiling the step and noise of %s for shape %s (once, about 10 s)", self.plan.name, request.shape
@@ -142,18 +144,25 @@ class Sampler:
 def _signature(request: Request) -> tuple[Any, ...]:
     """What buffers, compiled loops and graphs depend on."""
     o = request.options
-    weight = (
-        None if request.weight is None else (o.batched_guidance, request.weight.numpy().tobytes(), request.weight.shape)
-    )
+    weight = None if request.weight is None else (o.batched_guidance, request.weight.shape)
     noise = o.noise if isinstance(o.noise, str) else "callable"
     cond: list[Any] = []
-    if request.device.type == "cuda":
+    if request.device.type not in runs.HOST_DEVICES:
         for values in (o.cond, o.uncond):
             for name, v in (values or {}).items():
-                cond.append((name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, id(v)))
+                cond.append((name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, _key(v)))
     generator = request.generators[0].device if request.generators else None
     watched = (o.trajectory or o.callback is not None, o.check_finite != "off")
     return (request.shape, request.device, request.dtype, weight, noise, generator, o.mode, watched, tuple(cond))
+
+
+def _key(value: object) -> object:
+    """The value itself where it can be a dictionary key, else its identity."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
 
 
 def _keep_faster_step(run: Run, request: Request) -> None:
