@@ -1,0 +1,346 @@
+"""Runs a black box once on basis vectors, in float64, and records what it does as coefficient rows.
+
+The last axis of every sample is the basis: column j of a tensor is its coefficient on the j-th input (the start, a model
+output, a normal draw, a clamped prediction, an outside edit), in the order in which the inputs appear. The last columns
+carry random numbers through the same run, and one carries zeros: they check superposition. A dispatch mode keeps the
+arithmetic in float64, hands out the noise, cuts the run at a clamp and notices where values leave the linear world.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Clamp", "Observation", "Overflow", "Recorder", "Refused", "lifted"]
+
+RIDER_SCALES = (1.0, 1.0, 30.0, 1000.0)
+RIDERS = len(RIDER_SCALES) + 1  # and a column of zeros
+SUPERPOSITION = 1e-9
+LOW = (torch.float32, torch.float16, torch.bfloat16)
+UNIFORM = {"rand", "rand_like", "uniform_", "bernoulli", "bernoulli_", "exponential_", "multinomial", "randint_like"}
+LEAVING = {"_local_scalar_dense", "is_nonzero", "equal"}
+ESCAPING = {"numpy", "tolist", "__array__"}
+
+_lock = threading.RLock()
+
+
+class Refused(ValueError):
+    """The black box is not a plan; the message says why."""
+
+
+class Overflow(Exception):
+    """More inputs than columns: run again with more."""
+
+
+class Clamp(NamedTuple):
+    """One clamp of row `row`: its result is input `column`, its argument the coefficients `argument`."""
+
+    row: int
+    column: int
+    lo: float
+    hi: float
+    argument: np.ndarray
+
+
+class Observation(NamedTuple):
+    """What a run did, as rows of coefficients over its J inputs.
+
+    kinds: [J] letters: x the start, m model output, p clamped prediction, n normal draw, e outside edit.
+    rows: [J] the model evaluation after which the input came (-1: before the first). state: [N + 1, J] the state before
+    each evaluation and the result; seen: [N, J] what the model was given. times: [N] what it was told. clamps: all of
+    them. predicted: [N] x0 as the black box reports it, or None.
+    spans: [J] the interval of a noise sampler's draw, or None.
+    """
+
+    kinds: np.ndarray
+    rows: np.ndarray
+    state: np.ndarray
+    seen: np.ndarray
+    times: list[Any]
+    clamps: list[Clamp]
+    predicted: list[np.ndarray | None]
+    spans: list[tuple[float, float] | None]
+
+
+class Recorder:
+    """Hands out basis vectors [1, 1, 1, width] and keeps what the black box did with them."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.capacity = width, width - RIDERS
+        self.shape = (1, 1, 1, width)
+        draw = np.random.default_rng(0).standard_normal((self.capacity, len(RIDER_SCALES)))
+        self.riders = np.concatenate([draw * RIDER_SCALES, np.zeros((self.capacity, 1))], axis=1)
+        self.kinds: list[str] = []
+        self.rows: list[int] = []
+        self.spans: list[tuple[float, float] | None] = []
+        self.state: list[np.ndarray] = []
+        self.seen: list[np.ndarray] = []
+        self.times: list[Any] = []
+        self.clamps: list[Clamp] = []
+        self.sources: list[Tensor] = []
+        self.predicted: list[np.ndarray | None] = []
+
+    def source(self, kind: str, span: tuple[float, float] | None = None) -> Tensor:
+        """A new input, one basis vector."""
+        column = len(self.kinds)
+        if column >= self.capacity:
+            raise Overflow
+        values = np.zeros(self.width)
+        values[column] = 1.0
+        values[self.capacity :] = self.riders[column]
+        self.kinds.append(kind)
+        self.rows.append(len(self.times) - 1)
+        self.spans.append(span)
+        return torch.from_numpy(values).reshape(self.shape)
+
+    def draw(self, *span: object) -> Tensor:
+        """A normal draw; a noise sampler passes its interval."""
+        ends = [float(v) for v in span[:2] if isinstance(v, (int, float, Tensor, np.number))]
+        return self.source("n", (ends[0], ends[1]) if len(ends) == 2 else None)
+
+    def model(self, x: Tensor, time: object) -> Tensor:
+        """One model evaluation: records its input and time, returns a new input."""
+        self.seen.append(self.row(x, "the model's input"))
+        self.predicted.append(None)
+        value = time.reshape(-1)[0].item() if isinstance(time, Tensor) and time.numel() else time
+        if not isinstance(value, (int, float, np.number)):
+            raise Refused(f"the model is called with the time {time!r}, not a number")
+        self.times.append(value)
+        return self.source("m")
+
+    def carries(self, x: object) -> bool:
+        return isinstance(x, Tensor) and x.ndim > 0 and x.shape[-1] == self.width
+
+    def row(self, x: object, what: str) -> np.ndarray:
+        """A tensor's coefficients [width]; refuses a sample that changed its shape or is not finite."""
+        if not isinstance(x, Tensor):
+            raise Refused(f"{what} is no tensor but {type(x).__name__}")
+        if x.numel() != self.width or not self.carries(x):
+            raise Refused(f"{what} has shape {tuple(x.shape)}, the sample {self.shape}")
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            values = x.detach().reshape(-1).double().numpy().copy()
+        if not np.all(np.isfinite(values)):
+            raise Refused(f"{what} is not finite after {len(self.times)} model evaluations")
+        return values
+
+    def clamp(self, x: Tensor, lo: float, hi: float) -> Tensor:
+        """Cuts the run: the result of a clamp is a new input."""
+        argument = self.row(x, "a clamped tensor")
+        row = len(self.times) - 1
+        for old, source in zip(self.clamps, self.sources, strict=True):
+            if (old.row, old.lo, old.hi) == (row, lo, hi) and np.array_equal(old.argument, argument):
+                return source.clone().reshape(x.shape)
+        result = self.source("p")
+        self.clamps.append(Clamp(row, len(self.kinds) - 1, lo, hi, argument))
+        self.sources.append(result.clone())
+        return result.reshape(x.shape)
+
+    def observation(self) -> Observation:
+        """Everything recorded, checked for superposition."""
+        J = len(self.kinds)
+        state, seen = self._linear(self.state, "the state"), self._linear(self.seen, "the model's input")
+        clamps = [c._replace(argument=c.argument[:J]) for c in self.clamps]
+        predicted = [None if p is None else p[:J] for p in self.predicted]
+        return Observation(
+            np.array(self.kinds), np.array(self.rows), state, seen, self.times, clamps, predicted, self.spans
+        )
+
+    def _linear(self, recorded: list[np.ndarray], what: str) -> np.ndarray:
+        J = len(self.kinds)
+        values = np.array(recorded)
+        coefficients, got = values[:, :J], values[:, self.capacity :]
+        if np.any(got[:, -1]):
+            k = int(np.flatnonzero(got[:, -1])[0])
+            raise Refused(f"{what} has a constant part ({got[k, -1]:.3g} at evaluation {k}): it is not linear")
+        scale = np.abs(coefficients) @ np.abs(self.riders[:J]) + np.finfo(float).tiny
+        error = (np.abs(got - coefficients @ self.riders[:J]) / scale).max(axis=1)
+        if not error.max() <= SUPERPOSITION:
+            k = int(np.flatnonzero(~(error <= SUPERPOSITION))[0])
+            raise Refused(
+                f"{what} is not linear in the start, the model's outputs and the noise: superposition fails by "
+                f"{error[k]:.1e} at evaluation {k}"
+            )
+        return coefficients
+
+
+class _Dispatch(TorchDispatchMode):
+    """float32 becomes float64, normals come from the recorder, clamps are cut, what depends on values is refused."""
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in LOW:
+            kwargs["dtype"] = torch.float64
+        if self.recorder is None:
+            return func(*args, **kwargs)
+        return self._watched(self.recorder, func, args, kwargs)
+
+    def _watched(self, recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+        name = func.overloadpacket.__name__
+        noise = self._noise(recorder, name, func, args, kwargs)
+        if noise is not None:
+            return noise
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        for a in (*args, *kwargs.values()):
+            if isinstance(a, (list, tuple)):
+                tensors += [v for v in a if isinstance(v, Tensor)]
+        carriers = [a for a in tensors if recorder.carries(a)]
+        reason = next((r for r in (getattr(a, "_fastdiff_value_of", None) for a in tensors) if r), None)
+        if name in LEAVING and (carriers or reason):
+            raise Refused(f"it branches on the sample's values ({reason or name})")
+        if name.startswith("clamp") and (carriers or reason):
+            cut = self._clamp(recorder, name, args, kwargs, reason)
+            if cut is not None:
+                return cut
+        if carriers and reason:
+            raise Refused(f"a step is scaled by a reduction over the sample ({reason}), so it is not linear")
+        out = func(*args, **kwargs)
+        if carriers or reason:
+            for y in out if isinstance(out, (list, tuple)) else (out,):
+                if isinstance(y, Tensor) and not recorder.carries(y):
+                    y._fastdiff_value_of = reason or name  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    def _noise(recorder: Recorder, name: str, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        like = name in ("randn_like", "normal_") or (name == "normal" and args and isinstance(args[0], Tensor))
+        if name in UNIFORM and any(recorder.carries(a) for a in args):
+            raise Refused(f"it draws noise that is not normal (torch.{name})")
+        if name == "rand" and recorder.width in tuple(args[0])[-1:]:
+            raise Refused("it draws noise that is not normal (torch.rand)")
+        if name not in ("randn", "randn_like", "normal_", "normal"):
+            return None
+        size = args[0].shape if like else tuple(args[2] if name == "normal" and len(args) > 2 else args[0])
+        if not size or size[-1] != recorder.width:
+            out = func(*args, **kwargs)
+            out._fastdiff_value_of = f"torch.{name} of another shape"
+            return out
+        n = recorder.draw().reshape(size)
+        if name == "normal_":
+            mean, std = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+            return args[0].copy_(n * kwargs.get("std", std) + kwargs.get("mean", mean))
+        if name == "normal":
+            return n * args[1] + args[0]
+        return n
+
+    @staticmethod
+    def _clamp(recorder: Recorder, name: str, args: Any, kwargs: Any, reason: str | None) -> Tensor | None:
+        given = list(args[1:3])
+        if name.startswith("clamp_max"):
+            given = [None, *given]
+        bounds = [*given, None, None][:2]
+        bounds = [kwargs.get(key, bounds[i]) for i, key in enumerate(("min", "max"))]
+        limits = []
+        for i, bound in enumerate(bounds):
+            why = getattr(bound, "_fastdiff_value_of", None)
+            if why or recorder.carries(bound):
+                raise Refused(f"a clamp's bounds depend on the sample's values ({why or 'the sample'})")
+            if isinstance(bound, Tensor):
+                if bound.numel() > 1 and bool((bound != bound.reshape(-1)[0]).any()):
+                    raise Refused("a clamp's bounds differ between elements")
+                bound = bound.reshape(-1)[0].item()
+            limits.append((-np.inf, np.inf)[i] if bound is None else float(bound))
+        lo, hi = limits
+        x = args[0]
+        if not recorder.carries(x):  # a value of the sample between equal bounds is a constant again
+            return torch.full_like(x, lo) if lo == hi else None
+        if reason:
+            raise Refused(f"a clamp's bounds depend on the sample's values ({reason})")
+        cut = recorder.clamp(x, lo, hi)
+        return x.copy_(cut) if name.endswith("_") else cut
+
+
+class _Functions(TorchFunctionMode):
+    """What the dispatcher does not see: constants made as float32, and values read as NumPy or lists."""
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("dtype") in LOW:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        elif self.recorder is not None and getattr(func, "__name__", "") in ESCAPING and args:
+            x = args[0]
+            if self.recorder.carries(x) or getattr(x, "_fastdiff_value_of", None):
+                raise Refused(f"it reads the sample's values (Tensor.{func.__name__})")
+        return func(*args, **kwargs)
+
+
+class _Numpy:
+    """NumPy with float32 read as float64."""
+
+    float32 = single = np.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+@contextmanager
+def lifted(recorder: Recorder | None, namespaces: list[dict[str, Any]]) -> Iterator[None]:
+    """Inside, float32 is float64: in torch everywhere, in NumPy for the code whose globals are given.
+
+    One at a time: a lock holds other threads back, because the default dtype and module globals change.
+    """
+    with _lock:
+        saved = [(g, key, value) for g in namespaces for key, value in g.items() if value is np]
+        before = torch.get_default_dtype()
+        try:
+            for g, key, _ in saved:
+                g[key] = _Numpy()
+            torch.set_default_dtype(torch.float64)
+            with torch.no_grad(), _Functions(recorder), _Dispatch(recorder):
+                yield
+        finally:
+            torch.set_default_dtype(before)
+            for g, key, value in saved:
+                g[key] = value
+
+
+def globals_of(target: object) -> list[dict[str, Any]]:
+    """The module globals of a function, or of an object's classes."""
+    if isinstance(target, functools.partial):
+        return globals_of(target.func)
+    if inspect.isroutine(target):
+        found = [getattr(inspect.unwrap(target), "__globals__", {})]
+    else:
+        modules = [sys.modules.get(c.__module__) for c in type(target).__mro__ if c is not object]
+        found = [vars(m) for m in modules if m is not None]
+    unique: list[dict[str, Any]] = []
+    for g in found:
+        if not any(g is u for u in unique):
+            unique.append(g)
+    return unique
+
+
+Body = Callable[[Recorder], None]
+
+
+def observe(body: Body, width: int, namespaces: list[dict[str, Any]]) -> Observation:
+    """Runs body(recorder) under the lifting mode; doubles the width while inputs overflow it."""
+    while True:
+        recorder = Recorder(width)
+        try:
+            with lifted(recorder, namespaces):
+                body(recorder)
+        except Overflow:
+            width = 2 * width + 1
+            continue
+        if not recorder.times:
+            raise Refused("it never calls the model")
+        return recorder.observation()
