@@ -32,6 +32,8 @@ def cases() -> list[Case]:
     return [
         Case("ddpm", "cosine betas", chain, 200),
         Case("euler_maruyama", "VP", vp, 200),
+        Case("euler_maruyama", "SubVP", fd.schedules.SubVP(), 200),
+        Case("euler_maruyama", "VE", fd.schedules.VE(), 200),
         Case("ddim", "cosine betas", chain, 40),
         Case("probability_flow", "VP", vp, 40, {"spacing": "logsnr"}),
         Case("heun", "EDM", fd.schedules.EDM(sigma_min=0.005, sigma_max=80.0), 20),
