@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff.plan import Plan
 from fastdiff.probe.clamp import end_of, guess, prediction_of, split
 from fastdiff.probe.noise import correlated
-from fastdiff.probe.observe import RIDERS, Observation, Recorder, Refused, globals_of, observe
+from fastdiff.probe.observe import RIDERS, Observation, Overflow, Recorder, Refused, globals_of, observe
 from fastdiff.probe.realise import realise
 
 __all__ = ["probe"]
@@ -132,8 +132,6 @@ def _fresh(target: Any) -> Any:
 
 def _guarded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls foreign code; what it raises becomes the reason of a refusal."""
-    from fastdiff.probe.observe import Overflow
-
     try:
         return call(*args, **kwargs)
     except (Refused, Overflow):

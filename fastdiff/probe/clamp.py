@@ -125,5 +125,5 @@ def end_of(table: Table, prediction: Prediction, alpha: float, sigma: float, ini
         S = table.A[k] @ S + np.outer(table.b[k], one) + np.outer(table.d[k], m)
         S[:, 3 + k] += table.s[k]
     mean, deviation = float(S[0, 0]), float(np.linalg.norm(S[0, 1:]))
-    clean = abs(mean - 1) <= 1e-9 and deviation <= 1e-9 * max(1.0, abs(sigma))
+    clean = table.s[-1, 0] == 0 and abs(mean - 1) <= 1e-9 and deviation <= 1e-9 * max(1.0, abs(sigma))
     return (1.0, 0.0) if clean else (mean, deviation)

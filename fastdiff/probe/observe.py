@@ -1,9 +1,10 @@
 """Runs a black box once on basis vectors, in float64, and records what it does as coefficient rows.
 
-The last axis of every sample is the basis: column j of a tensor is its coefficient on the j-th input (the start, a model
-output, a normal draw, a clamped prediction, an outside edit), in the order in which the inputs appear. The last columns
-carry random numbers through the same run, and one carries zeros: they check superposition. A dispatch mode keeps the
-arithmetic in float64, hands out the noise, cuts the run at a clamp and notices where values leave the linear world.
+The last axis of every sample is the basis: column j of a tensor is its coefficient on the j-th input (the start, a
+model output, a normal draw, a clamped prediction, an outside edit), in the order in which the inputs appear. The last
+columns carry random numbers through the same run, and one carries zeros: they check superposition. A dispatch mode
+keeps the arithmetic in float64, hands out the noise, cuts the run at a clamp and notices where values leave the linear
+world.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RIDERS = len(RIDER_SCALES) + 1  # and a column of zeros
 SUPERPOSITION = 1e-9
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 UNIFORM = {"rand", "rand_like", "uniform_", "bernoulli", "bernoulli_", "exponential_", "multinomial", "randint_like"}
+DRAWING = {"randn", "randn_like", "normal_", "normal"}
 LEAVING = {"_local_scalar_dense", "is_nonzero", "equal"}
 ESCAPING = {"numpy", "tolist", "__array__"}
 
@@ -126,6 +128,9 @@ class Recorder:
         """A tensor's coefficients [width]; refuses a sample that changed its shape or is not finite."""
         if not isinstance(x, Tensor):
             raise Refused(f"{what} is no tensor but {type(x).__name__}")
+        reason = getattr(x, "_fastdiff_value_of", None)
+        if reason:
+            raise Refused(f"{what} is scaled by a reduction over the sample ({reason}), so it is not linear")
         if x.numel() != self.width or not self.carries(x):
             raise Refused(f"{what} has shape {tuple(x.shape)}, the sample {self.shape}")
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
@@ -180,39 +185,51 @@ class _Dispatch(TorchDispatchMode):
     def __init__(self, recorder: Recorder | None) -> None:
         super().__init__()
         self.recorder = recorder
+        self.names: dict[Any, tuple[str, bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if kwargs.get("dtype") in LOW:
-            kwargs["dtype"] = torch.float64
+            kwargs = {**kwargs, "dtype": torch.float64}
         if self.recorder is None:
             return func(*args, **kwargs)
         return self._watched(self.recorder, func, args, kwargs)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under this mode, and the wrapper costs more than most operations
+
     def _watched(self, recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-        name = func.overloadpacket.__name__
-        noise = self._noise(recorder, name, func, args, kwargs)
-        if noise is not None:
-            return noise
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        for a in (*args, *kwargs.values()):
-            if isinstance(a, (list, tuple)):
-                tensors += [v for v in a if isinstance(v, Tensor)]
-        carriers = [a for a in tensors if recorder.carries(a)]
-        reason = next((r for r in (getattr(a, "_fastdiff_value_of", None) for a in tensors) if r), None)
-        if name in LEAVING and (carriers or reason):
+        known = self.names.get(func)
+        if known is None:
+            name = func.overloadpacket.__name__
+            self.names[func] = known = (name, name in DRAWING or name in UNIFORM)
+        name, random = known
+        if random:
+            noise = self._noise(recorder, name, func, args, kwargs)
+            if noise is not None:
+                return noise
+        carried, reason, width = False, None, recorder.width
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            for v in a if isinstance(a, (list, tuple)) else (a,):
+                if isinstance(v, Tensor):
+                    shape = v.shape
+                    if shape and shape[-1] == width:
+                        carried = True
+                    if reason is None:
+                        reason = getattr(v, "_fastdiff_value_of", None)
+        if not carried and reason is None:
+            return func(*args, **kwargs)
+        if name in LEAVING:
             raise Refused(f"it branches on the sample's values ({reason or name})")
-        if name.startswith("clamp") and (carriers or reason):
+        if name.startswith("clamp"):
             cut = self._clamp(recorder, name, args, kwargs, reason)
             if cut is not None:
                 return cut
-        if carriers and reason:
-            raise Refused(f"a step is scaled by a reduction over the sample ({reason}), so it is not linear")
         out = func(*args, **kwargs)
-        if carriers or reason:
-            for y in out if isinstance(out, (list, tuple)) else (out,):
-                if isinstance(y, Tensor) and not recorder.carries(y):
-                    y._fastdiff_value_of = reason or name  # type: ignore[attr-defined]
+        for y in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(y, Tensor) and (reason or not recorder.carries(y)):
+                y._fastdiff_value_of = reason or name  # type: ignore[attr-defined]
         return out
 
     @staticmethod
@@ -222,7 +239,7 @@ class _Dispatch(TorchDispatchMode):
             raise Refused(f"it draws noise that is not normal (torch.{name})")
         if name == "rand" and recorder.width in tuple(args[0])[-1:]:
             raise Refused("it draws noise that is not normal (torch.rand)")
-        if name not in ("randn", "randn_like", "normal_", "normal"):
+        if name not in DRAWING:
             return None
         size = args[0].shape if like else tuple(args[2] if name == "normal" and len(args) > 2 else args[0])
         if not size or size[-1] != recorder.width:

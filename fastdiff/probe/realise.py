@@ -180,35 +180,39 @@ def realise(seen: Observation, x0: list[np.ndarray | None], size: np.ndarray) ->
         lengths = [*sizes[1:], *(1.0 for _ in predictions), sizes[0]]
         edit, keep_x = int(edits[k + 1]), len(C) - 1 + len(predictions)
         chosen = _choose(space, x, wanted, edit)
-        if (
-            len(chosen) and k + 2 <= N and predictions
-        ):  # x may serve better than x0: the smaller coefficients cancel less
+        if len(chosen) and k + 2 <= N and predictions:  # x may serve better than x0: small coefficients cancel less
             order = [*range(len(C) - 1), keep_x, *range(len(C) - 1, keep_x), *range(keep_x + 1, len(wanted))]
             other = _choose(space, x, [wanted[i] for i in order], edit)
             other = [order[c] if isinstance(c, int) else c for c in other]
-            target = Y[k + 2] * (rows <= k)
+            target = Y[k + 2]
+            if (following := x0[k + 1]) is not None:  # the next x0 is an input of its own
+                output = np.flatnonzero((rows == k + 1) & (seen.kinds == "m"))[0]
+                target = target - target[output] / following[output] * following
+            target = target * (rows <= k)
             if _cost(target, x, other, wanted, lengths, size[k + 1]) < _cost(
                 target, x, chosen, wanted, lengths, size[k + 1]
             ):
                 chosen = other
         new = [x, *(wanted[c] if isinstance(c, int) else c for c in chosen)]
         sizes = [size[k + 1], *(_length(c, wanted, lengths) for c in chosen)]
-        solve = _Solver(C)
+        solve, realised = _Solver(C), []
         for i, v in enumerate(new):
             pick = chosen[i - 1] if i else -1
-            if isinstance(pick, int) and i and pick < len(C) - 1:
+            if isinstance(pick, int) and 0 <= pick < len(C) - 1:
                 A[k, i, pick + 1] = 1.0  # an old slot, unchanged
-                continue
-            if isinstance(pick, int) and i and pick == keep_x:
+            elif isinstance(pick, int) and pick == keep_x:
                 A[k, i, 0] = 1.0
-                continue
-            old = v * (rows < k)
-            a = solve(old, scale=float(np.linalg.norm(v)), row=k)
-            A[k, i, : len(C)] = a
-            d[k, i] = v[at["m"][0]]
-            b[k, i] = sum(v[c] for c in at["p"])
-            s[k, i] = v[n[0]] if len(n) else 0.0
-        C = np.array(new)
+            else:
+                A[k, i, : len(C)] = solve(v * (rows < k), np.linalg.norm(v))
+                d[k, i] = v[at["m"][0]]
+                b[k, i] = sum(v[c] for c in at["p"])
+                s[k, i] = v[n[0]] if len(n) else 0.0
+            got = A[k, i, : len(C)] @ C + np.where(rows == k, v, 0.0)  # what the plan will hold, its errors included
+            realised.append(got)
+        error = np.linalg.norm(realised[0] - x) / np.linalg.norm(x)
+        if not error <= RESIDUAL:
+            raise Refused(f"row {k} is not a combination of the slots (residual {error:.1e})")
+        C = np.array(realised)
     for table in (b, d, s):
         table[np.abs(table) < UNUSED * np.maximum(1.0, np.abs(table).max())] = 0.0
     init_noise = float(Y[0][(rows == -1) & (seen.kinds == "n")].sum())
@@ -223,10 +227,7 @@ class _Solver:
         self.C = C / self.size[:, None]
         self.Q, self.R = np.linalg.qr(self.C.T)
 
-    def __call__(self, v: np.ndarray, *, scale: float, row: int) -> np.ndarray:
+    def __call__(self, v: np.ndarray, scale: float | np.floating) -> np.ndarray:
         a = np.linalg.solve(self.R, self.Q.T @ v)
-        error = np.linalg.norm(v - a @ self.C)
-        if error > RESIDUAL * scale:
-            raise Refused(f"row {row} is not a combination of the slots (residual {error / scale:.1e})")
         a[np.abs(a) < UNUSED * scale * 10] = 0.0
         return a / self.size
