@@ -4,32 +4,53 @@ Every solver takes the options of fastdiff.grid.GridOptions (prediction, clip, s
 """
 
 from fastdiff.solvers.adams import deis, ipndm, lms
+from fastdiff.solvers.consistency import consistency, lcm, tcd
 from fastdiff.solvers.ddpm import ddim, ddpm, euler, euler_ancestral
 from fastdiff.solvers.dpm2 import dpm2, dpm2_ancestral, dpmpp_2s_ancestral
 from fastdiff.solvers.dpm_solver import dpm_solver
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_3m
+from fastdiff.solvers.dpmpp_sde import dpmpp_sde
+from fastdiff.solvers.edm import edm_stochastic
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.inversion import ddim_inversion
+from fastdiff.solvers.multistep_sde import dpmpp_2m_sde, dpmpp_3m_sde
 from fastdiff.solvers.pndm import plms
+from fastdiff.solvers.restart import restart
+from fastdiff.solvers.sa_solver import sa_solver
+from fastdiff.solvers.score_sde import ancestral, langevin, reverse_diffusion
 from fastdiff.solvers.sde import euler_maruyama, probability_flow
 from fastdiff.solvers.unipc import unipc
 
 __all__ = [
+    "ancestral",
+    "consistency",
     "ddim",
+    "ddim_inversion",
     "ddpm",
     "deis",
     "dpm2",
     "dpm2_ancestral",
     "dpm_solver",
     "dpmpp_2m",
+    "dpmpp_2m_sde",
     "dpmpp_2s_ancestral",
     "dpmpp_3m",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
+    "edm_stochastic",
     "euler",
     "euler_ancestral",
     "euler_maruyama",
     "heun",
     "ipndm",
+    "langevin",
+    "lcm",
     "lms",
     "plms",
     "probability_flow",
+    "restart",
+    "reverse_diffusion",
+    "sa_solver",
+    "tcd",
     "unipc",
 ]

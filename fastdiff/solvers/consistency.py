@@ -78,8 +78,8 @@ def tcd(
         raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
     grid = make_grid(schedule, steps, _distilled_times(schedule, steps, original_steps, options))
     n = len(grid.at.t) - grid.clean
-    to = grid.t[1 : n + 1]
-    below = np.floor((1 - gamma) * to) if isinstance(schedule, Betas) else (1 - gamma) * to
+    below = (1 - gamma) * grid.t[1 : n + 1]
+    below = np.floor(below) if isinstance(schedule, Betas) else below
     with np.errstate(divide="ignore"):
         lam = np.append(np.log(schedule.alpha(below)) - np.log(schedule.sigma(below)), grid.lam[n + 1 :])
     alpha, sigma = grid.alpha[1:], grid.sigma[1:]
@@ -110,11 +110,11 @@ def consistency(schedule: Schedule, steps: int, *, floor: float | None = None, *
         raise ValueError(f"floor must be a finite number >= 0, got {floor!r}")
     at = grid.at
     if options.get("prediction") == "edm":
-        data = float(options.get("sigma_data") or getattr(schedule, "sigma_data", 0.5))
+        given = options.get("sigma_data")
+        data = float(getattr(schedule, "sigma_data", 0.5) if given is None else given)
         r, sign = at.sigma / at.alpha, options.get("sign", 1)
         skip, out = data**2 / ((r - low) ** 2 + data**2), (r - low) * data / np.sqrt(r * r + data**2)
         at = replace(at, convert=at.convert._replace(c_skip=skip / at.alpha, c_out=sign * out))
-    n = len(at.t)
     s = np.sqrt(np.maximum(grid.sigma[1:] ** 2 - (grid.alpha[1:] * low) ** 2, 0))
-    plan = Plan.of("consistency", at, np.zeros(n), grid.alpha[1:], s=s, end=grid.end)
-    return replace(plan, draws=np.full(n, int(n > 1)))
+    plan = Plan.of("consistency", at, 0 * at.t, grid.alpha[1:], s=s, end=grid.end)
+    return replace(plan, draws=np.full(plan.nfe, int(plan.nfe > 1)))

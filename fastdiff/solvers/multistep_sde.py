@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Unpack
 
 import numpy as np
 
 from fastdiff.grid import Grid, GridOptions, make_grid
+from fastdiff.phi import phi
 from fastdiff.plan import Plan
 from fastdiff.schedules import Schedule
-from fastdiff.solvers.dpmpp import FEW_STEPS
-from fastdiff.solvers.moments import moments
+from fastdiff.solvers.multistep import FEW_STEPS
 
 __all__ = ["dpmpp_2m_sde", "dpmpp_3m_sde"]
 
@@ -22,6 +23,13 @@ def nonnegative(**values: float) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def _moments(H: np.ndarray, count: int) -> np.ndarray:
+    """[count, N] mu_k = H int_0^1 exp(-H (1 - s)) s^k ds = k! H phi_{k+1}(-H); 1 for infinite H."""
+    finite = np.isfinite(H)
+    H = np.where(finite, H, 0.0)
+    return np.stack([np.where(finite, math.factorial(k) * H * phi(k + 1, -H), 1.0) for k in range(count)])
 
 
 def _first_order(grid: Grid, eta: float, s_noise: float) -> tuple[np.ndarray, ...]:
@@ -59,7 +67,7 @@ def dpmpp_2m_sde(
     grid = make_grid(schedule, steps, options)
     n = len(grid.at.t)
     keep, H, noise = _first_order(grid, eta, s_noise)
-    gain, slope = grid.alpha[1:] * moments(H, 2)
+    gain, slope = grid.alpha[1:] * _moments(H, 2)
     weight = np.zeros(n)
     weight[1:] = _ratio(grid.h) * (slope if kind == "heun" else 0.5 * gain)[1:]
     if lower_order_final and n < FEW_STEPS:
@@ -89,7 +97,7 @@ def dpmpp_3m_sde(
     grid = make_grid(schedule, steps, options)
     n = len(grid.at.t)
     keep, H, noise = _first_order(grid, eta, s_noise)
-    gain, first, second = grid.alpha[1:] * moments(H, 3)
+    gain, first, second = grid.alpha[1:] * _moments(H, 3)
     weights = np.zeros((n, 3))  # of p, p_1, p_2
     weights[:, 0] = gain
     u = np.append(0.0, _ratio(grid.h))  # 1 / r0; 0: no history

@@ -9,9 +9,9 @@ from typing import Unpack
 import numpy as np
 
 from fastdiff.grid import Grid, GridOptions, make_grid
+from fastdiff.phi import quadrature
 from fastdiff.plan import Plan
 from fastdiff.schedules import Schedule
-from fastdiff.solvers.moments import moments, polynomial_weights
 
 __all__ = ["sa_solver"]
 
@@ -31,18 +31,19 @@ def _orders(grid: Grid, predictor: int, corrector: int, *, lower_order_final: bo
 
 def _weights(grid: Grid, H: np.ndarray, orders: np.ndarray, slots: int, *, new: bool, few: bool) -> np.ndarray:
     """[N, slots] weights of (p_new,) p_i, p_(i-1), .. in x' = .. + sum w p, through the nodes the order allows."""
-    mu, out = moments(H, MOST), np.zeros((len(orders), slots))
+    mu, out = -np.expm1(-H), np.zeros((len(orders), slots))
     for order in np.unique(orders[orders > 0]):
         i = np.flatnonzero(orders == order)
         if order == 1 and not new:
-            out[i, 0] = mu[0, i]
+            out[i, 0] = mu[i]
             continue
         back = i[:, None] + new - np.arange(order)  # index of the node's point
         nodes = (grid.lam[back] - grid.lam[i][:, None]) / grid.h[i][:, None]
-        m = mu[:order, i].copy()
         if few and order == 2:
-            m[1] = 0.5 * H[i]
-        out[i, :order] = polynomial_weights(nodes, m)
+            out[i, 1] = (0.5 * H[i] - mu[i] * nodes[:, 0]) / (nodes[:, 1] - nodes[:, 0])
+            out[i, 0] = mu[i] - out[i, 1]
+        else:
+            out[i, :order] = mu[i, None] * quadrature(nodes, -H[i])
     return out
 
 
