@@ -83,7 +83,7 @@ def ipndm(schedule: Schedule, steps: int, *, order: int = 4, **options: Unpack[G
         x' = (alpha'/alpha) x - (alpha' sigma/alpha - sigma') e
 
     Args: order: 1..4, lower in the first rows; the rest: fastdiff.grid.GridOptions.
-    Returns: Plan, nfe = steps, `order` slots; order 1 where the steps in sigma/alpha are unequal, with small errors.
+    Returns: Plan, nfe = steps, `order` slots, order min(order, 2).
     Raises: ValueError for a start of zero signal.
     Source: Zhang and Chen 2023, arXiv:2204.13902, section 4 (iPNDM).
     """

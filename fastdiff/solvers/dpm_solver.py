@@ -64,9 +64,9 @@ def dpm_solver(
         solver_type: "midpoint" (phi_1/2 for phi_2 in second order; singlestep third order without second difference) or
         "heun" (the polynomial's exact integral).
         nodes: singlestep only. "lambda": steps are intervals. "grid": steps are evaluations, in groups of k; the inner
-        points are the grid's own, and the last groups are shorter (diffusers).
-        lower_order_final: multistep with fewer than 15 steps falls to first order at the end. The rest:
-        fastdiff.grid.GridOptions.
+        points are the grid's own, and the last groups may be shorter (diffusers).
+        lower_order_final: multistep with fewer than 15 steps falls to first order at the end; nodes="grid": no group of
+        k at the end. The rest: fastdiff.grid.GridOptions.
     Returns: Plan. singlestep: nfe = k steps (k (steps - 1) + 1 with final="zero"), min(k, 2) slots, order k.
         multistep: nfe = steps, k slots, order min(k, 2).
     Raises: ValueError for dpmsolver from zero signal.
@@ -84,7 +84,9 @@ def dpm_solver(
     if kind == "singlestep":
         own = _one_of("nodes", nodes, NODES) == "grid"
         value = (lambda at: noise(at, options)) if on_noise else data
-        return singlestep_plan(name, schedule, grid, order, formula, value, exact=exact, own=own)
+        return singlestep_plan(
+            name, schedule, grid, order, formula, value, exact=exact, own=own, lower_final=lower_order_final
+        )
     form = formula(grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:], grid.h)
     few = lower_order_final and len(grid.at.t) < FEW_STEPS
     known = orders(grid, order, lower_final=few)

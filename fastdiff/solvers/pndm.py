@@ -87,8 +87,8 @@ def plms(schedule: Schedule, steps: int, *, prk: bool = False, **options: Unpack
     prk=False (PLMS): the first interval is done twice, with eps and with the mean of eps and eps at its end. prk=True:
     each of the first three is a pseudo Runge-Kutta step, phi with (e_1 + 2 e_2 + 2 e_3 + e_4)/6, its middle in t.
     Args: fastdiff.grid.GridOptions.
-    Returns: Plan, nfe = steps + 1, 4 slots (prk: steps + 9, 5 slots); order 1 where the steps in sigma/alpha are
-        unequal, with small errors. Raises: ValueError for a start of zero signal.
+    Returns: Plan, nfe = steps + 1, 4 slots (prk: steps + 9, 5 slots), order 2.
+    Raises: ValueError for a start of zero signal.
     Source: Liu et al. 2022, arXiv:2202.09778, eq. 9, 12, 13 and algorithm 2.
     """
     grid = make_grid(schedule, steps, options)

@@ -18,7 +18,7 @@ Array = np.ndarray
 Formula = Callable[[Array, Array, Array, Array, Array], Form]
 
 
-def _groups(grid: Grid, order: int, *, own: bool) -> tuple[Array, Array]:
+def _groups(grid: Grid, order: int, *, own: bool, lower_final: bool) -> tuple[Array, Array]:
     """Start and order [G] of every interval; own: the inner points are the grid's, orders shrink at the end."""
     n, from_nothing = len(grid.at.t), grid.alpha[0] == 0
     if not own:
@@ -27,8 +27,8 @@ def _groups(grid: Grid, order: int, *, own: bool) -> tuple[Array, Array]:
         sizes[-1] = 1 if grid.clean else order
         return np.arange(n), sizes
     found = [1] if from_nothing else []
-    while (left := n - sum(found)) > 0:  # the end takes fewer stages rather than one step of full order onto it
-        found.append(order if left > order else max(left - (left == order), 1))
+    while (left := n - sum(found)) > 0:
+        found.append(min(order, left) if left != order or not lower_final else max(order - 1, 1))
     if grid.clean and found[-1] > 1:
         found[-1:] = [found[-1] - 1, 1]
     sizes = np.array(found)
@@ -59,14 +59,16 @@ def singlestep_plan(
     *,
     exact: bool,
     own: bool,
+    lower_final: bool,
 ) -> Plan:
     """Rows of exponential Runge-Kutta intervals; slots: the stage, and what the next stages still need.
 
     Two stages: the part of the end known after the first. Three: v_0 (with the stage it gives back the interval's
     start), then the part of the end known after the second.
-    Args: value_of: the v of a row; exact: phi_2 and phi_3 throughout; own: inner points from the grid.
+    Args: value_of: the v of a row; exact: phi_2 and phi_3 throughout; own: inner points from the grid;
+        lower_final: then the last step is not of full order.
     """
-    starts, sizes = _groups(grid, order, own=own)
+    starts, sizes = _groups(grid, order, own=own, lower_final=lower_final)
     at = grid.points(_visits(schedule, grid, starts, sizes, own=own))
     value, first = value_of(at), np.cumsum(sizes) - sizes
     n, r = len(at.t), min(int(sizes.max()), 2)

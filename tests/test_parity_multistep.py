@@ -1,0 +1,224 @@
+"""diffusers' and k-diffusion's multistep and two-stage samplers against the native plans, whole loops."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import pathlib
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff import schedules as S
+from fastdiff import solvers
+from fastdiff.reference import reference_sample
+
+pytest.importorskip("diffusers")
+from tests.test_parity import BETAS, PREDICTIONS, SHAPE, Case, lifted, model, stock  # noqa: E402
+
+MULTI = ("dpmsolver_multistep", "DPMSolverMultistepScheduler")
+SINGLE = ("dpmsolver_singlestep", "DPMSolverSinglestepScheduler")
+UNIPC, DEIS = ("unipc_multistep", "UniPCMultistepScheduler"), ("deis_multistep", "DEISMultistepScheduler")
+LMS, PNDM = ("lms_discrete", "LMSDiscreteScheduler"), ("pndm", "PNDMScheduler")
+KDPM2 = ("k_dpm_2_discrete", "KDPM2DiscreteScheduler")
+KDPM2A = ("k_dpm_2_ancestral_discrete", "KDPM2AncestralDiscreteScheduler")
+CLIP = {"thresholding": True, "sample_max_value": 1.0}
+NATIVE_CLIP = {"clip": (-1.0, 1.0)}
+CASES = {
+    "3m": Case(*MULTI, "dpmpp_3m", {"solver_order": 3}, {}, {}),
+    "3m-min": Case(*MULTI, "dpmpp_3m", {"solver_order": 3, "final_sigmas_type": "sigma_min"}, {}, {"final": "min"}),
+    "3m-clip": Case(*MULTI, "dpmpp_3m", {"solver_order": 3, **CLIP}, {}, NATIVE_CLIP),
+    # with v, stock PNDM extrapolates v itself: not the paper's eps, and not exact for a constant x0
+    "plms": Case(*PNDM, "plms", {"skip_prk_steps": True, "set_alpha_to_one": True}, {}, {}, predictions=("eps",)),
+    "plms-prk": Case(
+        *PNDM, "plms", {"skip_prk_steps": False, "set_alpha_to_one": True}, {}, {"prk": True}, predictions=("eps",)
+    ),
+    "dpm2": Case(*KDPM2, "dpm2", {}, {}, {}, scaled=True, predictions=("eps", "v")),
+    "dpm2_ancestral": Case(*KDPM2A, "dpm2_ancestral", {}, {}, {}, scaled=True, predictions=("eps", "v")),
+}
+for algorithm in ("dpmsolver++", "dpmsolver"):
+    for order in (1, 2, 3):
+        for kind in ("midpoint", "heun"):
+            config = {"solver_order": order, "algorithm_type": algorithm, "solver_type": kind}
+            native = {"order": order, "algorithm": algorithm, "solver_type": kind}
+            last: dict[str, Any] = {} if algorithm == "dpmsolver++" else {"final_sigmas_type": "sigma_min"}
+            end: dict[str, Any] = {} if algorithm == "dpmsolver++" else {"final": "min"}
+            multi, single = {**native, "kind": "multistep", **end}, {**native, "nodes": "grid", **end}
+            CASES[f"multi-{algorithm}-{order}-{kind}"] = Case(*MULTI, "dpm_solver", {**config, **last}, {}, multi)
+            CASES[f"single-{algorithm}-{order}-{kind}"] = Case(
+                *SINGLE, "dpm_solver", {**config, **last, "lower_order_final": True}, {}, single
+            )
+for order in (1, 2, 3):
+    for bh in ("bh1", "bh2"):
+        native = {"order": order, "bh": bh}
+        CASES[f"unipc-{order}-{bh}"] = Case(
+            *UNIPC, "unipc", {"solver_order": order, "solver_type": bh, "final_sigmas_type": "sigma_min"}, {},
+            {**native, "final": "min"},
+        )  # fmt: skip
+    CASES[f"unipc-{order}-zero"] = Case(*UNIPC, "unipc", {"solver_order": order}, {}, {"order": order})
+    CASES[f"unipc-{order}-clip"] = Case(
+        *UNIPC, "unipc", {"solver_order": order, **CLIP}, {}, {"order": order, **NATIVE_CLIP}
+    )
+    CASES[f"deis-{order}"] = Case(*DEIS, "deis", {"solver_order": order}, {}, {"order": order, "final": "min"})
+CASES["unipc-predictor"] = Case(
+    *UNIPC, "unipc", {"solver_order": 3, "disable_corrector": list(range(40))}, {}, {"order": 3, "corrector": False}
+)
+for order in (1, 2, 3, 4):
+    CASES[f"lms-{order}"] = Case(*LMS, "lms", {}, {"order": order}, {"order": order}, scaled=True)
+
+
+def singlestep(module: types.ModuleType) -> types.ModuleType:
+    """The singlestep scheduler knows one spacing, and no option for it."""
+    shim = types.ModuleType(module.__name__)
+    shim.DPMSolverSinglestepScheduler = (  # type: ignore[attr-defined]
+        lambda timestep_spacing, **config: module.DPMSolverSinglestepScheduler(**config)
+    )
+    return shim
+
+
+def linspace(steps: int, final: str) -> np.ndarray:
+    t = np.linspace(999, 0, steps + 1).round()
+    return t if final == "min" else t[:-1]
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_diffusers(name: str, betas: str) -> None:
+    case = CASES[name]
+    shipped, double = importlib.import_module(f"diffusers.schedulers.scheduling_{case.module}"), lifted(case.module)
+    original = getattr(shipped, "randn_tensor", None)
+    alone = case.scheduler == SINGLE[1]
+    modules = [singlestep(m) if alone else m for m in (shipped, double)]
+    table = BETAS[betas]
+    draw = torch.Generator().manual_seed(0)
+    pool = [torch.randn(SHAPE, generator=draw) for _ in range(80)]
+    for steps in (20, 10) if betas == "linear" else (20,):
+        for prediction in case.predictions:
+            config = {**table[0], "prediction_type": PREDICTIONS[prediction]}
+            own = {"spacing": linspace(steps, case.native.get("final", "zero"))} if alone else {}
+            plan = getattr(solvers, case.solver)(S.Betas(table[1]), steps, prediction=prediction, **case.native, **own)
+            x_T = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * plan.init_scale
+            torch.set_default_dtype(torch.float64)
+            try:
+                exact = stock(case, modules[1], config, steps, x_T.double(), iter(pool))
+            finally:
+                torch.set_default_dtype(torch.float32)
+            try:
+                theirs = stock(case, modules[0], config, steps, x_T.clone(), iter(pool))
+            finally:
+                shipped.randn_tensor = original  # type: ignore[attr-defined]
+            source = iter(pool)
+            reference = reference_sample(model, plan, x_T.double(), lambda k, like, s=source: next(s).double())
+            source = iter(pool)
+            ours = fd.sample(model, plan, SHAPE, x_T=x_T, noise=lambda k, like, s=source: next(s), mode="eager")
+            assert far(reference, exact) <= 1e-12, (steps, prediction)
+            # ten steps of a method on eps amplify rounding: then closer than stock
+            assert far(ours, exact) <= max(2e-6, far(theirs, exact)), (steps, prediction)
+            assert far(ours, theirs) <= far(theirs, exact) + 2e-6, (steps, prediction)
+
+
+class Sine(S.Schedule):
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): the schedule of diffusers' IPNDM."""
+
+    def alpha(self, t: Any) -> Any:
+        return np.cos(0.5 * math.pi * self._time(t))
+
+    def sigma(self, t: Any) -> Any:
+        return np.sin(0.5 * math.pi * self._time(t))
+
+    def drift(self, t: Any) -> Any:
+        raise NotImplementedError
+
+    def diffusion2(self, t: Any) -> Any:
+        raise NotImplementedError
+
+    def t_of(self, logsnr: Any) -> Any:
+        return np.arctan2(1.0, np.exp(0.5 * np.asarray(logsnr))) * 2 / math.pi
+
+
+def test_ipndm_equals_diffusers() -> None:
+    """From t = 0.98: at its own start, t = 1, stock IPNDM loses the x0 of the first prediction (0 / 1e-8 = 0)."""
+    module, t = lifted("ipndm"), np.linspace(0.98, 0, 21)
+    torch.set_default_dtype(torch.float64)
+    try:
+        # its state is float32 betas; "trained_betas" is read as the sigma of every point
+        scheduler = module.IPNDMScheduler(trained_betas=list(np.sin(0.5 * math.pi * t)))
+        scheduler.set_timesteps(20)
+        plan = solvers.ipndm(Sine(), 20, prediction="v", spacing=t[:-1])
+        x = x_T = torch.randn(SHAPE) * plan.init_scale
+        for now in scheduler.timesteps:
+            x = scheduler.step(model(x, now), now, x, return_dict=False)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    got = reference_sample(model, plan, x_T, lambda k, like: torch.zeros_like(like))
+    assert far(got, x) <= 1e-12
+
+
+@pytest.fixture(scope="module")
+def sampling() -> types.ModuleType:
+    """k-diffusion's sampling module alone: the package imports much that its samplers do not need."""
+    spec = importlib.util.find_spec("k_diffusion")
+    if spec is None or spec.origin is None:
+        pytest.skip("k-diffusion is not installed")
+    folder = pathlib.Path(spec.origin).parent
+    package, utils = types.ModuleType("k_diffusion_alone"), types.ModuleType("k_diffusion_alone.utils")
+    package.__path__ = [str(folder)]
+    package.utils = utils  # type: ignore[attr-defined]
+    utils.append_dims = lambda x, ndim: x[(...,) + (None,) * (ndim - x.ndim)]  # type: ignore[attr-defined]
+    unused = {name: types.ModuleType(name) for name in ("torchdiffeq", "torchsde")}
+    unused["torchdiffeq"].odeint = None  # type: ignore[attr-defined]
+    alone = {"k_diffusion_alone": package, "k_diffusion_alone.utils": utils}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in (unused | alone).items():
+            patch.setitem(sys.modules, name, module)
+        try:
+            return importlib.import_module("k_diffusion_alone.sampling")
+        except ImportError as error:
+            pytest.skip(f"k-diffusion does not import: {error}")
+
+
+K_CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "dpm2": ("sample_dpm_2", "dpm2", {}, {}),
+    "dpm2_ancestral": ("sample_dpm_2_ancestral", "dpm2_ancestral", {"eta": 0.8, "s_noise": 1.1}, {"eta": 0.8}),
+    "2s": ("sample_dpmpp_2s_ancestral", "dpmpp_2s_ancestral", {"eta": 1.0}, {"eta": 1.0}),
+    "2s-ode": ("sample_dpmpp_2s_ancestral", "dpmpp_2s_ancestral", {"eta": 0.0}, {"eta": 0.0}),
+    # its second row integrates the line exactly
+    "3m": (
+        "sample_dpmpp_3m_sde",
+        "dpm_solver",
+        {"eta": 0.0},
+        {"order": 3, "kind": "multistep", "solver_type": "heun", "lower_order_final": False},
+    ),
+    **{f"lms-{k}": ("sample_lms", "lms", {"order": k}, {"order": k}) for k in (1, 2, 3, 4)},
+}
+
+
+@pytest.mark.parametrize("name", K_CASES)
+def test_equals_k_diffusion(name: str, sampling: types.ModuleType) -> None:
+    theirs, ours, config, native = K_CASES[name]
+    if "s_noise" in config:
+        native = {**native, "s_noise": config["s_noise"]}
+    schedule = S.EDM(0.02, 20.0)
+    sigmas = torch.tensor(np.append(schedule.sigma(np.linspace(1, 0, 12)), 0.0))
+    plan = getattr(solvers, ours)(schedule, 12, prediction="x0", **native)
+    x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 20
+    pool = torch.randn(30, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    if "eta" in config:
+        draws = iter(pool)
+        config = {**config, "noise_sampler": lambda *between: next(draws)}
+    want = getattr(sampling, theirs)(model, x, sigmas, disable=True, **config)
+    draws = iter(pool)
+    got = reference_sample(model, plan, x, lambda k, like: next(draws))
+    assert far(got, want) <= 1e-12
