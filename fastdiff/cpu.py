@@ -219,7 +219,7 @@ class CompiledStep:
         fn = self.shared.get((structure, dtype))
         if fn is None:
             kept = [v.clone() for v in self.slots]
-            fn = compile_static(self._function(structure), args)
+            fn = compile_static(self._function(structure), args, elements=self.slots[0].numel())
             for slot, value in zip(self.slots, kept, strict=True):
                 slot.copy_(value)
             if fn is None:

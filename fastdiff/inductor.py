@@ -11,13 +11,18 @@ import torch
 __all__ = ["compile_static"]
 
 _broken: list[str] = []
-UNCHECKED = {"size_asserts": False, "alignment_asserts": False}  # the buffers are fastdiff's own
+UNCHECKED: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}  # the buffers are fastdiff's own
+ONE_THREAD = 1 << 16
 
 
-def compile_static(fn: Callable[..., Any], example: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
+def compile_static(
+    fn: Callable[..., Any], example: Sequence[torch.Tensor], *, elements: int
+) -> Callable[..., Any] | None:
     """Compiles fn for exactly these shapes, dtypes and strides; mutations of its arguments are kept.
 
-    Args: fn: traceable, tensors in, tensors or nothing out. example: tensors to trace with (fn is really run on them).
+    Args:
+        fn: traceable, tensors in, tensors or nothing out. example: tensors to trace with (fn is really run on them).
+        elements: the work of a call; little work stays on one thread, where no thread has to be woken.
     Returns: the compiled function, or None (and one warning per process) where no C++ compiler or Inductor works.
     Numerics: as eager fp32, except that a * b + c may be contracted to one rounding.
     """
@@ -29,7 +34,8 @@ def compile_static(fn: Callable[..., Any], example: Sequence[torch.Tensor]) -> C
 
         with torch.no_grad():
             graph = make_fx(fn)(*example)
-            compiled = inductor_compile(graph, list(example), options=UNCHECKED)
+            threads = {"cpp.threads": 1} if elements < ONE_THREAD else {}
+            compiled = inductor_compile(graph, list(example), options=UNCHECKED | threads)
             compiled(*example)
         return compiled
     except Exception as error:  # any failure of the compiler has the same answer: eager

@@ -85,7 +85,7 @@ def render(root: Path = ROOT) -> str:
     measured = newest("steps", root)
     if measured:
         data = measured[1]
-        blocks += ["One step beyond the model, fp32, 50 steps, median us, against diffusers in the same run:", ""]
+        blocks += ["One step beyond the model, fp32, 50 steps, median us, theirs and ours in the same run:", ""]
         blocks += [steps.table(data["rows"]), "", f"{describe(data['environment'])}.", ""]
     compiled = newest("codegen", root)
     if compiled:

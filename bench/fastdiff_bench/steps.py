@@ -1,4 +1,4 @@
-"""What one step costs beyond the model, against diffusers in the same run.
+"""What one step costs beyond the model, against diffusers and k-diffusion in the same run.
 
     python -m fastdiff_bench.steps [--quick] [--json FILE]
 
@@ -25,6 +25,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff import schedules, solvers
 from fastdiff_bench.environment import describe, environment
+from fastdiff_bench.peers import k_diffusion_sampling
 
 STEPS = 50
 SHAPES = ((1, 4, 64, 64), (16, 4, 128, 128))
@@ -33,19 +34,24 @@ BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085
 
 
 class Case(NamedTuple):
-    """A stock scheduler and the plan that does the same."""
+    """A stock sampler and the plan that does the same."""
 
     solver: str
-    scheduler: str
+    peer: str  # a diffusers scheduler, or k-diffusion's function
     config: dict[str, Any]
     options: dict[str, Any]
-    target: tuple[float, float]  # asked for at the two shapes
+    target: tuple[float, float | None]  # asked for at the two shapes
 
 
 CASES = (
     Case("ddim", "DDIMScheduler", {"clip_sample": False}, {}, (3, 2)),
     Case("dpmpp_2m", "DPMSolverMultistepScheduler", {}, {}, (5, 4)),
     Case("ddpm", "DDPMScheduler", {}, {"clip": (-1.0, 1.0)}, (3, 2)),
+    Case("unipc", "UniPCMultistepScheduler", {}, {"order": 2}, (10, None)),
+    Case("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}, (4, None)),
+    Case("deis", "DEISMultistepScheduler", {}, {"order": 2}, (8, None)),
+    Case("euler", "sample_euler", {}, {}, (4, None)),
+    Case("dpmpp_2m", "sample_dpmpp_2m", {}, {}, (2.5, None)),
 )
 
 
@@ -55,40 +61,61 @@ def _us(run: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) / STEPS * 1e6
 
 
-def measure(case: Case, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
-    """Medians of us per step: stock, fastdiff auto, fastdiff eager (Philox noise), and the ratios."""
+def _diffusers(case: Case, out: Tensor) -> tuple[fd.Plan, Callable[[], object], Callable[[Tensor], Tensor]]:
+    """The plan, what to do before a run (not timed), and the stock run from a start."""
     import diffusers
 
     chain = schedules.Betas(schedules.scaled_linear_betas(1000))
     plan = getattr(solvers, case.solver)(chain, STEPS, spacing="trailing", **case.options)
-    out = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    scheduler = getattr(diffusers, case.scheduler)(timestep_spacing="trailing", **BETAS, **case.config)
-    x_T = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * plan.init_scale
+    scheduler = getattr(diffusers, case.peer)(timestep_spacing="trailing", **BETAS, **case.config)
 
-    def stock() -> Tensor:
-        x = x_T
+    def stock(x: Tensor) -> Tensor:
         for t in scheduler.timesteps:
             x = scheduler.step(out, t, x, return_dict=False)[0]
         return x
 
+    return plan, partial(scheduler.set_timesteps, STEPS), stock
+
+
+def _k_diffusion(case: Case, out: Tensor) -> tuple[fd.Plan, Callable[[], object], Callable[[Tensor], Tensor]]:
+    """As _diffusers: the same rho ramp of sigmas, a denoiser as the model."""
+    sampling = k_diffusion_sampling()
+    if sampling is None:
+        raise ModuleNotFoundError("k-diffusion is not installed: pip install --no-deps k-diffusion")
+    edm = schedules.EDM(0.03, 14.6)
+    plan = getattr(solvers, case.solver)(edm, STEPS, prediction="x0", **case.options)
+    sigmas = sampling.get_sigmas_karras(STEPS, 0.03, 14.6)
+
+    def stock(x: Tensor) -> Tensor:
+        return getattr(sampling, case.peer)(lambda x, sigma: out, x, sigmas, disable=True)
+
+    return plan, lambda: None, stock
+
+
+def measure(case: Case, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """Medians of us per step: stock, fastdiff auto, fastdiff eager (Philox noise), and the ratios."""
+    out = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    make = _k_diffusion if case.peer.startswith("sample_") else _diffusers
+    plan, prepare, stock = make(case, out)
+    x_T = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * plan.init_scale
     samplers = {mode: fd.Sampler(lambda x, t: out, plan, mode=mode) for mode in ("auto", "eager")}
     for sampler in samplers.values():
         sampler(shape, x_T=x_T)
     if not plan.stochastic:
-        scheduler.set_timesteps(STEPS)
-        want = stock()
+        prepare()
+        want = stock(x_T)
         for mode, sampler in samplers.items():
             gap = float((sampler(shape, x_T=x_T) - want).abs().max() / want.abs().max())
             if gap > 1e-5:
-                raise RuntimeError(f"{case.solver} {mode} differs from {case.scheduler} by {gap:.1e}")
+                raise RuntimeError(f"{case.solver} {mode} differs from {case.peer} by {gap:.1e}")
     times: dict[str, list[float]] = {"stock": [], "auto": [], "eager": []}
     with torch.no_grad():
         for _ in range(repeats):
-            scheduler.set_timesteps(STEPS)
-            times["stock"].append(_us(stock))
+            prepare()
+            times["stock"].append(_us(partial(stock, x_T)))
             for mode, sampler in samplers.items():
                 times[mode].append(_us(partial(sampler, shape, x_T=x_T)))
-    row: dict[str, Any] = {"solver": case.solver, "shape": list(shape), "repeats": repeats}
+    row: dict[str, Any] = {"solver": case.solver, "peer": case.peer, "shape": list(shape), "repeats": repeats}
     for name, values in times.items():
         row[f"{name}_us"] = statistics.median(values)
         row[f"{name}_us_p10"], row[f"{name}_us_p90"] = (sorted(values)[int(q * (len(values) - 1))] for q in (0.1, 0.9))
@@ -102,21 +129,22 @@ def measure(case: Case, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| solver | shape | diffusers us | fastdiff us (auto) | times faster | asked | eager us | times faster |",
-        "|---|---|---|---|---|---|---|---|",
+        "| solver | against | shape | theirs us | ours us (auto) | times faster | asked | eager us | times faster |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        verdict = "" if r["auto_ratio"] >= r["target"] else " (missed)"
+        verdict = " (missed)" if r["target"] is not None and r["auto_ratio"] < r["target"] else ""
+        peer = f"k-diffusion {r['peer']}" if r["peer"].startswith("sample_") else f"diffusers {r['peer']}"
         lines.append(
-            f"| {r['solver']} | {tuple(r['shape'])} | {r['stock_us']:.0f} | {r['auto_us']:.0f} | "
-            f"{r['auto_ratio']:.1f}{verdict} | {r['target']} | {r['eager_us']:.0f} | {r['eager_ratio']:.1f} |"
+            f"| {r['solver']} | {peer} | {tuple(r['shape'])} | {r['stock_us']:.0f} | {r['auto_us']:.0f} | "
+            f"{r['auto_ratio']:.1f}{verdict} | {r['target'] or '-'} | {r['eager_us']:.0f} | {r['eager_ratio']:.1f} |"
         )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description="Step cost beyond the model, against diffusers.")
+    parser = argparse.ArgumentParser(description="Step cost beyond the model, against diffusers and k-diffusion.")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args(argv)
@@ -129,8 +157,14 @@ def main(argv: list[str] | None = None) -> int:
     for shape in SHAPES:
         for case in CASES:
             repeats = (7 if args.quick else 41) if shape[0] == 1 else (3 if args.quick else 11)
-            rows.append(measure(case, shape, repeats))
-            print(f"{rows[-1]['solver']} {shape}: {rows[-1]['auto_ratio']:.2f}x", file=sys.stderr, flush=True)
+            try:
+                rows.append(measure(case, shape, repeats))
+            except ModuleNotFoundError as error:
+                print(f"{case.solver} against {case.peer}: skipped, {error}", file=sys.stderr)
+                continue
+            print(
+                f"{case.solver} against {case.peer} {shape}: {rows[-1]['auto_ratio']:.2f}x", file=sys.stderr, flush=True
+            )
     print(table(rows))
     print(describe(env))
     if args.json:
