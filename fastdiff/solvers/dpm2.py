@@ -60,7 +60,7 @@ def dpm2_ancestral(
         y_m = y + (r_m - r) eps,  y' = y + (down - r) eps(y_m, r_m) + s_noise up n,   r_m = sqrt(r down)
 
     Args: eta, s_noise >= 0; the rest: fastdiff.grid.GridOptions.
-    Returns: Plan, nfe = 2 steps - 1, 2 slots, weak order 1 (2 with eta = 0).
+    Returns: Plan, nfe = 2 steps - 1, 2 slots, order 2 in the mean and variance of Gaussian data.
     Raises: ValueError for a start of zero signal. Source: k-diffusion's sample_dpm_2_ancestral.
     """
     return _dpm2(f"dpm2_ancestral(eta={eta:g})", schedule, steps, eta, s_noise, options)
@@ -75,7 +75,7 @@ def dpmpp_2s_ancestral(
 
     up and down as in dpm2_ancestral. A step that ends clean is one row, x' = p.
     Args: eta, s_noise >= 0; the rest: fastdiff.grid.GridOptions.
-    Returns: Plan, nfe = 2 steps - 1, 2 slots, weak order 1 (order 2 with eta = 0).
+    Returns: Plan, nfe = 2 steps - 1, 2 slots, order 2 in the mean and variance of Gaussian data.
     Source: Lu et al. 2022, arXiv:2211.01095, algorithm 1 with r_1 = 1/2; k-diffusion's sample_dpmpp_2s_ancestral.
     """
     grid = make_grid(schedule, steps, options)
