@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.plan import Plan
-from fastdiff.probe.clamp import end_of, guess, prediction_of, split
+from fastdiff.probe.clamp import end_of, name_of, prediction_of, split
 from fastdiff.probe.noise import correlated
 from fastdiff.probe.observe import RIDERS, Observation, Overflow, Recorder, Refused, globals_of, observe
 from fastdiff.probe.realise import realise
@@ -65,7 +65,7 @@ def probe(
         raise TypeError(
             f"probe needs a scheduler (set_timesteps, step) or a sampler f(model, x, sigmas), got {target!r}"
         )
-    label = name or (type(target).__name__ if scheduler else getattr(target, "__name__", type(target).__name__))
+    label = str(name or (type(target).__name__ if scheduler else getattr(target, "__name__", type(target).__name__)))
     step_options = dict(step_options or {})
     if scheduler:
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
@@ -237,12 +237,12 @@ def _function(target: Any, sigmas: np.ndarray, options: dict[str, Any], brownian
 
     seen = observe(body, _width(2 * len(sigmas), {len(sigmas)}), globals_of(target))
     sigma = np.array([float(t) for t in seen.times])
-    return _plan(seen, "sample", np.ones(len(sigma)), sigma, float(sigmas[0]), False, brownian, label)
+    return _plan(seen, None, np.ones(len(sigma)), sigma, float(sigmas[0]), False, brownian, label, function=True)
 
 
 def _plan(
     seen: Observation, named: str | None, alpha: np.ndarray, sigma: np.ndarray, init_scale: float, integer: bool,
-    brownian: bool, label: str,
+    brownian: bool, label: str, *, function: bool = False,
 ) -> Plan:  # fmt: skip
     N = len(seen.times)
     if brownian:
@@ -254,7 +254,13 @@ def _plan(
         first = seen.state[0, 0]
         c_in[0] *= first
         seen = seen._replace(state=np.concatenate([seen.state[:1] / first, seen.state[1:]]))
-    prediction = prediction_of(seen, named, alpha, sigma)
+    prediction = prediction_of(seen, None, alpha, sigma)
+    if np.isnan(prediction.c_skip).any():
+        name = "x0" if function else name_of(seen, named, alpha, sigma)
+        prediction = prediction_of(seen, name, alpha, sigma)
+    if named == "epsilon":  # its own account of x0 = (x - sigma m) / alpha tells what add_noise did not
+        told = 1 / prediction.c_skip, -prediction.c_out / prediction.c_skip
+        alpha, sigma = (np.where(np.isfinite(v), v, own) for v, own in zip((alpha, sigma), told, strict=True))
     outputs = np.flatnonzero(seen.kinds == "m")
     x0: list[np.ndarray | None] = []
     for k in range(N):
@@ -265,17 +271,13 @@ def _plan(
         x0.append(v)
     size = np.sqrt(alpha**2 + sigma**2)
     table = realise(seen, x0, np.append(np.where(np.isfinite(size), size, 1.0), 1.0))
-    if np.isnan(prediction.c_skip).all():
-        found = guess(table, alpha, sigma)
-        if found is not None:
-            prediction = prediction_of(seen, found, alpha, sigma)
     table, prediction = split(table, prediction, alpha, sigma)
     start = (alpha[0], sigma[0]) if np.isfinite(alpha[0] + sigma[0]) else (0.0, init_scale)
     times = np.array([int(t) for t in seen.times]) if integer else np.array([float(t) for t in seen.times])
     return Plan(
         label, times, times.astype(np.float64), alpha, sigma, c_in, prediction.c_skip, prediction.c_out,
         prediction.lo, prediction.hi, table.A, table.b, table.d, table.s, init_scale=init_scale,
-        init_noise=table.init_noise, end=end_of(table, prediction, *start, table.init_noise), draws=table.draws,
+        init_noise=table.init_noise, end=end_of(table, prediction, *start), draws=table.draws,
     )  # fmt: skip
 
 

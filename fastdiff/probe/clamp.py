@@ -10,10 +10,12 @@ from fastdiff.prediction import PREDICTIONS
 from fastdiff.probe.observe import Observation, Refused
 from fastdiff.probe.realise import Table
 
-__all__ = ["Prediction", "end_of", "guess", "prediction_of", "split"]
+__all__ = ["Prediction", "end_of", "name_of", "prediction_of", "split"]
 
 PARALLEL = 1e-9
 EXACT = 1e-12
+CONSISTENT = 1e-6
+NEARLY = 1e-2
 STOCK = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 
 
@@ -40,7 +42,8 @@ def _pair(v: np.ndarray, x: np.ndarray, m: int) -> tuple[float, float] | None:
 def prediction_of(seen: Observation, named: str | None, alpha: np.ndarray, sigma: np.ndarray) -> Prediction:
     """c_skip, c_out and the clamp of every row: from a clamp, from the reported x0, or from the prediction's name.
 
-    Args: named: the prediction as the configuration names it, or None; alpha, sigma: [N] of the state, NaN unknown.
+    Args: named: one of PREDICTIONS, a leading minus for models that return -m, or None; alpha, sigma: [N] of the
+        state, NaN unknown.
     Raises: ValueError: a clamp of something that is not c_skip x + c_out m, or two different ones in a row.
     """
     N = len(seen.times)
@@ -69,25 +72,36 @@ def prediction_of(seen: Observation, named: str | None, alpha: np.ndarray, sigma
 
 def _by_name(named: str, alpha: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per row, NaN where the name is unknown or its coefficients are not finite (zero signal)."""
-    form = PREDICTIONS.get(STOCK.get(named, named))
+    form = PREDICTIONS.get(named.removeprefix("-"))
     if form is None:
         return np.full(len(alpha), np.nan), np.full(len(alpha), np.nan)
     with np.errstate(all="ignore"):
         skip, out = form(alpha, sigma, 0.5)[:2]
+    out = -out if named.startswith("-") else out
     good = np.isfinite(skip) & np.isfinite(out) & (out != 0)
     return np.where(good, skip, np.nan), np.where(good, out, np.nan)
 
 
-def guess(table: Table, alpha: np.ndarray, sigma: np.ndarray) -> str | None:
-    """The prediction's name from a last row that ends at x0: x' = c_skip x + c_out m there."""
-    got = np.array([table.A[-1, 0, 0], table.d[-1, 0]])
-    if np.any(table.A[-1, 0, 1:]) or table.b[-1].any() or got[1] == 0:
+def name_of(seen: Observation, named: str | None, alpha: np.ndarray, sigma: np.ndarray) -> str | None:
+    """The prediction type that keeps the marginal mean over the first step, the named one first; None if none does.
+
+    x_1 = a x_0 + d m = A x_0 + B p    with A alpha_0 + B = alpha_1, which every consistent solver obeys
+    """
+    outputs = np.flatnonzero(seen.kinds == "m")
+    target = alpha[1] if len(alpha) > 1 else 1.0
+    if not np.isfinite(alpha[0] + sigma[0] + target):
         return None
-    for name in ("eps", "v", "flow", "x0"):
-        skip, out = _by_name(name, alpha[-1:], sigma[-1:])
-        if np.allclose([skip[0], out[0]], got, rtol=1e-6, atol=1e-9):
+    a, d = seen.state[1, 0] / seen.state[0, 0], seen.state[1, outputs[0]]
+    first = STOCK.get(named or "", named or "eps")
+    misses = {}
+    for name in dict.fromkeys((first, "eps", "v", "flow", "x0", "edm", "-edm")):
+        skip, out = _by_name(name, alpha[:1], sigma[:1])
+        if np.isfinite(skip[0]):
+            misses[name] = abs((a - d * skip[0] / out[0]) * alpha[0] + d / out[0] - target)
+    for name, miss in misses.items():
+        if miss <= CONSISTENT:
             return name
-    return None
+    return first if named is not None and misses.get(first, np.inf) <= NEARLY else None  # grids of rounded times
 
 
 def split(table: Table, prediction: Prediction, alpha: np.ndarray, sigma: np.ndarray) -> tuple[Table, Prediction]:
@@ -113,11 +127,11 @@ def split(table: Table, prediction: Prediction, alpha: np.ndarray, sigma: np.nda
     return table._replace(A=A, b=b, d=d), Prediction(c_skip, c_out, prediction.lo, prediction.hi)
 
 
-def end_of(table: Table, prediction: Prediction, alpha: float, sigma: float, init_noise: float) -> tuple[float, float]:
+def end_of(table: Table, prediction: Prediction, alpha: float, sigma: float) -> tuple[float, float]:
     """(alpha, sigma) of the result: its mean and standard deviation where the data are one point, 1."""
     N, r = table.b.shape
     S = np.zeros((r, N + 3))  # columns: x0, the start's noise, its second noise, the rows' noise
-    S[0, :3] = alpha, sigma, init_noise
+    S[0, :3] = alpha, sigma, table.init_noise
     one = np.eye(1, N + 3)[0]
     for k in range(N):
         c_out = prediction.c_out[k]

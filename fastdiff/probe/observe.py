@@ -122,7 +122,8 @@ class Recorder:
         return self.source("m")
 
     def carries(self, x: object) -> bool:
-        return isinstance(x, Tensor) and x.ndim > 0 and x.shape[-1] == self.width
+        """Does some axis of x hold the basis (einsum and friends move it)?"""
+        return isinstance(x, Tensor) and self.width in x.shape
 
     def row(self, x: object, what: str) -> np.ndarray:
         """A tensor's coefficients [width]; refuses a sample that changed its shape or is not finite."""
@@ -213,8 +214,7 @@ class _Dispatch(TorchDispatchMode):
         for a in (*args, *kwargs.values()) if kwargs else args:
             for v in a if isinstance(a, (list, tuple)) else (a,):
                 if isinstance(v, Tensor):
-                    shape = v.shape
-                    if shape and shape[-1] == width:
+                    if width in v.shape:
                         carried = True
                     if reason is None:
                         reason = getattr(v, "_fastdiff_value_of", None)
@@ -248,8 +248,9 @@ class _Dispatch(TorchDispatchMode):
             return out
         n = recorder.draw().reshape(size)
         if name == "normal_":
-            mean, std = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
-            return args[0].copy_(n * kwargs.get("std", std) + kwargs.get("mean", mean))
+            mean = args[1] if len(args) > 1 else kwargs.get("mean", 0.0)
+            std = args[2] if len(args) > 2 else kwargs.get("std", 1.0)
+            return args[0].copy_(n * std + mean)
         if name == "normal":
             return n * args[1] + args[0]
         return n
@@ -330,19 +331,17 @@ def lifted(recorder: Recorder | None, namespaces: list[dict[str, Any]]) -> Itera
 
 
 def globals_of(target: object) -> list[dict[str, Any]]:
-    """The module globals of a function, or of an object's classes."""
+    """The globals of a function's module, or of an object's classes' modules and the modules beside them."""
     if isinstance(target, functools.partial):
         return globals_of(target.func)
     if inspect.isroutine(target):
         found = [getattr(inspect.unwrap(target), "__globals__", {})]
     else:
-        modules = [sys.modules.get(c.__module__) for c in type(target).__mro__ if c is not object]
-        found = [vars(m) for m in modules if m is not None]
-    unique: list[dict[str, Any]] = []
-    for g in found:
-        if not any(g is u for u in unique):
-            unique.append(g)
-    return unique
+        names = {c.__module__ for c in type(target).__mro__ if c is not object}
+        packages = tuple(n.rpartition(".")[0] + "." for n in names if "." in n)
+        beside = [m for n, m in list(sys.modules.items()) if n in names or n.startswith(packages)]
+        found = [vars(m) for m in beside if isinstance(m, type(sys))]
+    return list({id(g): g for g in found}.values())
 
 
 Body = Callable[[Recorder], None]

@@ -167,10 +167,11 @@ def realise(seen: Observation, x0: list[np.ndarray | None], size: np.ndarray) ->
         raise Refused("it uses its start in a way that the first model input does not show")
     A = np.zeros((N, slots, slots))
     b, d, s = (np.zeros((N, slots)) for _ in range(3))
+    unit = np.eye(J)
     C, sizes = (Y[0] * (rows < 0))[None], [size[0]]
     for k in range(N):
         at = {kind: np.flatnonzero((rows == k) & (seen.kinds == kind)) for kind in "mpn"}
-        m, p, n = np.eye(1, J, at["m"][0])[0], [np.eye(1, J, c)[0] for c in at["p"]], at["n"]
+        m, p, n = unit[at["m"][0]], [unit[c] for c in at["p"]], at["n"]
         space = spaces[k + 1]
         x = Y[k + 1] * (rows <= k)
         if edits[k + 1] >= 0:
