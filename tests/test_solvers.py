@@ -20,6 +20,11 @@ class Case(NamedTuple):
     exact: bool  # marginals exact for a constant x0 (else to first order)
     order: float  # ODE order by slope, or weak order of a stochastic solver
     nfe: Callable[[int], int] = lambda steps: steps
+    rough: bool = False  # errors of both signs cross on one Gaussian: fitted in tests/test_orders.py
+
+
+def twice(steps: int) -> int:
+    return 2 * steps - 1
 
 
 CASES = [
@@ -35,6 +40,38 @@ CASES = [
     Case("dpmpp_2m", {}, True, 2),
     Case("euler_maruyama", {}, False, 1),
     Case("probability_flow", {}, False, 1),
+    Case("deis", {"order": 1}, True, 1),
+    Case("deis", {"order": 2}, True, 2, rough=True),
+    Case("deis", {"order": 3}, True, 3, rough=True),
+    Case("dpm2", {}, True, 2, twice),
+    Case("dpm2_ancestral", {}, True, 2, twice),
+    Case("dpm2_ancestral", {"eta": 0.0}, True, 2, twice),
+    Case("dpm_solver", {"order": 1, "algorithm": "dpmsolver"}, True, 1),
+    Case("dpm_solver", {"order": 2}, True, 2, twice),
+    Case("dpm_solver", {"order": 2, "solver_type": "heun"}, True, 2, twice),
+    Case("dpm_solver", {"order": 2, "algorithm": "dpmsolver"}, True, 2, twice),
+    Case("dpm_solver", {"order": 3}, True, 3, lambda steps: 3 * steps - 2, True),
+    Case("dpm_solver", {"order": 3, "solver_type": "heun"}, True, 3, lambda steps: 3 * steps - 2, True),
+    Case("dpm_solver", {"order": 3, "algorithm": "dpmsolver"}, True, 3, lambda steps: 3 * steps - 2, True),
+    Case("dpm_solver", {"order": 3, "nodes": "grid"}, True, 3, rough=True),
+    Case("dpm_solver", {"order": 2, "kind": "multistep"}, True, 2, rough=True),
+    Case("dpm_solver", {"order": 3, "kind": "multistep", "algorithm": "dpmsolver"}, True, 2, rough=True),
+    Case("dpmpp_2s_ancestral", {}, True, 2, twice),
+    Case("dpmpp_2s_ancestral", {"eta": 0.0}, True, 2, twice),
+    Case("dpmpp_3m", {}, True, 2, rough=True),
+    Case("dpmpp_3m", {"exact": True}, True, 3, rough=True),
+    Case("ipndm", {}, True, 2, rough=True),
+    Case("lms", {"order": 1}, True, 1),
+    Case("lms", {"order": 2}, True, 2),
+    Case("lms", {"order": 3}, True, 3, rough=True),
+    Case("lms", {"order": 4}, True, 4, rough=True),
+    Case("plms", {}, True, 2, lambda steps: steps + (steps > 1)),
+    Case("plms", {"prk": True}, True, 2, lambda steps: steps + (9 if steps > 3 else steps > 1)),
+    Case("unipc", {"order": 1}, True, 2),
+    Case("unipc", {"order": 2}, True, 2, rough=True),
+    Case("unipc", {"order": 3}, True, 2, rough=True),
+    Case("unipc", {"order": 3, "bh": "bh1", "lower_order_final": False}, True, 4, rough=True),
+    Case("unipc", {"order": 3, "corrector": False}, True, 2, rough=True),
 ]
 CHAIN = S.Betas(S.scaled_linear_betas(1000))
 SCHEDULES = [S.VP(), S.SubVP(), S.VE(0.02, 10.0), S.EDM(0.02, 10.0), S.Flow(2.0), S.Cosine(), CHAIN]
@@ -49,7 +86,7 @@ def build(case: Case, schedule: S.Schedule, steps: int, **options: Any) -> Plan:
     return getattr(solvers, case.solver)(schedule, steps, **case.options, **options)
 
 
-EXACT = [c for c in CASES if c.exact]
+EXACT, FITTED = [c for c in CASES if c.exact], [c for c in CASES if not c.rough]
 
 
 @pytest.mark.parametrize("case", EXACT, ids=[i for i, c in zip(ids, CASES, strict=True) if c.exact])
@@ -93,7 +130,7 @@ def test_fixed_large_keeps_its_own_variance_recursion(schedule: S.Schedule, fina
     np.testing.assert_allclose(variance, wanted, rtol=1e-9, atol=1e-12)
 
 
-@parametrize
+@pytest.mark.parametrize("case", FITTED, ids=[i for i, c in zip(ids, CASES, strict=True) if not c.rough])
 @pytest.mark.parametrize(
     "schedule", [S.VP(), S.SubVP(), S.VE(0.02, 10.0), S.EDM(0.02, 10.0), S.Flow(), S.Cosine()], ids=str
 )
@@ -128,7 +165,9 @@ def test_endpoints(case: Case, steps: int) -> None:
         plan = build(case, schedule, steps)
         assert plan.nfe <= case.nfe(steps) and plan.end == (1.0, 0.0)
         mean, variance, *_ = marginals(plan)
-        assert mean[-1] == pytest.approx(1, abs=1e-12) and variance[-1] <= 1e-24
+        # PLMS takes eps at the end of its first step, which amplifies rounding by (sigma/alpha) / (2 sigma')
+        tolerance = 1e-10 if case.solver == "plms" else 1e-12
+        assert mean[-1] == pytest.approx(1, abs=tolerance) and variance[-1] <= tolerance**2
 
 
 @parametrize
@@ -257,15 +296,25 @@ def test_zero_terminal_snr() -> None:
     betas = S.linear_betas(100)
     betas[-1] = 1.0
     chain = S.Betas(betas)
-    for name in ("ddpm", "ddim", "dpmpp_2m", "euler_ancestral"):
+    for name in (
+        "ddpm",
+        "ddim",
+        "dpmpp_2m",
+        "dpmpp_2s_ancestral",
+        "dpmpp_3m",
+        "dpm_solver",
+        "euler_ancestral",
+        "unipc",
+    ):
         plan = getattr(solvers, name)(chain, 10, prediction="v")
         mean, variance, alpha, sigma2 = marginals(plan)
         np.testing.assert_allclose(mean, alpha, atol=1e-12)
         np.testing.assert_allclose(variance, sigma2, atol=1e-12)
         with pytest.raises(ValueError, match="zero terminal SNR"):
             getattr(solvers, name)(chain, 10, prediction="eps")
-    with pytest.raises(ValueError, match="cannot start from zero signal"):
-        solvers.heun(chain, 10, prediction="v")
+    for name in ("deis", "dpm2", "dpm2_ancestral", "heun", "ipndm", "lms", "plms"):
+        with pytest.raises(ValueError, match="cannot start from zero signal"):
+            getattr(solvers, name)(chain, 10, prediction="v")
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ def dpmpp_3m(
 
     Second order (2M) in the second row, first order in the first and in a row that ends clean.
     Args:
-        exact: D2 = h^2 f'' = 2 h^2 f[0, -1, -2], which makes the integral of the parabola exact; the published method,
-        and every implementation of it, has half of that, so that it is of order 2 from an exact start too.
+        exact: D2 = h^2 f'' = 2 h^2 f[0, -1, -2], which makes the integral of the parabola exact; the published code,
+        diffusers and k-diffusion have half of that, so that it is of order 2 from an exact start too.
         lower_order_final: fall to first order at the end with fewer than 15 steps; the rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 3 slots (x, p_1, p_2). Order 2, with a quarter to a third of 2M's error; 3 from an exact
         start with exact=True.

@@ -85,17 +85,16 @@ def plms(schedule: Schedule, steps: int, *, prk: bool = False, **options: Unpack
         e = eps, (3 eps - e_1)/2, (23 eps - 16 e_1 + 5 e_2)/12, (55 eps - 59 e_1 + 37 e_2 - 9 e_3)/24
 
     prk=False (PLMS): the first interval is done twice, with eps and with the mean of eps and eps at its end. prk=True:
-    each of the first three is a pseudo Runge-Kutta step, phi with (e_1 + 2 e_2 + 2 e_3 + e_4)/6, its middle in t.
+    of four or more, the first three are pseudo Runge-Kutta steps, (e_1 + 2 e_2 + 2 e_3 + e_4)/6, the middle in t.
     Args: fastdiff.grid.GridOptions.
-    Returns: Plan, nfe = steps + 1, 4 slots (prk: steps + 9, 5 slots), order 2.
-    Raises: ValueError for a start of zero signal.
+    Returns: Plan, nfe = steps + 1, 4 slots (prk: steps + 9, 5 slots), order 2. Raises: ValueError from zero signal.
     Source: Liu et al. 2022, arXiv:2202.09778, eq. 9, 12, 13 and algorithm 2.
     """
     grid = make_grid(schedule, steps, options)
     grid.require_signal("plms")
     n = len(grid.at.t)
-    warm = min(WARM_UP, n - 1) if prk else 0
-    twice = int(not prk and n > 1)
+    warm = WARM_UP if prk and n > WARM_UP else 0
+    twice = int(not warm and n > 1)
     middle = _middle(schedule, grid.t[: warm + 1])
     stages = np.stack([grid.t[:warm], middle, middle, grid.t[1 : warm + 1]], axis=1).ravel()
     t = np.insert(grid.t[:n], 1, grid.t[1]) if twice else np.append(stages, grid.t[warm:n])

@@ -65,8 +65,7 @@ def singlestep_plan(
 
     Two stages: the part of the end known after the first. Three: v_0 (with the stage it gives back the interval's
     start), then the part of the end known after the second.
-    Args: value_of: the v of a row; exact: phi_2 and phi_3 throughout; own: inner points from the grid;
-        lower_final: then the last step is not of full order.
+    Args: exact: phi_2, phi_3 throughout; own: the grid's inner points; lower_final: no last step of full order.
     """
     starts, sizes = _groups(grid, order, own=own, lower_final=lower_final)
     at = grid.points(_visits(schedule, grid, starts, sizes, own=own))
@@ -84,20 +83,16 @@ def singlestep_plan(
         b[rows, slot] += of_v * value.p[rows]
         d[rows, slot] += of_v * value.m[rows]
 
-    for k in range(1, int(sizes.max()) + 1):
-        group = sizes == k
-        if not group.any():
-            continue
-        r0, e = first[group], ends[group]
+    for k in np.unique(sizes):
+        r0, e = first[sizes == k], ends[sizes == k]
         to_end = form(r0, grid.alpha[e], grid.sigma[e], grid.lam[e])
         if k == 1:
             write(r0, 0, to_end.ratio, to_end.gain)
             continue
-        r1 = r0 + 1
+        r1, r2 = r0 + 1, r0 + 2
         to_1 = form(r0, at.alpha[r1], at.sigma[r1], at.lam[r1])
+        to_2 = to_end if k == 2 else form(r0, at.alpha[r2], at.sigma[r2], at.lam[r2])
         write(r0, 0, to_1.ratio, to_1.gain)
-        q2 = r0 + 2
-        to_2 = to_end if k == 2 else form(r0, at.alpha[q2], at.sigma[q2], at.lam[q2])
         u1 = (at.lam[r1] - at.lam[r0]) / np.abs(to_2.z)
         slope = phi(2, to_2.z) / phi(1, to_2.z) if exact or (k == 3 and not own) else 0.5
         w1 = to_2.gain * slope / u1  # v_1's weight in stage 2, v_0 has the rest
@@ -107,7 +102,7 @@ def singlestep_plan(
             write(r1, 0, 0.0, w1)
             continue
         span = np.abs(to_end.z)
-        nodes = np.stack([0 * span, (at.lam[r1] - at.lam[r0]) / span, (at.lam[q2] - at.lam[r0]) / span], axis=1)
+        nodes = np.stack([0 * span, (at.lam[r1] - at.lam[r0]) / span, (at.lam[r2] - at.lam[r0]) / span], axis=1)
         if exact:
             w = quadrature(nodes, to_end.z)
         else:
@@ -118,8 +113,8 @@ def singlestep_plan(
         for slot, target, of_0, of_1 in ((0, to_2, to_2.gain - w1, w1), (1, to_end, w[:, 0], w[:, 1])):
             write(r1, slot, target.ratio / to_1.ratio, of_1)
             A[r1, slot, 1] = of_0 - target.ratio / to_1.ratio * to_1.gain
-        A[q2, 0, 1] = 1
-        write(q2, 0, 0.0, w[:, 2])
+        A[r2, 0, 1] = 1
+        write(r2, 0, 0.0, w[:, 2])
     if grid.clean:
         A[-1, 0], b[-1, 0], d[-1, 0] = 0, 1, 0
     return Plan.of(name, at, A, b, d=d, end=grid.end)

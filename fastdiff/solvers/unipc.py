@@ -55,8 +55,8 @@ def unipc(
     Args:
         order: 1..3. bh: "bh1" (B = -h) | "bh2" (B = e^-h - 1). corrector: False for UniP alone.
         lower_order_final: fall to first order at the end. The rest: fastdiff.grid.GridOptions.
-    Returns: Plan, nfe = steps, order + 1 slots (x', p_1, .., p_k); UniP: `order`. Measured order k + 1 (UniP: min(k, 2))
-        with final="zero" or without lower_order_final, else 2: the first-order last row is not corrected.
+    Returns: Plan, nfe = steps, order + 1 slots (x', p_1, .., p_k); UniP: `order`. Order k + 1 (UniP: k, from its
+        first-order start 2 to 3) with lower_order_final=False; else 2, as the first-order last row is not corrected.
     Source: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 to 4; B(h): section 3.4. An outside edit of x enters the
         correction as well (the history form); diffusers restarts from the uncorrected x.
     """
