@@ -118,7 +118,14 @@ def _cases() -> dict[str, Case]:
     config = {**SD, "predict_x0": False, "final_sigmas_type": "sigma_min"}
     add("unipc-eps", "unipc_multistep", "UniPCMultistepScheduler", config, 3)
     add("lms", "lms_discrete", "LMSDiscreteScheduler", SD, 4)
-    add("lms-2-v-karras", "lms_discrete", "LMSDiscreteScheduler", {**SD, **V, "use_karras_sigmas": True}, 2, {"order": 2})
+    add(
+        "lms-2-v-karras",
+        "lms_discrete",
+        "LMSDiscreteScheduler",
+        {**SD, **V, "use_karras_sigmas": True},
+        2,
+        {"order": 2},
+    )
     add("plms", "pndm", "PNDMScheduler", {**SD, "skip_prk_steps": True}, 4)
     add("pndm", "pndm", "PNDMScheduler", SD, 5)
     add("ipndm", "ipndm", "IPNDMScheduler", {}, None)
@@ -137,7 +144,15 @@ def _cases() -> dict[str, Case]:
     add("flow-euler-karras", *flow, {"use_karras_sigmas": True}, 1)
     add("flow-heun", "flow_match_heun_discrete", "FlowMatchHeunDiscreteScheduler", {"shift": 2.0}, 2)
     add("flow-lcm", "flow_match_lcm", "FlowMatchLCMScheduler", {}, 1)
-    add("ltx-rf", "ltx_euler_ancestral_rf", "LTXEulerAncestralRFScheduler", {}, 1, {}, {"sigmas": [1.0, 0.8, 0.5, 0.2, 0.0]})
+    add(
+        "ltx-rf",
+        "ltx_euler_ancestral_rf",
+        "LTXEulerAncestralRFScheduler",
+        {},
+        1,
+        {},
+        {"sigmas": [1.0, 0.8, 0.5, 0.2, 0.0]},
+    )
     add("edm-euler", "edm_euler", "EDMEulerScheduler", {}, 1)
     add("edm-euler-churn", "edm_euler", "EDMEulerScheduler", {"prediction_type": "v_prediction"}, 1, {"s_churn": 3.0})
     add("edm-dpmpp-2m", "edm_dpmsolver_multistep", "EDMDPMSolverMultistepScheduler", {}, 2)
@@ -146,7 +161,7 @@ def _cases() -> dict[str, Case]:
     add("edm-dpmpp-3m", "edm_dpmsolver_multistep", "EDMDPMSolverMultistepScheduler", {"solver_order": 3}, 3)
     add("consistency", "consistency_models", "CMStochasticIterativeScheduler", {"clip_denoised": False}, 1)
     add("consistency-clip", "consistency_models", "CMStochasticIterativeScheduler", {}, 1)
-    add("scm", "scm", "SCMScheduler", {}, 1)
+    add("scm", "scm", "SCMScheduler", {}, 1, {}, {"timesteps": [1.57080, 1.3, 0.9, 0.0]})
     return cases
 
 

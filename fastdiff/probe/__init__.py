@@ -165,7 +165,7 @@ def _scheduler(
         if hasattr(s, "noise_sampler"):
             s.noise_sampler = recorder.draw
         _guarded(s.set_timesteps, *(() if steps is None else (steps,)), **options)
-        made[:] = [s]
+        made[:] = [copy.copy(s)]  # as it is before the first step
         timesteps = list(s.timesteps)
         x = recorder.source("x")
         for k, t in enumerate(timesteps):
@@ -200,12 +200,13 @@ def _result(out: Any) -> Any:
 def _levels(s: Any, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """alpha, sigma of the state at every row, from how the scheduler itself adds noise; NaN where it does not tell."""
     unknown = np.full(rows, math.nan), np.full(rows, math.nan)
-    add = getattr(s, "add_noise", None)
     x0, eps = (torch.tensor(v, dtype=torch.float64).expand(rows, 2).clone() for v in ([1.0, 0.0], [0.0, 1.0]))
     times = torch.as_tensor(s.timesteps)
     try:
-        y = add(x0, eps, times) if add is not None else torch.cat([s.scale_noise(a, t[None], b) for a, t, b in zip(
-            x0.split(1), times, eps.split(1), strict=True)])  # fmt: skip
+        if hasattr(s, "add_noise"):
+            y = copy.copy(s).add_noise(x0, eps, times)
+        else:  # flow matching: one time a call, and it remembers which
+            y = torch.cat([copy.copy(s).scale_noise(x0[:1], t[None], eps[:1]) for t in times])
     except Exception:  # foreign code that may have no such thing, or another signature
         return unknown
     if not isinstance(y, Tensor) or y.shape != (rows, 2):

@@ -61,7 +61,7 @@ def prediction_of(seen: Observation, named: str | None, alpha: np.ndarray, sigma
         (c_skip[k], c_out[k]), lo[k], hi[k] = pair, clamp.lo, clamp.hi
     for k, v in enumerate(seen.predicted):
         pair = None if v is None or np.isfinite(c_skip[k]) else _pair(v.copy(), seen.state[k], outputs[k])
-        if pair is not None and pair[1] != 0:
+        if pair is not None:
             c_skip[k], c_out[k] = pair
     unknown = np.isnan(c_skip)
     if named is not None and unknown.any():
@@ -94,7 +94,9 @@ def name_of(seen: Observation, named: str | None, alpha: np.ndarray, sigma: np.n
     a, d = seen.state[1, 0] / seen.state[0, 0], seen.state[1, outputs[0]]
     first = STOCK.get(named or "", named or "eps")
     misses = {}
-    for name in dict.fromkeys((first, "eps", "v", "flow", "x0", "edm", "-edm")):
+    straight = np.abs(alpha + sigma - 1).max() <= CONSISTENT  # at alpha = 0 the first step cannot tell flow from v
+    velocity = ("flow", "v") if straight else ("v", "flow")
+    for name in dict.fromkeys((first, *velocity, "eps", "x0", "edm", "-edm")):
         skip, out = _by_name(name, alpha[:1], sigma[:1])
         if np.isfinite(skip[0]):
             misses[name] = abs((a - d * skip[0] / out[0]) * alpha[0] + d / out[0] - target)
@@ -135,7 +137,7 @@ def end_of(table: Table, prediction: Prediction, alpha: float, sigma: float) -> 
     one = np.eye(1, N + 3)[0]
     for k in range(N):
         c_out = prediction.c_out[k]
-        m = (one - prediction.c_skip[k] * S[0]) / c_out if c_out else one
+        m = (one - prediction.c_skip[k] * S[0]) / c_out if c_out else 0 * one
         S = table.A[k] @ S + np.outer(table.b[k], one) + np.outer(table.d[k], m)
         S[:, 3 + k] += table.s[k]
     mean, deviation = float(S[0, 0]), float(np.linalg.norm(S[0, 1:]))

@@ -31,6 +31,8 @@ SUPERPOSITION = 1e-9
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 UNIFORM = {"rand", "rand_like", "uniform_", "bernoulli", "bernoulli_", "exponential_", "multinomial", "randint_like"}
 DRAWING = {"randn", "randn_like", "normal_", "normal"}
+MAKING = {"new_ones", "new_zeros", "new_full", "new_empty", "new_empty_strided"}
+MAKING |= {"ones_like", "zeros_like", "full_like", "empty_like"}
 LEAVING = {"_local_scalar_dense", "is_nonzero", "equal"}
 ESCAPING = {"numpy", "tolist", "__array__"}
 
@@ -218,7 +220,7 @@ class _Dispatch(TorchDispatchMode):
                         carried = True
                     if reason is None:
                         reason = getattr(v, "_fastdiff_value_of", None)
-        if not carried and reason is None:
+        if (not carried and reason is None) or name in MAKING:
             return func(*args, **kwargs)
         if name in LEAVING:
             raise Refused(f"it branches on the sample's values ({reason or name})")

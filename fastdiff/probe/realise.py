@@ -188,12 +188,17 @@ def realise(seen: Observation, x0: list[np.ndarray | None], size: np.ndarray) ->
             target = Y[k + 2]
             if (following := x0[k + 1]) is not None:  # the next x0 is an input of its own
                 output = np.flatnonzero((rows == k + 1) & (seen.kinds == "m"))[0]
-                target = target - target[output] / following[output] * following
+                if following[output]:
+                    target = target - target[output] / following[output] * following
             target = target * (rows <= k)
             if _cost(target, x, other, wanted, lengths, size[k + 1]) < _cost(
                 target, x, chosen, wanted, lengths, size[k + 1]
             ):
                 chosen = other
+        if edit < 0:
+            history = [*C[1:], *(predictions or [m]), *(unit[c] for c in n)]
+            history += [m] if p and predictions else []
+            chosen = [c if isinstance(c, int) else _without(x, c, history) for c in chosen]
         new = [x, *(wanted[c] if isinstance(c, int) else c for c in chosen)]
         sizes = [size[k + 1], *(_length(c, wanted, lengths) for c in chosen)]
         solve, realised = _Solver(C), []
@@ -218,6 +223,17 @@ def realise(seen: Observation, x0: list[np.ndarray | None], size: np.ndarray) ->
         table[np.abs(table) < UNUSED * np.maximum(1.0, np.abs(table).max())] = 0.0
     init_noise = float(Y[0][(rows == -1) & (seen.kinds == "n")].sum())
     return Table(A, b, d, s, draws, init_noise)
+
+
+def _without(x: np.ndarray, v: np.ndarray, history: list[np.ndarray]) -> np.ndarray:
+    """v less its part along x, as a combination of the past: with x in it, fp32 would cancel large numbers."""
+    basis = np.array([x, *history])
+    c = np.linalg.lstsq(basis.T, v, rcond=None)[0]
+    if np.linalg.norm(v - c @ basis) > INSIDE * np.linalg.norm(v) or not np.any(c[1:]):
+        return v
+    rest = v - c[0] * x
+    size = np.linalg.norm(rest)
+    return rest / np.abs(c[1:]).max() if size > APART * np.linalg.norm(c[0] * x) else v
 
 
 class _Solver:

@@ -1,0 +1,276 @@
+"""probe against what it read: random tables, diffusers' schedulers lifted to float64, k-diffusion's samplers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import fastdiff as fd
+from fastdiff import schedules as S
+from fastdiff import solvers
+from fastdiff.reference import reference_sample
+from tests.probe_cases import CASES, LINEAR
+
+SHAPE = (2, 3, 4, 4)
+TOLERANCE = 1e-9
+
+
+def normals(count=90, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(SHAPE, generator=draw, dtype=torch.float64) for _ in range(count)]
+
+
+def model(x, t):
+    time = torch.as_tensor(t).to(x.dtype).reshape(-1, 1, 1, 1)
+    return torch.tanh(1.3 * x + time / 1000)
+
+
+def run(plan, x_T, pool, edit=None):
+    source = iter(pool)
+    return reference_sample(model, plan, x_T, lambda k, like: next(source), edit=edit)
+
+
+def far(got, want):
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+def response(plan):
+    """The states' coefficients on (x_T, the model's outputs, the noise): [N + 1, 1 + 2 N], whatever the slots are."""
+    n = plan.nfe
+    state, out = np.zeros((plan.slots, 1 + 2 * n)), []
+    state[0, 0] = 1
+    for k in range(n):
+        out.append(state[0])
+        m, z = np.eye(1, 1 + 2 * n, 1 + k)[0], np.eye(1, 1 + 2 * n, 1 + n + k)[0]
+        p = plan.c_skip[k] * state[0] + plan.c_out[k] * m
+        state = plan.A[k] @ state + np.outer(plan.b[k], p) + np.outer(plan.d[k], m) + np.outer(plan.s[k], z)
+    return np.array([*out, state[0]])
+
+
+class Table:
+    """A scheduler that is a random table: r slots, noise in two of them, draws without effect before and after."""
+
+    def __init__(self, r, steps, seed, unused=(0, 0)):
+        draw = np.random.default_rng(seed)
+        self.A, self.d = draw.normal(size=(steps, r, r)) * 0.6, draw.normal(size=(steps, r))
+        self.s = draw.normal(size=(steps, r)) * (np.arange(r) < 2)
+        self.A[0, :, 1:] = 0
+        self.unused, self.timesteps, self.init_noise_sigma = unused, torch.arange(steps, 0, -1), 3.0
+
+    def set_timesteps(self, steps):
+        assert steps == len(self.A)
+        self.k, self.kept = 0, []
+
+    def scale_model_input(self, x, t):
+        return x / (1 + 0.1 * float(t))
+
+    def step(self, m, t, x):
+        A, d, s = self.A[self.k], self.d[self.k], self.s[self.k]
+        for _ in range(self.unused[0]):
+            torch.randn_like(x)
+        n = torch.randn(x.shape)
+        for _ in range(self.unused[1]):
+            torch.empty_like(x).normal_()
+        slots = [x, *(self.kept or [torch.zeros_like(x)] * (len(A) - 1))]
+        new = [
+            sum(a * y for a, y in zip(row, slots, strict=True)) + c * m + e * n
+            for row, c, e in zip(A, d, s, strict=True)
+        ]
+        self.k, self.kept = self.k + 1, new[1:]
+        return (new[0],)
+
+
+@pytest.mark.parametrize(("r", "unused"), [(1, (0, 0)), (2, (1, 0)), (3, (0, 0)), (3, (0, 2)), (4, (2, 1))])
+def test_random_schedulers_are_recovered(r, unused):
+    steps, scheduler = 14, Table(r, 14, seed=r, unused=unused)
+    plan = fd.probe(scheduler, steps=steps)
+    assert plan.slots == r and plan.nfe == steps and plan.init_scale == 3.0
+    assert plan.times.tolist() == list(range(14, 0, -1)) and not hasattr(scheduler, "k")
+    want = np.zeros((steps + 1, 1 + 2 * steps))
+    state = np.zeros((r, 1 + 2 * steps))
+    state[0, 0] = 1
+    for k in range(steps):
+        want[k] = state[0]
+        state = scheduler.A[k] @ state
+        state[:, 1 + k] += scheduler.d[k]
+        state[:, 1 + steps + k] += scheduler.s[k]
+    want[steps] = state[0]
+    assert np.allclose(response(plan), want, rtol=1e-9, atol=1e-11)
+    assert np.allclose(plan.c_in, 1 / (1 + 0.1 * plan.times), rtol=1e-12)
+    drawn = steps * (1 + sum(unused))
+    assert plan.draws.sum() == drawn - unused[1]  # those after the last one that counts change nothing
+    pool, x = normals(), 3 * normals(1, seed=1)[0]
+    source = iter(pool)
+    y, kept = x, [torch.zeros_like(x)] * (r - 1)
+    for k in range(steps):
+        draws = [next(source) for _ in range(1 + sum(unused))]
+        m, n = model(y / (1 + 0.1 * (14 - k)), 14 - k), draws[unused[0]]
+        slots = [y, *kept]
+        y, *kept = [
+            sum(a * v for a, v in zip(row, slots, strict=True)) + c * m + e * n
+            for row, c, e in zip(scheduler.A[k], scheduler.d[k], scheduler.s[k], strict=True)
+        ]
+    assert far(run(plan, x, pool), y) <= TOLERANCE
+    source = iter(pool)
+    ours = fd.sample(model, plan, SHAPE, x_T=x.float(), noise=lambda k, like: next(source).float())
+    assert far(ours, y) <= 2e-4
+
+
+def mixing_sampler(model, x, sigmas, noise_sampler=None, weight=0.3):
+    """Two evaluations a step, noise in both, a third draw for nothing, a memory of the output before last."""
+    old = torch.zeros_like(x)
+    x = 0.5 * x
+    for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+        first = model(x, a.expand(len(x)))
+        n = noise_sampler(a, b)
+        middle = 0.7 * x + weight * first + 0.1 * a * n
+        second = model(middle, ((a + b) / 2).expand(len(x)))
+        noise_sampler(a, b)
+        z = noise_sampler(a, b)
+        x, old = 0.4 * x + 0.5 * second + 0.2 * first - 0.3 * old + 0.05 * n + 0.2 * b * z, first
+    return x
+
+
+def tuple_sampler(model, x, sigmas, **kwargs):
+    """Noise before the first call, one slot, torch's own draws."""
+    for sigma in sigmas[:-1]:
+        x = x + torch.randn_like(x) * sigma * 0.1
+        x = 0.3 * x + 0.6 * model(x, sigma * x.new_ones([x.shape[0]]), **kwargs)
+    return x, "done"
+
+
+def test_sampler_functions_are_recovered():
+    sigmas = torch.linspace(9, 0, 8, dtype=torch.float64)
+    plan = fd.probe(mixing_sampler, sigmas=sigmas, weight=0.4)
+    pool, x = normals(), 9 * normals(1, seed=2)[0]
+    source = iter(pool)
+    want = mixing_sampler(model, x, sigmas, noise_sampler=lambda a, b: next(source), weight=0.4)
+    assert plan.nfe == 14 and plan.slots == 3 and plan.init_scale == 9 and plan.draws.tolist() == [1, 2] * 7
+    assert plan.c_in[0] == 0.5 and far(run(plan, x, pool), want) <= TOLERANCE
+    plan = fd.probe(tuple_sampler, sigmas=sigmas, extra=1)
+    assert plan.slots == 1 and plan.init_noise == pytest.approx(0.9) and plan.draws.sum() == 6
+    assert np.allclose(plan.times, sigmas[:-1]) and not np.any(plan.c_skip) and np.all(plan.c_out == 1)
+
+
+def lifted(name):
+    """A diffusers scheduler module with every float32 read as float64."""
+    diffusers = pytest.importorskip("diffusers")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    source = pathlib.Path(diffusers.__file__).parent / "schedulers" / f"scheduling_{name}.py"
+    text = source.read_text().replace("torch.float32", "torch.float64").replace("np.float32", "np.float64")
+    module = types.ModuleType(f"diffusers.schedulers.probed_{name}")
+    module.__package__, module.__file__ = "diffusers.schedulers", str(source)
+    sys.modules[module.__name__] = module
+    exec(compile(text, module.__name__, "exec"), module.__dict__)
+    return module
+
+
+def shipped(case):
+    return getattr(importlib.import_module(f"diffusers.schedulers.scheduling_{case.module}"), case.scheduler)
+
+
+def stock(case, steps, x, pool, edit=lambda k, x: x):
+    """The scheduler's own loop in float64: the result and how many normals it drew."""
+    module, drawn = lifted(case.module), []
+    module.randn_tensor = lambda *args, **kwargs: drawn.append(0) or pool[len(drawn) - 1]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        s = getattr(module, case.scheduler)(**case.config)
+        s.set_timesteps(*(() if steps is None else (steps,)), **case.setup)
+        for k, t in enumerate(s.timesteps if case.module != "scm" else s.timesteps[:-1]):
+            seen = s.scale_model_input(x, t) if hasattr(s, "scale_model_input") else x
+            x = edit(k, s.step(model(seen, t), t, x, **case.step, return_dict=False)[0])
+    finally:
+        torch.set_default_dtype(before)
+    return x, len(drawn)
+
+
+def steps_of(case):
+    if "timesteps" in case.setup or "sigmas" in case.setup:
+        return None
+    return 6 if case.module in ("lcm", "tcd") else 12
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_diffusers(name):
+    case = CASES[name]
+    pytest.importorskip("diffusers")
+    scheduler, steps = shipped(case)(**case.config), steps_of(case)
+    plan = fd.probe(scheduler, steps=steps, step_options=case.step, **case.setup)
+    pool, x = normals(), plan.init_scale * normals(1, seed=3)[0]
+    want, drawn = stock(case, steps, x, pool)
+    assert far(run(plan, x, pool), want) <= TOLERANCE
+    assert plan.draws.sum() == drawn
+    assert case.slots in (None, plan.slots)
+    source = iter(pool)
+    ours = fd.sample(model, plan, SHAPE, x_T=x.float(), noise=lambda k, like: next(source).float())
+    assert far(ours, want) <= 2e-3
+
+
+def test_enough_configurations():
+    assert len(CASES) >= 60 and len({c.scheduler for c in CASES.values()}) >= 25
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("name", "solver", "config", "native", "scaled"),
+    [
+        ("ddim-noclip", "ddim", {"timestep_spacing": "trailing", "clip_sample": False}, {}, False),
+        ("euler-eps", "euler", {"timestep_spacing": "trailing"}, {}, True),
+        ("heun-eps", "heun", {"timestep_spacing": "trailing"}, {}, True),
+        ("dpmsolver++-2m", "dpmpp_2m", {"timestep_spacing": "trailing"}, {}, False),
+    ],
+)
+def test_tables_equal_native_ones(name, solver, config, native, scaled, prediction):
+    pytest.importorskip("diffusers")
+    scheduler = shipped(CASES[name])(**LINEAR, **config, prediction_type=prediction)
+    probed = fd.probe(scheduler, steps=20)
+    kind = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[prediction]
+    plan = getattr(solvers, solver)(S.Betas(S.linear_betas(1000)), 20, prediction=kind, spacing="trailing", **native)
+    theirs, ours = response(probed), response(plan)
+    if scaled:  # they carry x / alpha
+        alpha = np.append(plan.alpha, plan.end[0])
+        ours = ours / alpha[:, None]
+        ours[:, 0] *= plan.alpha[0]
+    size = np.abs(ours).max(axis=1, keepdims=True)
+    assert np.abs((theirs - ours) / size).max() <= TOLERANCE
+    assert probed.end == (1.0, 0.0) and probed.slots == plan.slots
+    assert np.allclose(probed.alpha * (plan.alpha if scaled else 1), plan.alpha, rtol=1e-9)
+
+
+def test_a_clamp_is_recovered():
+    pytest.importorskip("diffusers")
+    plan = fd.probe(shipped(CASES["ddpm-clip"])(**LINEAR, clip_sample_range=1.5), steps=10)
+    want = solvers.ddpm(S.Betas(S.linear_betas(1000)), 10, clip=(-1.5, 1.5), spacing="leading")
+    for field in ("c_skip", "c_out", "lo", "hi", "A", "b", "d", "s", "alpha", "sigma", "times"):
+        assert np.allclose(getattr(plan, field), getattr(want, field), rtol=1e-9, atol=1e-12), field
+
+
+@pytest.mark.parametrize(
+    ("name", "slots"), [("unipc-2-zero", 4), ("ddim-noclip", 1), ("heun-eps", 2), ("dpmsolver++-2m", 2)]
+)
+def test_edits(name, slots):
+    """A hook that changes x: the plan follows the stock solver, UniPC's corrector at the price of a slot."""
+    pytest.importorskip("diffusers")
+    case = CASES[name]
+    plan = fd.probe(shipped(case)(**case.config), steps=8, edits=True)
+    pool, x = normals(), plan.init_scale * normals(1, seed=4)[0]
+
+    def edit(k, x):
+        return x + 0.3 * pool[k] if k in (1, 2, 5) else x
+
+    want, _ = stock(case, 8, x, pool, edit)
+    assert plan.slots == slots
+    assert far(run(plan, x, pool, edit), want) <= TOLERANCE
+    plain = fd.probe(shipped(case)(**case.config), steps=8)
+    assert (far(run(plain, x, pool, edit), want) > 1e-3) == (plan.slots > plain.slots)
