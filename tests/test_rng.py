@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 
 from fastdiff import ops, rng
 
@@ -144,6 +143,7 @@ def test_streams_rows_and_samples_differ():
 
 def test_normals_are_normal():
     """Moments, tails and Kolmogorov-Smirnov on 2^20 values; the bounds are 5 standard errors."""
+    stats = pytest.importorskip("scipy.stats")
     n = 1 << 20
     z = rng.normal([42], (n,))[0].double()
     assert abs(z.mean()) < 5 / math.sqrt(n)
