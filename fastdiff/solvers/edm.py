@@ -18,6 +18,14 @@ __all__ = ["edm_stochastic", "noisy_heun"]
 MOST_CHURN = np.sqrt(2) - 1
 
 
+def noisy_euler(name: str, grid: Grid, hat: Points, lift: np.ndarray) -> Plan:
+    """As noisy_heun with Euler steps hat_j -> the grid's next point: one row each."""
+    r, r_hat, alpha = grid.sigma[1:] / grid.alpha[1:], hat.sigma / hat.alpha, np.append(hat.alpha[1:], grid.alpha[-1])
+    A, b = alpha * r / (hat.alpha * r_hat), alpha * (1 - r / r_hat)
+    start = float(hat.alpha[0] * grid.sigma[0] / grid.alpha[0])
+    return Plan.of(name, hat, A, b, s=alpha * np.append(lift[1:], 0.0), end=grid.end, init_scale=start)
+
+
 def noisy_heun(name: str, grid: Grid, hat: Points, end: Points, lift: np.ndarray) -> Plan:
     """Heun steps hat_j -> end_j in y = x/alpha, r = sigma/alpha, each after noise: y = y_end_(j-1) + lift_j n.
 
@@ -47,8 +55,8 @@ def noisy_heun(name: str, grid: Grid, hat: Points, end: Points, lift: np.ndarray
     )
     convert = Conversion(*(np.append(u, v)[rows] for u, v in zip(hat.convert, end.convert, strict=True)))
     at = Points(t, alpha, sigma, lam, times, convert, hat.clip)
-    plan = Plan.of(name, at, A, b, s=s, end=grid.end, init_scale=hat.alpha[0] * grid.sigma[0] / grid.alpha[0])
-    return replace(plan, init_noise=float(hat.alpha[0] * lift[0]))
+    start = float(hat.alpha[0] * grid.sigma[0] / grid.alpha[0])
+    return Plan.of(name, at, A, b, s=s, end=grid.end, init_scale=start)
 
 
 def _levels(schedule: Schedule, grid: Grid, options: GridOptions, r: np.ndarray) -> Points:
@@ -70,7 +78,7 @@ def _levels(schedule: Schedule, grid: Grid, options: GridOptions, r: np.ndarray)
 
 def edm_stochastic(
     schedule: Schedule, steps: int, *, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = np.inf,
-    s_noise: float = 1.0, **options: Unpack[GridOptions],
+    s_noise: float = 1.0, order: int = 2, **options: Unpack[GridOptions],
 ) -> Plan:  # fmt: skip
     """EDM's stochastic sampler: noise up to r^ = (1 + g) r, then a Heun step from r^ to r'.
 
@@ -78,13 +86,15 @@ def edm_stochastic(
         y^ = y + s_noise sqrt(r^^2 - r^2) n,   then heun from (y^, r^)
 
     With s_churn = 0 this is heun. The first step's noise belongs to the start (init_noise).
-    Args: s_churn, s_min, s_max, s_noise: see above; the rest: fastdiff.grid.GridOptions.
+    Args: s_churn, s_min, s_max, s_noise: see above; order: 2, or 1 for Euler steps; the rest: GridOptions.
     Returns: Plan, nfe = 2 steps - 1 (2 steps with final="min"), 2 slots, order 2 (weak, on Gaussian data, with a
-        fixed s_churn). draws: once a step, also where g = 0, as the reference code.
+        fixed s_churn); order 1: nfe = steps, 1 slot. draws: once a step, also where g = 0, as the reference code.
     Raises: ValueError for zero signal, or churn above the top of a schedule whose model time is not sigma.
     Source: Karras et al. 2022, arXiv:2206.00364, algorithm 2.
     """
     nonnegative(s_churn=s_churn, s_min=s_min, s_noise=s_noise)
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
     grid = make_grid(schedule, steps, options)
     grid.require_signal("edm_stochastic")
     n = len(grid.at.t)
@@ -94,11 +104,12 @@ def edm_stochastic(
     hat = grid.at
     if churn.any():
         hat = _levels(schedule, grid, options, r * (1 + churn))
-    end = grid.points(grid.t[1 : two + 1])
-    plan = noisy_heun(
-        f"edm_stochastic(s_churn={s_churn:g})", grid, hat, end, s_noise * r * np.sqrt(churn * (2 + churn))
-    )
+    lift, name = s_noise * r * np.sqrt(churn * (2 + churn)), f"edm_stochastic(s_churn={s_churn:g})"
+    if order == 1:
+        plan = noisy_euler(name, grid, hat, lift)
+    else:
+        plan = noisy_heun(name, grid, hat, grid.points(grid.t[1 : two + 1]), lift)
     draws = np.zeros(plan.nfe, np.int64)
-    draws[1 : 2 * (n - 1) : 2] = 1
-    draws[min(1, plan.nfe - 1)] += plan.init_noise == 0 and n > 1  # the unused draw of the first step
-    return replace(plan, draws=draws)
+    draws[order - 1 : order * (n - 1) : order] = 1
+    draws[min(order - 1, plan.nfe - 1)] += lift[0] == 0 and n > 1  # the unused draw of the first step
+    return replace(plan, draws=draws, init_noise=float(hat.alpha[0] * lift[0]))
