@@ -39,7 +39,8 @@ def drift(
     A and d are computed in float64 on the host; on Flow dx/dt = sigma'(t) (eps - x0), finite at t = 1 too.
     Args: model(x, t, **cond), t [B] the schedule's model_time; schedule; prediction, sign, sigma_data: see GridOptions.
     Returns: f(t, x): t a number or a tensor of one element (read on the host), x [B, *] -> dx/dt in x's dtype.
-        Differentiable in x. Raises: ValueError where f or g is infinite.
+        Differentiable in x. torchdiffeq steps past its last time unless options={"step_t": last} says otherwise.
+    Raises: ValueError where f or g is infinite, or t lies outside the schedule.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 13.
     """
     arguments = dict(cond or {})
@@ -144,7 +145,8 @@ def _integrator(rtol: float, atol: float) -> Callable[..., Tensor]:
 
         def by_torchdiffeq(f: Callable[..., Tensor], t0: float, t1: float, y0: Tensor) -> Tensor:
             times = torch.tensor([t0, t1], dtype=torch.float64, device=y0.device)
-            end: Tensor = odeint(f, y0, times, rtol=rtol, atol=atol, method="dopri5")[-1]
+            stop = {"step_t": times[-1:]}  # no step beyond the schedule's times
+            end: Tensor = odeint(f, y0, times, rtol=rtol, atol=atol, method="dopri5", options=stop)[-1]
             return end
 
         return by_torchdiffeq

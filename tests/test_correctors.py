@@ -1,0 +1,129 @@
+"""The SNR-scaled Langevin corrector and the predictor-corrector loop."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff import schedules as S
+from fastdiff import solvers
+from fastdiff.correctors import langevin_snr
+
+SHAPE = (5, 3, 4, 4)
+
+
+def score(x: Tensor, t: Tensor) -> Tensor:
+    """Of N(0.7, 0.5^2) under VE noise sigma = 0.01 .. 20."""
+    sigma = S.VE(0.01, 20.0).sigma(t.double()).view(-1, *[1] * (x.ndim - 1))
+    return ((0.7 - x.double()) / (0.25 + sigma**2)).to(x.dtype)
+
+
+def tensors(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(SHAPE, generator=draw, dtype=torch.float64).to(dtype) for _ in range(3)]
+
+
+def test_sample_norms_are_the_formula() -> None:
+    x, g, n = tensors()
+    got = langevin_snr(x, g, n, snr=0.2, alpha=0.9)
+    for i in range(len(x)):
+        e = 2 * 0.9 * (0.2 * float(n[i].norm()) / float(g[i].norm())) ** 2
+        torch.testing.assert_close(got[i], x[i] + e * g[i] + math.sqrt(2 * e) * n[i], rtol=1e-12, atol=1e-12)
+        alone = langevin_snr(x[i : i + 1], g[i : i + 1], n[i : i + 1], snr=0.2, alpha=0.9)
+        assert torch.equal(alone[0], got[i])
+
+
+def test_batch_norms_are_diffusers() -> None:
+    pytest.importorskip("diffusers")
+    module = importlib.import_module("diffusers.schedulers.scheduling_sde_ve")
+    x, g, n = tensors(torch.float32)
+    scheduler = module.ScoreSdeVeScheduler(snr=0.15)
+    scheduler.set_timesteps(5)
+    original, module.randn_tensor = module.randn_tensor, lambda *args, **kwargs: n
+    try:
+        want = scheduler.step_correct(g, x, return_dict=False)[0]
+    finally:
+        module.randn_tensor = original
+    torch.testing.assert_close(langevin_snr(x, g, n, snr=0.15, norm="batch"), want, rtol=2e-6, atol=2e-6)
+
+
+def test_no_score_no_step() -> None:
+    x, _, n = tensors()
+    assert torch.equal(langevin_snr(x, torch.zeros_like(x), n), x)
+
+
+def run(
+    predictor: str = "reverse_diffusion", shape: tuple[int, ...] = SHAPE, steps: int = 30, **options: Any
+) -> Tensor:
+    plan = getattr(solvers, predictor)(S.VE(0.01, 20.0), steps, prediction="score")
+    return fd.predictor_corrector(score, plan, shape, **options)
+
+
+def test_the_loop_is_the_textbook_one() -> None:
+    """Song et al. 2021, algorithm 2 with 4, on the package's own noise."""
+    schedule, steps, seed = S.VE(0.01, 20.0), 12, 3
+    plan = solvers.reverse_diffusion(schedule, steps, prediction="score")
+    draw = lambda row, stream: fd.rng.normal(torch.full((5,), seed), SHAPE[1:], row=row, stream=stream,  # noqa: E731
+                                             index=torch.arange(5)).double()  # fmt: skip
+    x = 20 * draw(0, 0)
+    for k in range(steps):
+        t = torch.full((5,), plan.times[k])
+        for i in range(2):
+            x = langevin_snr(x, score(x, t), draw(2 * k + i, 3), snr=0.16)
+        below = plan.sigma[k + 1] if k + 1 < steps else 0.0
+        gap = plan.sigma[k] ** 2 - below**2
+        x = x + gap * score(x, t) + (math.sqrt(gap) * draw(k, 1) if below else 0)
+    got = fd.predictor_corrector(score, plan, SHAPE, seed=seed, corrections=2)
+    torch.testing.assert_close(got.double(), x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_is_the_same_in_any_batch() -> None:
+    whole = run(seed=4)
+    assert torch.equal(run(seed=4), whole)
+    assert torch.equal(run(seed=4, first=3, shape=(2, 3, 4, 4)), whole[3:])
+    assert torch.equal(run(seeds=[9, 4], shape=(2, 3, 4, 4))[1], whole[0])
+
+
+def test_without_corrections_it_is_sample() -> None:
+    plan = solvers.reverse_diffusion(S.VE(0.01, 20.0), 10, prediction="score")
+    assert torch.equal(run(seed=1, steps=10, corrections=0), fd.sample(score, plan, SHAPE, seed=1))
+
+
+def test_corrections_help_a_coarse_predictor() -> None:
+    """20 reverse-diffusion steps from sigma = 20 leave too wide a sample; Langevin steps bring it nearer to 0.5."""
+    plain, corrected = (run(shape=(16, 256), steps=20, corrections=c, snr=0.1).std() for c in (0, 4))
+    assert abs(float(corrected) - 0.5) < 0.5 * abs(float(plain) - 0.5)
+
+
+def test_options_pass_through() -> None:
+    x, path = run(steps=6, trajectory=True)
+    assert path.x.shape == (7, *SHAPE) and torch.equal(path.x[-1], x)
+    start = torch.randn(SHAPE)
+    assert torch.equal(run(steps=6, x_T=start), run(steps=6, x_T=start))
+    clipped = solvers.ddpm(S.VE(0.01, 20.0), 6, prediction="score", clip=(-1, 1))
+    assert float(fd.predictor_corrector(score, clipped, SHAPE).abs().max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: langevin_snr(*tensors(), snr=0), ValueError, "snr must be > 0, got 0"),
+        (lambda: langevin_snr(*tensors(), norm="all"), ValueError, "valid: sample, batch"),
+        (lambda: langevin_snr(*tensors()[:2], torch.zeros(2)), ValueError, "must have one shape"),
+        (lambda: run("dpmpp_2m"), ValueError, "must have one slot"),
+        (lambda: run(corrections=-1), ValueError, "corrections must be an integer >= 0"),
+        (lambda: run(callback=print), ValueError, "takes no callback"),
+        (lambda: run(uncond={}, guidance=2.0), ValueError, "takes no guidance"),
+        (lambda: run(noise="torch"), ValueError, "draws by Philox"),
+        (lambda: run(sed=1), TypeError, "unknown option 'sed'"),
+    ],
+)
+def test_bad_input(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
