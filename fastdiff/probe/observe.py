@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Clamp", "Observation", "Overflow", "Recorder", "Refused", "lifted"]
@@ -36,6 +35,7 @@ MAKING |= {"ones_like", "zeros_like", "full_like", "empty_like"}
 LEAVING = {"_local_scalar_dense", "is_nonzero", "equal"}
 ESCAPING = {"numpy", "tolist", "__array__"}
 
+as_numpy = Tensor.numpy
 _lock = threading.RLock()
 
 
@@ -136,8 +136,8 @@ class Recorder:
             raise Refused(f"{what} is scaled by a reduction over the sample ({reason}), so it is not linear")
         if x.numel() != self.width or not self.carries(x):
             raise Refused(f"{what} has shape {tuple(x.shape)}, the sample {self.shape}")
-        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-            values = x.detach().reshape(-1).double().numpy().copy()
+        with torch._C._DisableTorchDispatch():
+            values = as_numpy(x.detach().reshape(-1).double()).copy()
         if not np.all(np.isfinite(values)):
             raise Refused(f"{what} is not finite after {len(self.times)} model evaluations")
         return values
@@ -284,22 +284,43 @@ class _Dispatch(TorchDispatchMode):
         return x.copy_(cut) if name.endswith("_") else cut
 
 
-class _Functions(TorchFunctionMode):
-    """What the dispatcher does not see: constants made as float32, and values read as NumPy or lists."""
+@contextmanager
+def _functions(recorder: Recorder | None) -> Iterator[None]:
+    """What the dispatcher does not see: constants made as float32, and values read as NumPy or lists.
 
-    def __init__(self, recorder: Recorder | None) -> None:
-        super().__init__()
-        self.recorder = recorder
+    Replaced for this thread alone; a function mode would do the same at twice the time of a probe.
+    """
+    owner, make = threading.get_ident(), torch.tensor
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.tensor and kwargs.get("dtype") in LOW:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        elif self.recorder is not None and getattr(func, "__name__", "") in ESCAPING and args:
-            x = args[0]
-            if self.recorder.carries(x) or getattr(x, "_fastdiff_value_of", None):
-                raise Refused(f"it reads the sample's values (Tensor.{func.__name__})")
-        return func(*args, **kwargs)
+    def tensor(*args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("dtype") in LOW and threading.get_ident() == owner:
+            kwargs["dtype"] = torch.float64
+        return make(*args, **kwargs)
+
+    def watched(name: str) -> Callable[..., Any]:
+        read = getattr(Tensor, name)
+
+        def reads(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if recorder is not None and threading.get_ident() == owner:
+                if recorder.carries(x) or getattr(x, "_fastdiff_value_of", None):
+                    raise Refused(f"it reads the sample's values (Tensor.{name})")
+            return read(x, *args, **kwargs)
+
+        return reads
+
+    own = {name: vars(Tensor)[name] for name in ESCAPING if name in vars(Tensor)}
+    try:
+        torch.tensor = tensor
+        for name in ESCAPING:
+            setattr(Tensor, name, watched(name))
+        yield
+    finally:
+        torch.tensor = make
+        for name in ESCAPING:
+            if name in own:
+                setattr(Tensor, name, own[name])
+            else:
+                delattr(Tensor, name)
 
 
 class _Numpy:
@@ -324,7 +345,7 @@ def lifted(recorder: Recorder | None, namespaces: list[dict[str, Any]]) -> Itera
             for g, key, _ in saved:
                 g[key] = _Numpy()
             torch.set_default_dtype(torch.float64)
-            with torch.no_grad(), _Functions(recorder), _Dispatch(recorder):
+            with torch.no_grad(), _functions(recorder), _Dispatch(recorder):
                 yield
         finally:
             torch.set_default_dtype(before)

@@ -22,6 +22,7 @@ INSIDE = 1e-9  # a direction lies in a space
 APART = 1e-6  # a direction is new
 UNUSED = 1e-14
 RESIDUAL = 1e-10
+MARGIN = 0.8  # x0 is the slot of choice: others must be this much cheaper
 
 
 class Table(NamedTuple):
@@ -129,6 +130,56 @@ def _mixed(space: np.ndarray, x: np.ndarray, m: np.ndarray) -> list[np.ndarray]:
     return [Q @ V[0]] if len(size) and size[0] > 1 - INSIDE else []
 
 
+def _by_use(fresh: list[np.ndarray], spaces: list[np.ndarray]) -> list[list[int]]:
+    """Which of x0, m and x stay useful for the most rows; those that tie, each as the first choice."""
+    rows = []
+    for v in fresh:
+        size, count = np.linalg.norm(v), 0
+        for space in spaces[: MAX_SLOTS + 2]:
+            if np.linalg.norm(v - (space @ v) @ space) > INSIDE * size:
+                break
+            count += 1
+        rows.append(count)
+    return [[i] for i, count in enumerate(rows) if count == max(rows) > 0]
+
+
+def _free_of(y: np.ndarray, row: int, seen: Observation, x0: np.ndarray | None) -> np.ndarray:
+    """y less its part in that row's x0, which is an input of its own."""
+    output = np.flatnonzero((seen.rows == row) & (seen.kinds == "m"))[0]
+    return y if x0 is None or not x0[output] else y - y[output] / x0[output] * x0
+
+
+def _tidy(
+    space: np.ndarray, x: np.ndarray, chosen: list[int | np.ndarray], wanted: list[np.ndarray], past: list[np.ndarray]
+) -> list[int | np.ndarray]:
+    """The directions nobody named, as combinations of few past values and without x, by Gauss-Jordan elimination.
+
+    With x in them, or nearly parallel to each other, fp32 would cancel large numbers.
+    """
+    basis = np.array([x, *past])
+    G = np.linalg.lstsq(basis.T, space.T, rcond=None)[0].T
+    if np.linalg.norm(G @ basis - space) > INSIDE * np.sqrt(len(space)):
+        return chosen
+    _, _, G = np.linalg.svd(G[:, 1:], full_matrices=False)
+    G = G[: len(chosen)]
+    pivots = [next((j for j, v in enumerate(past) if v is wanted[c]), -1) for c in chosen if isinstance(c, int)]
+    if -1 in pivots:
+        return chosen
+    for row in range(len(G)):
+        rest = np.abs(G[row:])
+        j = pivots[row] if row < len(pivots) else int(np.argmax(rest.max(axis=0)))
+        best = row + int(np.argmax(rest[:, j]))
+        if abs(G[best, j]) <= APART:
+            return chosen
+        G[[row, best]] = G[[best, row]]
+        G[row] /= G[row, j]
+        for other in range(len(G)):
+            if other != row:
+                G[other] -= G[other, j] * G[row]
+    G[np.abs(G) <= INSIDE * np.abs(G).max(axis=1, keepdims=True)] = 0.0
+    return [*(c for c in chosen if isinstance(c, int)), *(G[len(pivots) :] @ np.array(past))]
+
+
 def _length(c: int | np.ndarray, wanted: list[np.ndarray], lengths: list[float]) -> float:
     """How large a chosen slot's values are: about 1 for x0, the state's size for a state."""
     if isinstance(c, int):
@@ -177,30 +228,24 @@ def realise(seen: Observation, x0: list[np.ndarray | None], size: np.ndarray) ->
         if edits[k + 1] >= 0:
             x[edits[k + 1]] = 1.0
         predictions = [*p, *(v for v in [x0[k]] if v is not None)]
-        wanted = [*C[1:], *predictions, C[0], *_mixed(space, C[0], m), m]
-        lengths = [*sizes[1:], *(1.0 for _ in predictions), sizes[0]]
-        edit, keep_x = int(edits[k + 1]), len(C) - 1 + len(predictions)
-        chosen = _choose(space, x, wanted, edit)
-        if len(chosen) and k + 2 <= N and predictions:  # x may serve better than x0: small coefficients cancel less
-            order = [*range(len(C) - 1), keep_x, *range(len(C) - 1, keep_x), *range(keep_x + 1, len(wanted))]
-            other = _choose(space, x, [wanted[i] for i in order], edit)
-            other = [order[c] if isinstance(c, int) else c for c in other]
-            target = Y[k + 2]
-            if (following := x0[k + 1]) is not None:  # the next x0 is an input of its own
-                output = np.flatnonzero((rows == k + 1) & (seen.kinds == "m"))[0]
-                if following[output]:
-                    target = target - target[output] / following[output] * following
-            target = target * (rows <= k)
-            if _cost(target, x, other, wanted, lengths, size[k + 1]) < _cost(
-                target, x, chosen, wanted, lengths, size[k + 1]
-            ):
-                chosen = other
-        if edit < 0:
-            history = [*C[1:], *(predictions or [m]), *(unit[c] for c in n)]
-            history += [m] if p and predictions else []
-            chosen = [c if isinstance(c, int) else _without(x, c, history) for c in chosen]
+        fresh, lengths = [*predictions, m, C[0]], [1.0] * (len(predictions) + 1) + [sizes[0]]
+        order = _by_use(fresh, spaces[k + 1 :])
+        edit, kept = int(edits[k + 1]), len(C) - 1
+        target = _free_of(Y[k + 2], k + 1, seen, x0[k + 1]) * (rows <= k) if k + 2 <= N else None
+        best = np.inf
+        for first in order or [[]]:
+            queue = [*first, *(i for i in range(len(fresh)) if i not in first)]
+            pool = [*C[1:], *(fresh[i] for i in queue), *_mixed(space, C[0], m)]
+            held = [*sizes[1:], *(lengths[i] for i in queue)]
+            picks = _choose(space, x, pool, edit)
+            cost = 0.0 if target is None else _cost(target, x, picks, pool, held, size[k + 1])
+            if cost < MARGIN * best:
+                best, chosen, wanted, lengths_of, keep_x = cost, picks, pool, held, kept + queue.index(len(fresh) - 1)
+        if edit < 0 and any(not isinstance(c, int) for c in chosen):
+            past = [*C[1:], *(predictions or [m]), *([m] if p else []), *(unit[c] for c in n)]
+            chosen = _tidy(space, x, chosen, wanted, past)
         new = [x, *(wanted[c] if isinstance(c, int) else c for c in chosen)]
-        sizes = [size[k + 1], *(_length(c, wanted, lengths) for c in chosen)]
+        sizes = [size[k + 1], *(_length(c, wanted, lengths_of) for c in chosen)]
         solve, realised = _Solver(C), []
         for i, v in enumerate(new):
             pick = chosen[i - 1] if i else -1
@@ -223,17 +268,6 @@ def realise(seen: Observation, x0: list[np.ndarray | None], size: np.ndarray) ->
         table[np.abs(table) < UNUSED * np.maximum(1.0, np.abs(table).max())] = 0.0
     init_noise = float(Y[0][(rows == -1) & (seen.kinds == "n")].sum())
     return Table(A, b, d, s, draws, init_noise)
-
-
-def _without(x: np.ndarray, v: np.ndarray, history: list[np.ndarray]) -> np.ndarray:
-    """v less its part along x, as a combination of the past: with x in it, fp32 would cancel large numbers."""
-    basis = np.array([x, *history])
-    c = np.linalg.lstsq(basis.T, v, rcond=None)[0]
-    if np.linalg.norm(v - c @ basis) > INSIDE * np.linalg.norm(v) or not np.any(c[1:]):
-        return v
-    rest = v - c[0] * x
-    size = np.linalg.norm(rest)
-    return rest / np.abs(c[1:]).max() if size > APART * np.linalg.norm(c[0] * x) else v
 
 
 class _Solver:
