@@ -22,7 +22,7 @@ def noisy_euler(name: str, grid: Grid, hat: Points, lift: np.ndarray) -> Plan:
     """As noisy_heun with Euler steps hat_j -> the grid's next point: one row each."""
     r, r_hat, alpha = grid.sigma[1:] / grid.alpha[1:], hat.sigma / hat.alpha, np.append(hat.alpha[1:], grid.alpha[-1])
     A, b = alpha * r / (hat.alpha * r_hat), alpha * (1 - r / r_hat)
-    start = float(hat.alpha[0] * grid.sigma[0] / grid.alpha[0])
+    start = float(grid.sigma[0] * (hat.alpha[0] / grid.alpha[0]))
     return Plan.of(name, hat, A, b, s=alpha * np.append(lift[1:], 0.0), end=grid.end, init_scale=start)
 
 
@@ -55,7 +55,7 @@ def noisy_heun(name: str, grid: Grid, hat: Points, end: Points, lift: np.ndarray
     )
     convert = Conversion(*(np.append(u, v)[rows] for u, v in zip(hat.convert, end.convert, strict=True)))
     at = Points(t, alpha, sigma, lam, times, convert, hat.clip)
-    start = float(hat.alpha[0] * grid.sigma[0] / grid.alpha[0])
+    start = float(grid.sigma[0] * (hat.alpha[0] / grid.alpha[0]))
     return Plan.of(name, at, A, b, s=s, end=grid.end, init_scale=start)
 
 

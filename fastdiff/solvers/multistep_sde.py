@@ -79,8 +79,9 @@ def dpmpp_2m_sde(
 
 
 def dpmpp_3m_sde(
-    schedule: Schedule, steps: int, *, eta: float = 1.0, s_noise: float = 1.0, **options: Unpack[GridOptions]
-) -> Plan:
+    schedule: Schedule, steps: int, *, eta: float = 1.0, s_noise: float = 1.0, exact: bool = False,
+    **options: Unpack[GridOptions],
+) -> Plan:  # fmt: skip
     """SDE-DPM-Solver++(3M): third-order multistep on x0 for the reverse SDE with noise eta.
 
         x' = (sigma'/sigma) e^(-eta h) x + alpha' (mu_0 p + mu_1 D1 + mu_2 D2 / 2) + noise as in dpmpp_2m_sde
@@ -88,8 +89,8 @@ def dpmpp_3m_sde(
         p + D1 s + D2 s^2: the parabola through p, p_1, p_2 at s = (lam - lam_i) / h
 
     First order in the first row, second in the second; first into a clean end. D2 has half the weight the parabola
-    asks for, as in every published code; sa_solver with predictor_order=3 has the whole.
-    Args: eta, s_noise >= 0; the rest: fastdiff.grid.GridOptions.
+    asks for, as in every published code.
+    Args: eta, s_noise >= 0; exact: D2's whole weight, mu_2; the rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 3 slots (x, p_1, p_2), order 2 after its first-order start.
     Source: k-diffusion's sample_dpmpp_3m_sde; Lu et al. 2022, arXiv:2211.01095, for the expansion.
     """
@@ -98,6 +99,7 @@ def dpmpp_3m_sde(
     n = len(grid.at.t)
     keep, H, noise = _first_order(grid, eta, s_noise)
     gain, first, second = grid.alpha[1:] * _moments(H, 3)
+    second = second if exact else 0.5 * second
     weights = np.zeros((n, 3))  # of p, p_1, p_2
     weights[:, 0] = gain
     u = np.append(0.0, _ratio(grid.h))  # 1 / r0; 0: no history
@@ -105,8 +107,8 @@ def dpmpp_3m_sde(
     v[2:] = u[2:] * u[1:-1]
     has = v > 0
     r0, r1 = (np.divide(1.0, w, out=np.ones(n), where=has) for w in (u, v))
-    slope = np.where(has, first * (1 + r0 / (r0 + r1)) + 0.5 * second / (r0 + r1), first) * u  # of (p - p_1)
-    older = np.where(has, (first * r0 + 0.5 * second) / (r0 + r1), 0) * v  # of -(p_1 - p_2)
+    slope = np.where(has, first * (1 + r0 / (r0 + r1)) + second / (r0 + r1), first) * u  # of (p - p_1)
+    older = np.where(has, (first * r0 + second) / (r0 + r1), 0) * v  # of -(p_1 - p_2)
     weights += np.stack([slope, -slope - older, older], axis=1)
     A, b, s = np.zeros((n, 3, 3)), np.zeros((n, 3)), np.zeros((n, 3))
     A[:, 0, 0], A[:, 0, 1:], A[:, 2, 1] = keep, weights[:, 1:], 1.0
