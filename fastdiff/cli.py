@@ -60,7 +60,8 @@ def _schedule_makers() -> dict[str, Callable[..., Any]]:
     for name in fd.schedules.__all__:
         thing = getattr(fd.schedules, name)
         if not inspect.isclass(thing):
-            makers[name] = thing
+            if "T" in inspect.signature(thing).parameters:
+                makers[name] = thing
         elif issubclass(thing, fd.schedules.Schedule) and thing not in (fd.schedules.Schedule, fd.schedules.Betas):
             makers[name.lower()] = thing
     return makers
@@ -119,7 +120,9 @@ def _make_plan(args: argparse.Namespace) -> fd.Plan:
     solve = getattr(fd.solvers, _pick("solver", args.solver, solver_names()))
     own = [n for n, p in inspect.signature(solve).parameters.items() if p.kind is p.KEYWORD_ONLY]
     options = _assignments(
-        f"option of solver {args.solver}", args.set, [*own, "t_start", "t_end", "sign", "sigma_data"]
+        f"option of solver {args.solver}",
+        args.set,
+        [*own, "t_start", "t_end", "sign", "sigma_data", "rho", "steps_offset", "sigmas"],
     )
     for name in ("prediction", "spacing", "final", "clip", "start"):
         if getattr(args, name) is not None:

@@ -10,13 +10,14 @@ from typing import TypedDict, get_type_hints
 import numpy as np
 
 from fastdiff.prediction import Conversion, Prediction, conversion
-from fastdiff.schedules import Betas, Schedule
+from fastdiff.schedules import Betas, Flow, Schedule
+from fastdiff.spacing import AYS, RAMPS, RHO, ramp
 
 __all__ = ["SPACINGS", "Grid", "GridOptions", "Points", "make_grid", "points"]
 
 Array = np.ndarray
-SPACINGS = ("linspace", "leading", "trailing", "karras", "exponential", "logsnr")
-KARRAS_RHO = 7.0
+SPACINGS = ("linspace", "leading", "trailing", *RAMPS, *AYS)
+OUTSIDE = 1e-2  # how far, relatively, a given noise level may lie beyond a schedule's ends and is moved onto them
 
 
 class GridOptions(TypedDict, total=False):
@@ -24,7 +25,11 @@ class GridOptions(TypedDict, total=False):
 
     prediction: eps | x0 | v | score | flow | edm, or a function (alpha, sigma) -> (c_skip, c_out); default eps.
     clip: None or (lo, hi), the clamp of the predicted x0.
-    spacing: linspace | leading | trailing | karras | exponential | logsnr, or a decreasing array of schedule times.
+    spacing: linspace | leading | trailing (times), karras | exponential | logsnr | lu | polyexponential | beta |
+        ays_sd15 | ays_sdxl | ays_svd (noise levels: fastdiff.spacing.ramp), or a decreasing array of schedule times.
+    rho: the exponent of karras (7) or polyexponential (1). steps_offset: added to the times of leading.
+    sigmas: in place of spacing, the noise levels themselves, sigma/alpha (Flow: sigma), decreasing; a final 0 is the
+        clean end of final="zero".
     final: "zero" (the last row returns x0-hat) or "min" (the last point is the schedule's t_end).
     start: skip the first `start` intervals (image-to-image).
     t_start, t_end: override the schedule's first and last time.
@@ -34,6 +39,9 @@ class GridOptions(TypedDict, total=False):
     prediction: Prediction
     clip: tuple[float, float] | None
     spacing: str | Sequence[float] | Array | None
+    rho: float | None
+    steps_offset: int
+    sigmas: Sequence[float] | Array | None
     final: str
     start: int
     t_start: float | None
@@ -139,7 +147,7 @@ def _integer(name: str, value: object, low: int) -> int:
     return int(value)
 
 
-def _betas_times(spacing: str, steps: int, top: float, low: float, final: str) -> Array:
+def _betas_times(spacing: str, steps: int, top: float, low: float, final: str, offset: int) -> Array:
     """Evaluation times of a chain of T betas, as integers; final="min" appends t_end."""
     T = round(top) + 1
     if steps > T - round(low):
@@ -147,53 +155,92 @@ def _betas_times(spacing: str, steps: int, top: float, low: float, final: str) -
     if spacing == "trailing":
         t = np.round(np.arange(steps, 0, -1) * (T / steps)) - 1
     elif spacing == "leading":
-        t = np.arange(steps)[::-1] * float(T // steps)
+        t = np.arange(steps)[::-1] * float(T // steps) + offset
+        if t[0] > top:
+            raise ValueError(f"steps_offset={offset} puts the first time, {t[0]:g}, beyond the chain's last, {top:g}")
     else:
         t = np.round(np.linspace(top, low, steps + (final == "min")))
     t = np.maximum(t, low)
     return np.append(t, low) if final == "min" and spacing != "linspace" else t
 
 
-def _spaced(schedule: Schedule, spacing: str, steps: int, top: float, low: float, final: str) -> Array:
+def _ratio(schedule: Schedule, t: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        ratio: Array = schedule.sigma(t) / schedule.alpha(t)
+    return ratio
+
+
+def _times_of(what: str, schedule: Schedule, ratio: Array) -> Array:
+    """The times of given sigma/alpha; levels a little beyond the schedule's ends move onto them."""
+    low, high = _ratio(schedule, np.array([0.0, schedule.t_max]))
+    bad = (ratio < low * (1 - OUTSIDE)) | (ratio > high * (1 + OUTSIDE)) | np.isnan(ratio)
+    if np.any(bad):
+        raise ValueError(
+            f"{what}: sigma/alpha = {ratio[bad][0]:g} is not on the schedule, which goes from {high:g} to {low:g}"
+        )
+    with np.errstate(divide="ignore"):
+        return np.clip(schedule.t_of(-2 * np.log(np.clip(ratio, low, high))), 0, schedule.t_max)
+
+
+def _sigmas_times(schedule: Schedule, sigmas: Sequence[float] | Array, steps: int, final: str) -> Array:
+    levels = np.asarray(sigmas, np.float64)
+    if final == "zero" and levels.ndim == 1 and len(levels) == steps + 1 and levels[-1] == 0:
+        levels = levels[:-1]
     count = steps + (final == "min")
-    if spacing in ("karras", "exponential", "logsnr"):
-        ends = np.array([top, low])
+    if levels.ndim != 1 or len(levels) != count:
+        raise ValueError(f"sigmas needs {count} values for steps={steps}, final={final!r}, got shape {levels.shape}")
+    if isinstance(schedule, Flow):
         with np.errstate(divide="ignore"):
-            ratio = schedule.sigma(ends) / schedule.alpha(ends)
-        if not np.all(np.isfinite(ratio)) or ratio[1] == 0:
+            levels = levels / (1 - levels)
+    return _times_of("sigmas", schedule, levels)
+
+
+def _spaced(
+    schedule: Schedule, spacing: str, steps: int, top: float, low: float, final: str, options: GridOptions
+) -> Array:
+    count, rho = steps + (final == "min"), options.get("rho")
+    if spacing in AYS:
+        return _times_of(f"spacing {spacing!r}", schedule, ramp(spacing, 0, 0, steps, end=final == "min", rho=None))
+    if spacing in RAMPS:
+        high, least = _ratio(schedule, np.array([top, low]))
+        if not np.isfinite(high) or least == 0:
             raise ValueError(
-                f"spacing {spacing!r} needs finite sigma/alpha > 0 at both ends, got {ratio[0]:g} and {ratio[1]:g}; "
+                f"spacing {spacing!r} needs finite sigma/alpha > 0 at both ends, got {high:g} and {least:g}; "
                 f"give t_start or t_end, or take spacing='linspace'"
             )
-        ramp = np.linspace(0, 1, count)
-        if spacing == "karras":
-            a, b = ratio ** (1 / KARRAS_RHO)
-            ratio = (a + ramp * (b - a)) ** KARRAS_RHO
-        else:
-            ratio = np.exp(np.log(ratio[0]) + ramp * np.log(ratio[1] / ratio[0]))
+        ratio = ramp(spacing, float(high), float(least), steps, end=final == "min", rho=rho)
         t = np.clip(schedule.t_of(-2 * np.log(ratio)), low, top)
         t[[0, -1]] = (top, low) if count > 1 else (top, top)
         return t
     if isinstance(schedule, Betas):
-        return _betas_times(spacing, steps, top, low, final)
+        return _betas_times(spacing, steps, top, low, final, options.get("steps_offset", 0))
     if spacing == "trailing":
         return top * (1 - np.arange(count) / steps)
     if spacing == "leading":
-        raise ValueError("spacing 'leading' is defined on a chain of betas only; valid here: linspace, trailing, "
-                         "karras, exponential, logsnr")  # fmt: skip
+        raise ValueError(
+            f"spacing 'leading' is defined on a chain of betas only; valid here: "
+            f"{', '.join(s for s in SPACINGS if s != 'leading')}"
+        )
     return np.linspace(top, low, count) if count > 1 else np.array([top])
 
 
-def _times(
-    schedule: Schedule,
-    steps: int,
-    prediction: Prediction,
-    spacing: str | Sequence[float] | Array | None,
-    final: str,
-    t_start: float | None,
-    t_end: float | None,
-) -> Array:
+def _check_spacing_options(spacing: object, options: GridOptions) -> None:
+    rho = options.get("rho")
+    if rho is not None and (spacing not in RHO or not np.isfinite(rho) or rho <= 0):
+        raise ValueError(f"rho must be > 0 and belongs to spacing {' and '.join(RHO)}, got rho={rho!r}, {spacing!r}")
+    if _integer("steps_offset", options.get("steps_offset", 0), 0) and spacing != "leading":
+        raise ValueError(f"steps_offset belongs to spacing 'leading', got spacing={spacing!r}")
+    if options.get("sigmas") is not None and spacing is not None:
+        raise ValueError("give either sigmas or spacing, got both")
+
+
+def _times(schedule: Schedule, steps: int, final: str, options: GridOptions) -> Array:
     """Evaluation times, and with final="min" the end point behind them."""
+    spacing, sigmas = options.get("spacing"), options.get("sigmas")
+    t_start, t_end = options.get("t_start"), options.get("t_end")
+    _check_spacing_options(spacing if isinstance(spacing, str | None) else "an array", options)
+    if sigmas is not None:
+        return _sigmas_times(schedule, sigmas, steps, final)
     if spacing is not None and not isinstance(spacing, str):
         t = np.asarray(spacing, np.float64)
         if t.ndim != 1 or len(t) != steps + (final == "min"):
@@ -205,7 +252,7 @@ def _times(
     spacing = spacing or ("trailing" if isinstance(schedule, Betas) else "linspace")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; valid: {', '.join(SPACINGS)}, or an array of times")
-    top = schedule.t_start(prediction) if t_start is None else float(t_start)
+    top = schedule.t_start(options.get("prediction", "eps")) if t_start is None else float(t_start)
     low = schedule.t_end(steps) if t_end is None else float(t_end)
     if steps > 1 and not low < top:
         raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}")
@@ -213,7 +260,7 @@ def _times(
         raise ValueError(
             f"spacing {spacing!r} of a chain starts at its last time; use linspace with t_start, or start=k"
         )
-    return _spaced(schedule, spacing, steps, top, min(low, top), final)
+    return _spaced(schedule, spacing, steps, top, min(low, top), final, options)
 
 
 def make_grid(schedule: Schedule, steps: int, options: GridOptions) -> Grid:
@@ -231,10 +278,10 @@ def make_grid(schedule: Schedule, steps: int, options: GridOptions) -> Grid:
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a fastdiff.schedules.Schedule, got {type(schedule).__name__}")
     steps, start = _integer("steps", steps, 1), _integer("start", options.get("start", 0), 0)
-    final, prediction = options.get("final", "zero"), options.get("prediction", "eps")
+    final = options.get("final", "zero")
     if final not in ("zero", "min"):
         raise ValueError(f"unknown final {final!r}; valid: zero, min")
-    t = _times(schedule, steps, prediction, options.get("spacing"), final, options.get("t_start"), options.get("t_end"))
+    t = _times(schedule, steps, final, options)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     if not (np.all(np.isfinite(alpha)) and np.all(np.isfinite(sigma))):
         raise ValueError(f"the schedule {schedule} is not finite on the grid t = {t}")
@@ -254,7 +301,7 @@ def make_grid(schedule: Schedule, steps: int, options: GridOptions) -> Grid:
         raise ValueError(f"start must be < {len(t) - 1}, the number of intervals, got {start}")
     t, alpha, sigma, lam = (v[start:] for v in (t, alpha, sigma, lam))
     at = partial(
-        points, schedule, prediction=prediction, clip=options.get("clip"), sign=options.get("sign", 1),
-        sigma_data=options.get("sigma_data"),
+        points, schedule, prediction=options.get("prediction", "eps"), clip=options.get("clip"),
+        sign=options.get("sign", 1), sigma_data=options.get("sigma_data"),
     )  # fmt: skip
     return Grid(at(t[:-1]), t, alpha, sigma, lam, at)

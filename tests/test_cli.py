@@ -153,7 +153,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args, says, capsys):
         ({"--model": "{model}:number"}, "no callable"),
         ({"--model": "{model}:short"}, "(16, 2), got (1, 2)"),
         ({"--model": "{broken}:f"}, "NameError"),
-        ({"--solver": "dimm"}, "valid: ddim"),
+        ({"--solver": "dimm"}, "valid: ancestral"),
         ({"--shape": "16,x"}, "integers"),
         ({"--shape": "0,2"}, ">= 1"),
         ({"--seed": "-1"}, "seed"),

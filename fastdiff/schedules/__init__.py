@@ -4,8 +4,18 @@ Every method takes a float or an array (-> float64 NumPy) or a torch tensor (-> 
 """
 
 from fastdiff.schedules.base import Schedule
-from fastdiff.schedules.betas import Betas, constant_betas, cosine_betas, linear_betas, scaled_linear_betas
-from fastdiff.schedules.continuous import EDM, Cosine, Flow
+from fastdiff.schedules.betas import (
+    Betas,
+    constant_betas,
+    cosine_betas,
+    exp_betas,
+    laplace_betas,
+    linear_betas,
+    scaled_linear_betas,
+    sigmoid_betas,
+    zero_terminal_snr,
+)
+from fastdiff.schedules.continuous import EDM, Cosine, Flow, dynamic_shift
 from fastdiff.schedules.sde import VE, VP, SubVP
 
 __all__ = [
@@ -19,6 +29,11 @@ __all__ = [
     "SubVP",
     "constant_betas",
     "cosine_betas",
+    "dynamic_shift",
+    "exp_betas",
+    "laplace_betas",
     "linear_betas",
     "scaled_linear_betas",
+    "sigmoid_betas",
+    "zero_terminal_snr",
 ]

@@ -153,3 +153,51 @@ def constant_betas(T: int, beta: float) -> np.ndarray:
     """[T] equal betas."""
     _count(T)
     return np.full(T, beta, dtype=np.float64)
+
+
+def sigmoid_betas(T: int, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
+    """[T] betas along a sigmoid of linspace(-6, 6), from about start to about end (GeoDiff; Xu et al. 2022)."""
+    _count(T)
+    return start + (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, T)))
+
+
+def _of_alpha_bar(T: int, log_alpha_bar: np.ndarray, max_beta: float) -> np.ndarray:
+    if not 0 < max_beta <= 1:
+        raise ValueError(f"max_beta must be in (0, 1], got {max_beta!r}")
+    return np.minimum(-np.expm1(np.diff(log_alpha_bar)), max_beta)
+
+
+def laplace_betas(T: int, max_beta: float = 0.999) -> np.ndarray:
+    """[T] betas of diffusers' "laplace" alpha_bar, clipped at max_beta.
+
+        alpha_bar(t) = (1 + e^-l)^(-1/2),   l(t) = -sign(1/2 - t) ln(1 - 2 |1/2 - t| + 1e-6) / 2
+
+    The paper has l = logsnr, hence the square of this alpha_bar; kept, as models were trained on these betas.
+    Source: Hang et al. 2024, arXiv:2407.03297, table 1.
+    """
+    _count(T)
+    t = 0.5 - np.arange(T + 1) / T
+    level = -0.5 * np.where(t >= 0, 1.0, -1.0) * np.log(1.0 - 2.0 * np.abs(t) + 1e-6)
+    return _of_alpha_bar(T, -0.5 * np.log1p(np.exp(-level)), max_beta)
+
+
+def exp_betas(T: int, rate: float = 12.0, max_beta: float = 0.999) -> np.ndarray:
+    """[T] betas of alpha_bar(t) = e^(-rate t), clipped at max_beta: all equal."""
+    _count(T)
+    positive(rate=rate)
+    return _of_alpha_bar(T, -rate * np.arange(T + 1) / T, max_beta)
+
+
+def zero_terminal_snr(betas: Sequence[float] | np.ndarray) -> np.ndarray:
+    """[T] betas whose last level has no signal: alpha shifted to 0 there and rescaled to its old first value.
+
+        alpha' = (alpha - alpha_T) alpha_1 / (alpha_1 - alpha_T),   so the last beta is 1
+
+    Raises: ValueError for fewer than two betas, or what Betas refuses.
+    Source: Lin et al. 2024, arXiv:2305.08891, algorithm 1.
+    """
+    alpha = np.sqrt(Betas(betas).alpha_bar)
+    if len(alpha) < 2:
+        raise ValueError("zero_terminal_snr needs at least two betas")
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return 1.0 - np.append(alpha[0], alpha[1:] / alpha[:-1]) ** 2

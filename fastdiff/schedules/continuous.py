@@ -160,3 +160,19 @@ class Cosine(Schedule):
 
     def t_end(self, steps: int) -> float:
         return 1.0 / steps
+
+
+def dynamic_shift(
+    tokens: int, *, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
+) -> float:
+    """Flow's shift for a sequence of image tokens: e^mu, mu linear in their number.
+
+        mu = base_shift + (max_shift - base_shift) (tokens - base_tokens) / (max_tokens - base_tokens)
+
+    Args: tokens: (height / patch) (width / patch) of the latent; the defaults are those of FLUX.1.
+    Raises: ValueError unless tokens > 0 and base_tokens < max_tokens. Source: Esser et al. 2024, arXiv:2403.03206.
+    """
+    positive(tokens=tokens, base_tokens=base_tokens, max_tokens=max_tokens)
+    if base_tokens >= max_tokens:
+        raise ValueError(f"base_tokens must be < max_tokens, got {base_tokens} and {max_tokens}")
+    return math.exp(base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens))
