@@ -131,6 +131,19 @@ def test_third_order_is_better_than_second() -> None:
         assert error("sa_solver", schedule, 128, full) <= 0.75 * error("dpmpp_2m_sde", schedule, 128, {})
 
 
+def test_third_order_with_the_whole_second_difference() -> None:
+    """eta = 0: dpmpp_3m's exact plan, of order 3 where the first-order start does not show."""
+    for schedule in (S.VP(), S.SubVP()):
+        steps = [256, 512, 1024, 2048]
+        errors = [error("dpmpp_3m_sde", schedule, n, {"eta": 0.0, "exact": True}) for n in steps]
+        assert slope(steps, errors) == pytest.approx(3, abs=0.15)
+    for schedule in (*SMOOTH, CHAIN):
+        options: dict[str, Any] = {"prediction": "v", "exact": True}
+        ours = solvers.dpmpp_3m_sde(schedule, 20, eta=0.0, **options)
+        plain = solvers.dpmpp_3m(schedule, 20, lower_order_final=False, **options)
+        np.testing.assert_allclose(gaussian_map(ours, 0.7, 0.5), gaussian_map(plain, 0.7, 0.5), rtol=1e-10, atol=1e-12)
+
+
 EXACT: list[tuple[str, dict[str, Any]]] = [
     ("sa_solver", {}),
     ("sa_solver", {"tau": 0.0, "predictor_order": 4, "corrector_order": 4}),
