@@ -100,6 +100,7 @@ STOCK: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], Callable[[int],
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", STOCK)
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
 @pytest.mark.parametrize("steps", [4, 20])

@@ -33,15 +33,17 @@ def k_diffusion() -> types.ModuleType:
     package, utils = types.ModuleType("kd_only"), types.ModuleType("kd_only.utils")
     package.__path__, package.utils = [str(root)], utils
     utils.append_dims = lambda x, ndim: x[(...,) + (None,) * (ndim - x.ndim)]
-    for name in ("torchsde", "torchdiffeq"):  # imported there, not used by the samplers compared
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].odeint = None
+    absent = [name for name in ("torchsde", "torchdiffeq") if importlib.util.find_spec(name) is None]
+    for name in absent:  # imported there, not used by the samplers compared
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].odeint = None
     sys.modules.update({"kd_only": package, "kd_only.utils": utils})
     at = importlib.util.spec_from_file_location("kd_only.sampling", root / "sampling.py")
     module = importlib.util.module_from_spec(at)
     sys.modules["kd_only.sampling"] = module
     at.loader.exec_module(module)
+    for name in absent:
+        del sys.modules[name]
     return module
 
 
