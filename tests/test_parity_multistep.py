@@ -222,3 +222,56 @@ def test_equals_k_diffusion(name: str, sampling: types.ModuleType) -> None:
     draws = iter(pool)
     got = reference_sample(model, plan, x, lambda k, like: next(draws))
     assert far(got, want) <= 1e-12
+
+
+def constant(x0: float, prediction: str, scheduler: Any) -> Any:
+    """The model whose x0 is a constant, for a stock scheduler of betas."""
+
+    def model(x: Tensor, t: Any) -> Tensor:
+        bar = scheduler.alphas_cumprod[int(t)].double()
+        eps = (x - bar.sqrt() * x0) / (1 - bar).sqrt()
+        return eps if prediction == "eps" else bar.sqrt() * eps - (1 - bar).sqrt() * x0
+
+    return model
+
+
+def stock_end(module: str, scheduler: str, prediction: str, steps: int, **config: Any) -> Tensor:
+    made = getattr(lifted(module), scheduler)(
+        timestep_spacing="trailing", prediction_type=PREDICTIONS[prediction], **BETAS["linear"][0], **config
+    )
+    made.set_timesteps(steps)
+    x, says = torch.ones(SHAPE, dtype=torch.float64), constant(0.4, prediction, made)
+    for t in made.timesteps:
+        x = made.step(says(x, t), t, x, return_dict=False)[0]
+    return x
+
+
+def test_where_stock_is_wrong() -> None:
+    """What docs/differences.md says of diffusers, for a model whose x0 is 0.4: these ends should all be 0.4."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        pndm = {"skip_prk_steps": True, "set_alpha_to_one": True}
+        assert float((stock_end(*PNDM, "eps", 20, **pndm) - 0.4).abs().max()) <= 1e-9
+        assert float((stock_end(*PNDM, "v", 20, **pndm) - 0.4).abs().max()) >= 1e-3
+        assert float((stock_end(*PNDM, "eps", 30, **pndm) - 0.4).abs().max()) >= 1e-4
+        assert stock_end(*UNIPC, "eps", 20, solver_type="bh1").isnan().any()
+        module = lifted("ipndm").IPNDMScheduler()
+        module.set_timesteps(20)
+        x = torch.ones(SHAPE)
+        first = module.step(x * 0 - 0.4, module.timesteps[0], x, return_dict=False)[0]  # v = -x0 without signal
+        s = math.sin(math.pi / 2 * 0.95) ** 2
+        assert float((first - s).abs().max()) <= 1e-9  # it should be s + 0.4 sqrt(1 - s^2): 0.04 more
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for solver, own in (("plms", {}), ("unipc", {"bh": "bh1"}), ("ipndm", {})):
+        for steps in (20, 30):
+            plan = getattr(solvers, solver)(S.Betas(BETAS["linear"][1]), steps, prediction="v", **own)
+            mean = torch.ones(SHAPE, dtype=torch.float64)
+            rows = iter(range(plan.nfe))
+
+            def says(x: Tensor, t: Tensor, plan: fd.Plan = plan, rows: Any = rows) -> Tensor:
+                k = next(rows)
+                return (0.4 - plan.c_skip[k] * x) / plan.c_out[k]
+
+            end = reference_sample(says, plan, mean, lambda k, like: torch.zeros_like(like))
+            assert float((end - 0.4).abs().max()) <= 1e-9
