@@ -148,6 +148,18 @@ def test_prefix_of_the_order(name: str, own: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["lms", "dpm2", "unipc", "dpmpp_3m", "dpm_solver"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_from_pure_noise(name: str, shift: float) -> None:
+    """The whole range of rectified flow, alpha = 0 included: lms and dpm2 integrate in sigma there."""
+    for prediction in ("flow", "v", "x0"):
+        for final in ("zero", "min"):
+            plan = getattr(solvers, name)(S.Flow(shift), 11, prediction=prediction, final=final)
+            mean, variance, alpha, sigma2 = marginals(plan)
+            np.testing.assert_allclose(mean, alpha, rtol=0, atol=1e-13)
+            np.testing.assert_allclose(variance, sigma2, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", ["dpmpp_3m", "unipc", "dpm_solver", "dpmpp_2s_ancestral"])
 def test_zero_terminal_snr(name: str) -> None:
     """The row from zero signal is first order, its node in no history: the moments of the data come out."""

@@ -23,6 +23,9 @@ from fastdiff.reference import reference_sample
 pytest.importorskip("diffusers")
 from tests.test_parity import BETAS, PREDICTIONS, SHAPE, Case, lifted, model, stock  # noqa: E402
 
+# stock's own use of NumPy, and its farewell to "dpmsolver"
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
+
 MULTI = ("dpmsolver_multistep", "DPMSolverMultistepScheduler")
 SINGLE = ("dpmsolver_singlestep", "DPMSolverSinglestepScheduler")
 UNIPC, DEIS = ("unipc_multistep", "UniPCMultistepScheduler"), ("deis_multistep", "DEISMultistepScheduler")
@@ -92,7 +95,6 @@ def far(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / b.double().abs().max())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_diffusers(name: str, betas: str) -> None:
@@ -127,6 +129,40 @@ def test_equals_diffusers(name: str, betas: str) -> None:
             # ten steps of a method on eps amplify rounding: then closer than stock
             assert far(ours, exact) <= max(2e-6, far(theirs, exact)), (steps, prediction)
             assert far(ours, theirs) <= far(theirs, exact) + 2e-6, (steps, prediction)
+
+
+@pytest.mark.parametrize(
+    ("stock_name", "config", "solver", "native"),
+    [
+        (MULTI, {"solver_order": 2}, "dpmpp_2m", {}),
+        (MULTI, {"solver_order": 3}, "dpmpp_3m", {}),
+        (UNIPC, {"solver_order": 3}, "unipc", {"order": 3}),
+        (UNIPC, {"solver_order": 2}, "unipc", {}),
+        (DEIS, {"solver_order": 3}, "deis", {"order": 3, "final": "min"}),
+    ],
+    ids=["2m", "3m", "unipc3", "unipc2", "deis3"],
+)
+def test_flow_equals_diffusers(
+    stock_name: tuple[str, str], config: dict[str, Any], solver: str, native: dict[str, Any]
+) -> None:
+    """Rectified flow at the levels diffusers says it takes; the model sees no time, as theirs is an integer."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        scheduler = getattr(lifted(stock_name[0]), stock_name[1])(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, **config
+        )
+        scheduler.set_timesteps(20)
+        levels = scheduler.sigmas.numpy().astype(np.float64)
+        levels = levels if native.get("final") == "min" else levels[:-1]
+        x = x_T = torch.randn(SHAPE)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(1.3 * x), t, x, return_dict=False)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    plan = getattr(solvers, solver)(S.Flow(3.0), 20, prediction="flow", sigmas=levels, **native)
+    got = reference_sample(lambda x, t: torch.tanh(1.3 * x), plan, x_T, lambda k, like: torch.zeros_like(like))
+    np.testing.assert_allclose(plan.sigma, levels[: plan.nfe], rtol=1e-12)
+    assert far(got, x) <= 1e-9
 
 
 class Sine(S.Schedule):
