@@ -54,7 +54,8 @@ def drift(
             A, d = speed * (c.e_skip - c.c_skip), speed * (c.e_out - c.c_out)
         else:
             pull = 0.5 * schedule.diffusion2(time) / at.sigma
-            A, d = schedule.drift(time) + pull * c.e_skip, pull * c.e_out
+            with np.errstate(invalid="ignore"):
+                A, d = schedule.drift(time) + pull * c.e_skip, pull * c.e_out
         if not (np.isfinite(A[0]) and np.isfinite(d[0])):
             raise ValueError(f"the drift of {schedule} with prediction {prediction!r} is not finite at t = {time[0]:g}")
         whole = at.times.dtype.kind == "i"

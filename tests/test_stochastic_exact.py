@@ -20,6 +20,15 @@ from fastdiff.reference import reference_sample
 from tests.oracles import exact_gaussian_flow, gaussian_map, marginals, slope
 
 CHAIN = S.Betas(S.scaled_linear_betas(1000))
+
+
+def label(value: object) -> str:
+    """The same id in every process: functions by their name, not their address."""
+    if isinstance(value, dict):
+        return ",".join(f"{k}={getattr(v, '__name__', v)}" for k, v in value.items()) or "default"
+    return str(value)
+
+
 SMOOTH = [S.VP(), S.SubVP(), S.VE(0.02, 10.0), S.EDM(0.02, 10.0), S.Flow(), S.Cosine()]
 
 
@@ -93,7 +102,7 @@ def error(solver: str, schedule: S.Schedule, steps: int, options: dict[str, Any]
     return abs(gain**2 * start + variance - (plan.end[0] * 0.5) ** 2 - plan.end[1] ** 2)
 
 
-@pytest.mark.parametrize("schedule", SMOOTH, ids=str)
+@pytest.mark.parametrize("schedule", SMOOTH, ids=label)
 @pytest.mark.parametrize(
     ("solver", "options", "low", "high"),
     [
@@ -114,10 +123,10 @@ def error(solver: str, schedule: S.Schedule, steps: int, options: dict[str, Any]
         ("ancestral", {}, 0.95, 1.05),
         ("tcd", {"gamma": 0.0}, 0.95, 1.05),
     ],
-    ids=str,
+    ids=label,
 )
 def test_weak_order(schedule: S.Schedule, solver: str, options: dict[str, Any], low: float, high: float) -> None:
-    steps = [256, 512, 1024, 2048]
+    steps = [256, 512, 1024, 2048][: 4 if solver in ("dpmpp_3m_sde", "sa_solver") else 3]  # theirs settle late
     assert low <= slope(steps, [error(solver, schedule, n, options) for n in steps]) <= high
 
 
@@ -144,6 +153,17 @@ def test_third_order_with_the_whole_second_difference() -> None:
         np.testing.assert_allclose(gaussian_map(ours, 0.7, 0.5), gaussian_map(plain, 0.7, 0.5), rtol=1e-10, atol=1e-12)
 
 
+def test_given_levels_replace_the_default_grid() -> None:
+    plan = solvers.consistency(S.EDM(), 3, sigmas=[80.0, 12.0, 1.5], floor=0.1)
+    np.testing.assert_allclose(plan.sigma, [80, 12, 1.5], rtol=1e-9)
+    np.testing.assert_allclose(plan.s[:, 0], np.sqrt([12**2 - 0.01, 1.5**2 - 0.01, 0]), rtol=1e-9)
+    for solver in (solvers.lcm, solvers.tcd):
+        assert list(solver(CHAIN, 3).times) == [999, 679, 339]  # of the 50 times 999, 979, ..
+        assert list(solver(CHAIN, 3, spacing=[999, 500, 100]).times) == [999, 500, 100]
+        levels = solver(CHAIN, 2, sigmas=[10.0, 1.0])
+        np.testing.assert_allclose(levels.sigma / levels.alpha, [10, 1], rtol=1e-9)
+
+
 EXACT: list[tuple[str, dict[str, Any]]] = [
     ("sa_solver", {}),
     ("sa_solver", {"tau": 0.0, "predictor_order": 4, "corrector_order": 4}),
@@ -156,8 +176,8 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("solver", "options"), EXACT, ids=str)
-@pytest.mark.parametrize("schedule", [*SMOOTH, CHAIN], ids=str)
+@pytest.mark.parametrize(("solver", "options"), EXACT, ids=label)
+@pytest.mark.parametrize("schedule", [*SMOOTH, CHAIN], ids=label)
 @pytest.mark.parametrize("final", ["zero", "min"])
 def test_marginals_are_exact(solver: str, options: dict[str, Any], schedule: S.Schedule, final: str) -> None:
     for steps in (1, 2, 3, 20):
@@ -187,7 +207,7 @@ ALL: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("solver", "options"), ALL, ids=str)
+@pytest.mark.parametrize(("solver", "options"), ALL, ids=label)
 def test_one_two_three_and_a_thousand_steps(solver: str, options: dict[str, Any]) -> None:
     """Clean data at the end; nothing blows up on Gaussian data."""
     for schedule in (S.VP(), S.EDM(), CHAIN):

@@ -13,6 +13,7 @@ from fastdiff.schedules import Betas, Schedule
 
 __all__ = ["consistency", "lcm", "tcd"]
 
+GRID = ("spacing", "sigmas", "t_start", "t_end")
 BOUNDARY = 2.0  # 1 / sigma_data of the boundary condition
 
 
@@ -20,12 +21,11 @@ def _distilled_times(schedule: Schedule, steps: int, original_steps: int, option
     """On a chain, the default grid: `steps` of the `original_steps` times the student was distilled on."""
     if isinstance(original_steps, bool) or not isinstance(original_steps, int | np.integer) or original_steps < 1:
         raise ValueError(f"original_steps must be an integer >= 1, got {original_steps!r}")
-    own = any(options.get(name) is not None for name in ("spacing", "t_start", "t_end"))
+    own = any(options.get(name) is not None for name in GRID)
     if own or not isinstance(schedule, Betas) or not isinstance(steps, int | np.integer) or steps < 1:
         return options
     T = len(schedule.betas)
-    count = min(original_steps, T)
-    if steps > count:
+    if steps > (count := min(original_steps, T)):
         raise ValueError(f"steps must be <= {count}, the times the model was distilled on, got {steps}")
     trained = (np.arange(count, 0, -1) * (T // count) - 1).astype(np.float64)
     t = trained[np.floor(np.linspace(0, count, steps, endpoint=False)).astype(np.int64)]
@@ -102,7 +102,7 @@ def consistency(schedule: Schedule, steps: int, *, floor: float | None = None, *
     Returns: Plan, nfe = steps, 1 slot; as good as the model, it has no order. draws: one a row if steps > 1.
     Source: Song et al. 2023, arXiv:2303.01469, algorithm 1 and appendix C.
     """
-    if options.get("spacing") is None and options.get("t_start") is None:
+    if all(options.get(name) is None for name in GRID[:3]):
         options["spacing"] = "trailing"
     grid = make_grid(schedule, steps, options)
     low = float(schedule.sigma(0.0) / schedule.alpha(0.0)) if floor is None else float(floor)
