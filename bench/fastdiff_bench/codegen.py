@@ -81,6 +81,25 @@ def _step(slots: int, model: str, *, lanes: int = 32, noise: bool = True, guided
     )  # fmt: skip
 
 
+def _guide(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iterator[Case]:
+    """The sums of one sample's guidance and the combination they weigh."""
+    from fastdiff.ops.guide import RULES, sum_tile
+
+    sums = sum_tile(1 << 18)  # larger samples loop over the same four pieces
+    one_warp = {"BLOCK": sums["BLOCK"], "PARTS": sums["PARTS"], "ALIGNED": True, "WIDE": False}
+    both = {"c_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "n": "i32", "first": "i32"}
+    types = {**both, "sums_ptr": "*fp32", "tiles": "i32"}
+    yield Case(
+        f"guide/sums/{dtype}", "guide", "sums_kernel", types, one_warp, (dtype,) * 2, (), scalars=7, num_warps=1,
+        lanes=lanes,
+    )  # fmt: skip
+    types = {**both, "coef_ptr": "*fp32", "out_ptr": f"*{dtype}", "stride": "i32"}
+    yield Case(
+        f"guide/combine/{dtype}", "guide", "combine_kernel", types, {"RULE": RULES.index("apg"), **tile},
+        (dtype,) * 2, (dtype,), scalars=2, num_warps=warps, lanes=lanes,
+    )  # fmt: skip
+
+
 def cases(lanes: int = 32) -> Iterator[Case]:
     """The kernels of the package in the variants that matter, tiled for warps of `lanes` threads."""
     for model in ("fp32", "bf16"):
@@ -116,6 +135,7 @@ def cases(lanes: int = 32) -> Iterator[Case]:
             f"posterior/clip/{dtype}", "posterior", "posterior_kernel", types, {"CLIP": True, **tile},
             (dtype,) * 2, (dtype,) * 2, clamps=True, scalars=4, num_warps=warps, lanes=lanes,
         )  # fmt: skip
+        yield from _guide(dtype, tile, warps, lanes)
     types = {"out_ptr": "*fp32", "rows_ptr": "*i64", **seeds}
     types |= dict.fromkeys(("n", "batch", "first", "stream"), "i32")
     yield Case("normal/fp32", "philox", "normal_kernel", types, tile, (), ("fp32",), num_warps=warps, lanes=lanes)

@@ -5,6 +5,7 @@ from fastdiff.ops._dispatch import use_kernels
 from fastdiff.ops.add_noise import add_noise, add_noise_ref
 from fastdiff.ops.affine_step import advance, advance_ref, affine_step, affine_step_ref
 from fastdiff.ops.forward_step import forward_step, forward_step_ref
+from fastdiff.ops.guide import guidance_interval, guide, guide_ref, threshold, threshold_ref
 from fastdiff.ops.posterior import posterior, posterior_ref
 
 __all__ = [
@@ -16,7 +17,12 @@ __all__ = [
     "affine_step_ref",
     "forward_step",
     "forward_step_ref",
+    "guidance_interval",
+    "guide",
+    "guide_ref",
     "posterior",
     "posterior_ref",
+    "threshold",
+    "threshold_ref",
     "use_kernels",
 ]

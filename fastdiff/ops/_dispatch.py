@@ -89,13 +89,15 @@ def tiling(n: int, batch: int, *, slots: int = 1, lanes: int = 32) -> dict[str, 
 
 
 def launch(
-    kernel: Any, args: Sequence[object], n: int, batch: int, *, slots: int = 1, depth: int = 1, **meta: object
-) -> None:
+    kernel: Any, args: Sequence[object], n: int, batch: int, *, slots: int = 1, depth: int = 1,
+    tile: dict[str, int] | None = None, **meta: object,
+) -> None:  # fmt: skip
     """Launches an element-wise kernel on grid (tiles of a sample, samples, depth), 65535 samples at a time.
 
+    A reduction gives its own `tile`: one that does not depend on the batch, so that neither do its sums.
     `args` are the kernel's arguments up to its constexprs; the entry FIRST is replaced by each launch's first sample.
     """
-    tile = tiling(n, batch, slots=slots, lanes=64 if torch.version.hip else 32)
+    tile = tile or tiling(n, batch, slots=slots, lanes=64 if torch.version.hip else 32)
     block = tile["BLOCK"]
     tensor = next(a for a in args if isinstance(a, Tensor))
     constants = {"ALIGNED": n % 4 == 0, "WIDE": n > 2**31 - 2 * block, "MATH": math_of(kernel), **tile, **meta}
