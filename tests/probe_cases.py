@@ -1,8 +1,14 @@
-"""diffusers configurations that probe must read: (module, class, config, expected slots or None, options)."""
+"""What the tests of probe share: diffusers configurations, a random scheduler, a sampler, and how plans are run."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fastdiff.reference import reference_sample
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -161,8 +167,87 @@ def _cases() -> dict[str, Case]:
     add("edm-dpmpp-3m", "edm_dpmsolver_multistep", "EDMDPMSolverMultistepScheduler", {"solver_order": 3}, 3)
     add("consistency", "consistency_models", "CMStochasticIterativeScheduler", {"clip_denoised": False}, 1)
     add("consistency-clip", "consistency_models", "CMStochasticIterativeScheduler", {}, 1)
-    add("scm", "scm", "SCMScheduler", {}, 1, {}, {"timesteps": [1.57080, 1.3, 0.9, 0.0]})
     return cases
 
 
 CASES = _cases()
+
+SHAPE = (2, 3, 4, 4)
+TOLERANCE = 1e-9
+
+
+def normals(count=90, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(SHAPE, generator=draw, dtype=torch.float64) for _ in range(count)]
+
+
+def model(x, t):
+    time = torch.as_tensor(t).to(x.dtype).reshape(-1, 1, 1, 1)
+    return torch.tanh(1.3 * x + time / 1000)
+
+
+def run(plan, x_T, pool, edit=None):
+    source = iter(pool)
+    return reference_sample(model, plan, x_T, lambda k, like: next(source), edit=edit)
+
+
+def far(got, want):
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+def response(plan):
+    """The states' coefficients on (x_T, the model's outputs, the noise): [N + 1, 1 + 2 N], whatever the slots are."""
+    n = plan.nfe
+    state, out = np.zeros((plan.slots, 1 + 2 * n)), []
+    state[0, 0] = 1
+    for k in range(n):
+        out.append(state[0])
+        m, z = np.eye(1, 1 + 2 * n, 1 + k)[0], np.eye(1, 1 + 2 * n, 1 + n + k)[0]
+        p = plan.c_skip[k] * state[0] + plan.c_out[k] * m
+        state = plan.A[k] @ state + np.outer(plan.b[k], p) + np.outer(plan.d[k], m) + np.outer(plan.s[k], z)
+    return np.array([*out, state[0]])
+
+
+class Table:
+    """A scheduler that is a random table: r slots, noise in two of them, draws without effect before and after."""
+
+    def __init__(self, r, steps, seed, unused=(0, 0)):
+        draw = np.random.default_rng(seed)
+        self.A, self.d = draw.normal(size=(steps, r, r)) * 0.6, draw.normal(size=(steps, r))
+        self.s = draw.normal(size=(steps, r)) * (np.arange(r) < 2)
+        self.A[0, :, 1:] = 0
+        self.unused, self.timesteps, self.init_noise_sigma = unused, torch.arange(steps, 0, -1), 3.0
+
+    def set_timesteps(self, steps):
+        assert steps == len(self.A)
+        self.k, self.kept = 0, []
+
+    def scale_model_input(self, x, t):
+        return x / (1 + 0.1 * float(t))
+
+    def step(self, m, t, x):
+        A, d, s = self.A[self.k], self.d[self.k], self.s[self.k]
+        for _ in range(self.unused[0]):
+            torch.randn_like(x)
+        n = torch.randn(x.shape)
+        for _ in range(self.unused[1]):
+            torch.empty_like(x).normal_()
+        slots = [x, *(self.kept or [torch.zeros_like(x)] * (len(A) - 1))]
+        new = [
+            sum(a * y for a, y in zip(row, slots, strict=True)) + c * m + e * n
+            for row, c, e in zip(A, d, s, strict=True)
+        ]
+        self.k, self.kept = self.k + 1, new[1:]
+        return (new[0],)
+
+
+def tuple_sampler(model, x, sigmas, **kwargs):
+    """Noise before the first call, one slot, torch's own draws."""
+    for sigma in sigmas[:-1]:
+        x = x + torch.randn_like(x) * sigma * 0.1
+        x = 0.3 * x + 0.6 * model(x, sigma * x.new_ones([x.shape[0]]), **kwargs)
+    return x, "done"
+
+
+def shipped(case):
+    return getattr(importlib.import_module(f"diffusers.schedulers.scheduling_{case.module}"), case.scheduler)

@@ -131,11 +131,11 @@ class Recorder:
         """A tensor's coefficients [width]; refuses a sample that changed its shape or is not finite."""
         if not isinstance(x, Tensor):
             raise Refused(f"{what} is no tensor but {type(x).__name__}")
+        if x.numel() != self.width or not self.carries(x):
+            raise Refused(f"{what} has shape {tuple(x.shape)}, the sample {self.shape}")
         reason = getattr(x, "_fastdiff_value_of", None)
         if reason:
             raise Refused(f"{what} is scaled by a reduction over the sample ({reason}), so it is not linear")
-        if x.numel() != self.width or not self.carries(x):
-            raise Refused(f"{what} has shape {tuple(x.shape)}, the sample {self.shape}")
         with torch._C._DisableTorchDispatch():
             values = as_numpy(x.detach().reshape(-1).double()).copy()
         if not np.all(np.isfinite(values)):
