@@ -85,6 +85,9 @@ CASES = {
     "unipc3": Case("unipc", {"order": 3, "lower_order_final": False}, 3.7, 4.3, 2.8e-5, 4.4e-05),
     "unipc2-bh1": Case("unipc", {"order": 2, "bh": "bh1", "lower_order_final": False}, 2.85, 3.15, 2e-4, 2.5e-04),
     "unipc3-falling": Case("unipc", {"order": 3}, 1.9, 2.2, 2.6e-4, 1.7e-04),
+    "unipc3-kept": Case(
+        "unipc", {"order": 3, "keep_start": True, "lower_order_final": False}, 3.7, 4.3, 2.8e-5, 4.4e-5
+    ),
     "unip2": Case("unipc", {"order": 2, "corrector": False, "lower_order_final": False}, 1.92, 2.08, 1.1e-3, 8.4e-04),
     "ipndm": Case("ipndm", {}, 1.92, 2.08, 7e-4, 4.2e-04),
     "plms": Case("plms", {}, 1.92, 2.08, 7.6e-4, 4.5e-04),
@@ -159,7 +162,7 @@ def test_quantiles_land_on_quantiles(name: str) -> None:
     assert np.abs(cdf(MIXTURE, 0.05, got) - q).max() <= CASES[name].quantile
 
 
-BYTES = {"2m": 20, "3m": 24, "lms4": 28, "plms": 28, "prk": 28, "unipc1": 20, "unipc2": 24, "unipc3": 28, "ipndm": 28,
+BYTES = {"2m": 20, "3m": 24, "lms4": 28, "plms": 28, "prk": 28, "unipc1": 20, "unipc2": 24, "unipc3": 28, "unipc3-kept": 32, "ipndm": 28,
          "deis3": 24, "dpm2": 16, "2s": 16, "single2": 16, "single3": 20}  # fmt: skip
 
 

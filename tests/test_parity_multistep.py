@@ -131,6 +131,35 @@ def test_equals_diffusers(name: str, betas: str) -> None:
             assert far(ours, theirs) <= far(theirs, exact) + 2e-6, (steps, prediction)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_under_outside_edits(order: int) -> None:
+    """keep_start: a callback that replaces x between the rows does to the plan what it does to the scheduler."""
+
+    def edit(k: int, x: Tensor) -> Tensor:
+        return torch.where(torch.arange(SHAPE[-1]) < 4, 0.9 * x - 0.1 * k, x)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        scheduler = lifted(UNIPC[0]).UniPCMultistepScheduler(
+            solver_order=order, timestep_spacing="trailing", **BETAS["linear"][0]
+        )
+        scheduler.set_timesteps(12)
+        x = x_T = torch.randn(SHAPE)
+        for k, t in enumerate(scheduler.timesteps):
+            x = edit(k, scheduler.step(model(x, t), t, x, return_dict=False)[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    def run(keep_start: bool, edited: bool) -> Tensor:
+        plan = solvers.unipc(S.Betas(BETAS["linear"][1]), 12, order=order, keep_start=keep_start)
+        none = lambda k, like: torch.zeros_like(like)  # noqa: E731
+        return reference_sample(model, plan, x_T, none, edit=edit if edited else None)
+
+    assert far(run(True, True), x) <= 1e-12
+    assert far(run(False, True), x) >= 1e-3
+    assert far(run(True, False), run(False, False)) <= 1e-13
+
+
 @pytest.mark.parametrize(
     ("stock_name", "config", "solver", "native"),
     [

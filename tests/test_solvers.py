@@ -72,6 +72,7 @@ CASES = [
     Case("unipc", {"order": 3}, True, 2, rough=True),
     Case("unipc", {"order": 3, "bh": "bh1", "lower_order_final": False}, True, 4, rough=True),
     Case("unipc", {"order": 3, "corrector": False}, True, 2, rough=True),
+    Case("unipc", {"order": 3, "keep_start": True}, True, 2, rough=True),
     Case("ancestral", {}, False, 1, rough=True),
     Case("dpmpp_2m_sde", {}, True, 2),
     Case("dpmpp_2m_sde", {"kind": "heun"}, True, 2, rough=True),

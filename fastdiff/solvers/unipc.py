@@ -43,7 +43,7 @@ def _corrector(nodes: np.ndarray, z: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def unipc(
     schedule: Schedule, steps: int, *, order: int = 2, bh: str = "bh2", corrector: bool = True,
-    lower_order_final: bool = True, **options: Unpack[GridOptions],
+    lower_order_final: bool = True, keep_start: bool = False, **options: Unpack[GridOptions],
 ) -> Plan:  # fmt: skip
     """UniPC-k on x0: predictor UniP-k and corrector UniC-k in lam = ln(alpha/sigma).
 
@@ -54,11 +54,12 @@ def unipc(
     evaluated, then predicts: no evaluation more. A row that ends clean is first order and needs no correction.
     Args:
         order: 1..3. bh: "bh1" (B = -h) | "bh2" (B = e^-h - 1). corrector: False for UniP alone.
-        lower_order_final: fall to first order at the end. The rest: fastdiff.grid.GridOptions.
+        lower_order_final: fall to first order at the end. keep_start: correct the last step from its start (a slot
+        holds what is known of the result) and not x': the same, but that an outside edit of x (a callback, inpainting)
+        counts through p alone, as in diffusers. The rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, order + 1 slots (x', p_1, .., p_k); UniP: `order`. Order k + 1 (UniP: k, from its
         first-order start 2 to 3) with lower_order_final=False; else 2, as the first-order last row is not corrected.
-    Source: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 to 4; B(h): section 3.4. An outside edit of x enters the
-        correction as well (the history form); diffusers restarts from the uncorrected x.
+    Source: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 to 4; B(h): section 3.4.
     """
     order = check_order("unipc", order, 3)
     if bh not in KINDS:
@@ -68,29 +69,39 @@ def unipc(
     form = data_form(grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:], h)
     row_order, unit = orders(grid, order, lower_final=lower_order_final), _shortcut(grid, bh)
     most = int(row_order.max())
-    r = most + 1 if corrector and n > 1 else most
-    predict, correct = np.zeros((n, most)), np.zeros((n, r))  # of p, p_1, ..; correct, as the next row sees it
+    corrector, keep_start = corrector and n > 1, corrector and n > 1 and keep_start
+    r = most + corrector
+    # of p, p_1, ..: w of the row's own step, and u; of the new p, as the next row sees it
+    predict, known, new = np.zeros((n, most)), np.zeros((n, most)), np.zeros(n)
+    corrected = np.zeros(n, bool)
     for k in range(1, most + 1):
         rows = np.flatnonzero(row_order == k)
-        nodes = (
-            (lam[rows[:, None] - np.arange(k)] - lam[rows, None]) / h[rows, None] if k > 1 else np.zeros((len(rows), 1))
-        )
+        nodes = np.zeros((len(rows), k))
+        if k > 1:
+            nodes = (lam[rows[:, None] - np.arange(k)] - lam[rows, None]) / h[rows, None]
         predict[rows, :k] = _predictor(nodes, form.z[rows], unit[rows])
         after = rows[(rows < n - 1) & np.isfinite(h[rows])]
         if corrector and len(after):
             here = np.isin(rows, after)
             u = _corrector(nodes[here], form.z[after], unit[after])
-            correct[after + 1, 0] = u[:, -1]
-            correct[after + 1, 1 : k + 1] = u[:, :-1] - predict[after, :k]
-    correct[1:] *= form.gain[:-1, None]
-    predict *= form.gain[:, None]
+            known[after, :k], new[after + 1], corrected[after + 1] = u[:, :-1], u[:, -1], True
+    predict, known = form.gain[:, None] * predict, form.gain[:, None] * known
+    new[1:] *= form.gain[:-1]
     A, b = np.zeros((n, r, r)), np.zeros((n, r))
-    A[:, 0, 0] = form.ratio
-    A[:, 0, 1:] = form.ratio[:, None] * correct[:, 1:]
-    A[:, 0, 1:most] += predict[:, 1:]
-    b[:, 0] = form.ratio * correct[:, 0] + predict[:, 0]
-    if r > 1:
+    kept = most - 1 if keep_start else r - 1  # earlier p
+    if kept:
         b[:, 1] = 1
-    for j in range(2, r):
+    for j in range(2, kept + 1):
         A[:, j, j - 1] = 1
+    # the corrected state is the source and new p; in the history form also (u - w) p_1, ..
+    source = np.where(corrected, r - 1, 0) if keep_start else np.zeros(n, int)
+    A[np.arange(n), 0, source] = form.ratio
+    if keep_start:
+        A[np.arange(n), -1, source] = form.ratio
+        A[:, -1, 1:most] += known[:, 1:]
+        b[:, -1] = form.ratio * new + known[:, 0]
+    elif corrector:
+        A[1:, 0, 1:] = form.ratio[1:, None] * np.where(corrected[1:, None], (known - predict)[:-1], 0)
+    A[:, 0, 1:most] += predict[:, 1:]
+    b[:, 0] = form.ratio * new + predict[:, 0]
     return Plan.of(f"unipc(order={order}, {bh})", grid.at, A, b, end=grid.end)
