@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from fastdiff import rng
 from fastdiff.noise import NoiseFunction
+from fastdiff.ops.guide import RULES
 from fastdiff.plan import Plan
 
 __all__ = ["CHECK_FINITE", "MODES", "Options", "Request", "resolve"]
 
 MODES = ("auto", "eager", "compile", "step_graph", "loop_graph")
+GUIDE_OPTIONS = ("rescale", "eta", "norm_threshold")
 CHECK_FINITE = ("off", "warn", "raise")
 GRAPH_DEVICES = ("cuda",)
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +38,9 @@ class Options:
     uncond: Mapping[str, Any] | None = None
     guidance: float | Sequence[float] | np.ndarray | Tensor | None = None
     batched_guidance: bool = True
+    guide: str = "cfg"
+    guide_options: Mapping[str, Any] | None = None
+    threshold: tuple[float, float] | None = None
     x_T: Tensor | None = None
     x_init: Tensor | None = None
     mode: str = "auto"
@@ -85,6 +90,11 @@ def _shape(shape: object) -> tuple[int, ...]:
 def _one_of(name: str, value: object, valid: Sequence[str]) -> None:
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+
+
+def _threshold(value: object) -> None:
+    if value is not None and not (isinstance(value, Sequence) and len(value) == 2):
+        raise TypeError(f"threshold must be None or (quantile, maximum), got {value!r}")
 
 
 def _parameter(model: object) -> Tensor | None:
@@ -164,6 +174,12 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     batch, parameter = size[0], _parameter(model)
     _one_of("mode", o.mode, MODES)
     _one_of("check_finite", o.check_finite, CHECK_FINITE)
+    _one_of("guide", o.guide, RULES)
+    if (o.guide != "cfg" or o.guide_options) and o.uncond is None:
+        raise ValueError(f"guide={o.guide!r} needs uncond and guidance, got uncond=None")
+    for name in o.guide_options or {}:
+        _one_of("guide option", name, GUIDE_OPTIONS)
+    _threshold(o.threshold)
     if not callable(o.noise):
         _one_of("noise", o.noise, ("philox", "torch"))
     sources: list[Any] = [o.x_T, o.x_init, parameter]

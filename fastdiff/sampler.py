@@ -152,8 +152,9 @@ def _signature(request: Request) -> tuple[Any, ...]:
             for name, v in (values or {}).items():
                 cond.append((name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, _key(v)))
     generator = request.generators[0].device if request.generators else None
+    rule = (o.guide, tuple((o.guide_options or {}).items()), o.threshold)
     watched = (o.trajectory or o.callback is not None, o.check_finite != "off")
-    return (request.shape, request.device, request.dtype, weight, noise, generator, o.mode, watched, tuple(cond))
+    return (request.shape, request.device, request.dtype, weight, noise, generator, o.mode, watched, rule, tuple(cond))
 
 
 def _key(value: object) -> object:
@@ -246,6 +247,9 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
     uncond: Mapping[str, Any] | None = None,
     guidance: float | Sequence[float] | np.ndarray | Tensor | None = None,
     batched_guidance: bool = True,
+    guide: str = "cfg",
+    guide_options: Mapping[str, Any] | None = None,
+    threshold: tuple[float, float] | None = None,
     x_T: Tensor | None = None,
     x_init: Tensor | None = None,
     mode: str = "auto",
@@ -269,6 +273,8 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
             generator or a list of B), or a function (row, like) -> Tensor called plan.draws[row] times a row.
         cond, uncond, guidance: m = uncond + w (cond - uncond); w a number, (B,), (nfe, 1) or (nfe, B); 1 is none. The
             model is called once on [uncond; cond], or twice with batched_guidance=False.
+        guide, guide_options: the rule that combines them (cfg, rescale, apg, zero_star) and its options: fd.ops.guide.
+        threshold: (quantile, maximum), dynamic thresholding of x0-hat: fd.ops.threshold.
         x_T: the starting state itself. x_init: clean data, noised to the plan's start (plans made with start=k).
         mode: auto | eager | compile (the model through torch.compile; on a CPU also step and noise) | step_graph |
             loop_graph (CUDA). auto never compiles in this one-shot call; a fd.Sampler may.
