@@ -100,6 +100,24 @@ def _guide(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iterator
     )  # fmt: skip
 
 
+def _threshold(dtype: str, lanes: int) -> Iterator[Case]:
+    """Counting one digit of the quantile, and the clamp it ends in."""
+    from fastdiff.ops.guide import sum_tile
+
+    tile = {k: v for k, v in sum_tile(1 << 18).items() if k != "num_warps"} | {"ALIGNED": True, "WIDE": False}
+    types = {"x_ptr": f"*{dtype}", "counts_ptr": "*i32", **dict.fromkeys(("n", "first", "k"), "i32")}
+    piece = {**tile, "BLOCK": tile["BLOCK"] // tile["PARTS"], "PARTS": 1}  # one turn of its loop
+    yield Case(
+        f"threshold/digit/{dtype}", "threshold", "digit_kernel", types, {**piece, "PASS": 5}, (dtype,), (),
+        scalars=21, num_warps=1, lanes=lanes,
+    )  # fmt: skip
+    yield Case(
+        f"threshold/clamp/{dtype}", "threshold", "threshold_kernel",
+        {**types, "ends_ptr": "*i32", "out_ptr": f"*{dtype}", "fraction": "fp32", "maximum": "fp32"}, tile,
+        (dtype,), (dtype,), clamps=True, scalars=10, num_warps=1, lanes=lanes,
+    )  # fmt: skip
+
+
 def cases(lanes: int = 32) -> Iterator[Case]:
     """The kernels of the package in the variants that matter, tiled for warps of `lanes` threads."""
     for model in ("fp32", "bf16"):
@@ -136,6 +154,7 @@ def cases(lanes: int = 32) -> Iterator[Case]:
             (dtype,) * 2, (dtype,) * 2, clamps=True, scalars=4, num_warps=warps, lanes=lanes,
         )  # fmt: skip
         yield from _guide(dtype, tile, warps, lanes)
+        yield from _threshold(dtype, lanes)
     types = {"out_ptr": "*fp32", "rows_ptr": "*i64", **seeds}
     types |= dict.fromkeys(("n", "batch", "first", "stream"), "i32")
     yield Case("normal/fp32", "philox", "normal_kernel", types, tile, (), ("fp32",), num_warps=warps, lanes=lanes)

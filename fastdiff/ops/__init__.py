@@ -5,8 +5,9 @@ from fastdiff.ops._dispatch import use_kernels
 from fastdiff.ops.add_noise import add_noise, add_noise_ref
 from fastdiff.ops.affine_step import advance, advance_ref, affine_step, affine_step_ref
 from fastdiff.ops.forward_step import forward_step, forward_step_ref
-from fastdiff.ops.guide import guidance_interval, guide, guide_ref, threshold, threshold_ref
+from fastdiff.ops.guide import guidance_interval, guide, guide_ref
 from fastdiff.ops.posterior import posterior, posterior_ref
+from fastdiff.ops.threshold import threshold, threshold_ref
 
 __all__ = [
     "add_noise",

@@ -100,43 +100,6 @@ def guide_ref(
     return m.to(cond.dtype)
 
 
-def threshold(x0: Tensor, quantile: float = 0.995, maximum: float = math.inf) -> Tensor:
-    """Dynamic thresholding: clamps every sample to its own quantile of |x0| and scales it back to [-1, 1].
-
-        s = clamp(quantile of |x0|, 1, maximum);   y = clamp(x0, -s, s) / s
-
-    Args:
-        x0: [B, *sample], fp32, bf16 or fp16 (float64 too), any strides.   quantile: in 0..1, linear between neighbours.
-        maximum: of s, at least 1; 1 is a plain clamp to [-1, 1].
-    Returns: y [B, *sample] of x0's dtype; a sample that holds a NaN becomes NaN.
-    Raises:  TypeError, ValueError: a wrong dtype, no batch axis, a quantile outside 0..1, a maximum below 1.
-    Numerics: exact order statistics, interpolated in fp32 (float64 for float64 data). No host sync.
-    Source:  Saharia et al. 2022, arXiv:2205.11487, section 2.3.
-    """
-    return threshold_ref(x0, quantile, maximum)
-
-
-def threshold_ref(x0: Tensor, quantile: float = 0.995, maximum: float = math.inf) -> Tensor:
-    """`threshold` in plain torch, by sorting; differentiable."""
-    check_tensor("x0", x0, dtypes=FLOATS64)
-    check_batched("x0", x0)
-    if not 0 <= quantile <= 1:
-        raise ValueError(f"quantile must be in 0..1, got {quantile!r}")
-    if not maximum >= 1:
-        raise ValueError(f"maximum must be at least 1, got {maximum!r}")
-    if not x0.numel():
-        return x0.clone()
-    x = x0.to(torch.float64 if x0.dtype == torch.float64 else torch.float32)
-    flat = x.abs().reshape(len(x), -1)
-    rank = quantile * (flat.shape[1] - 1)
-    below, above = math.floor(rank), math.ceil(rank)
-    ordered = flat.sort(dim=1).values  # NaN comes last: it reaches the largest value
-    low, high, last = ordered[:, below], ordered[:, above], ordered[:, -1]
-    s = (low + (rank - below) * (high - low)).clamp(1.0, maximum)
-    s = spread(torch.where(last.isnan(), last, s), x0)
-    return (torch.minimum(torch.maximum(x, -s), s) / s).to(x0.dtype)
-
-
 def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:
     """The plan with guidance w where its schedule time lies in an interval, and none (w = 1) elsewhere.
 

@@ -1,0 +1,54 @@
+"""Dynamic thresholding: kernel and reference against torch.quantile."""
+
+import math
+
+import pytest
+import torch
+
+from fastdiff import ops
+
+X = torch.zeros(3, 4)
+
+
+def data(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("quantile", "maximum"), [(0.995, math.inf), (0.9, 2.0), (0.5, 1.0), (0.0, 3.0), (1.0, 9.0)])
+def test_threshold(quantile, maximum, dtype, device):
+    x = (2 * data(3, 4, 9, 7)).to(dtype)
+    x[1] *= 0.1  # inside [-1, 1]: unchanged
+    got = ops.threshold(x.to(device), quantile, maximum)
+    s = torch.quantile(x.double().abs().reshape(3, -1), quantile, dim=1).clamp(1, maximum)
+    s = s.reshape(3, 1, 1, 1)
+    want = x.double().clamp(-s, s) / s
+    assert got.dtype == dtype and float(got.abs().max()) <= 1
+    assert bool((got.cpu().double() - want).abs().max() <= max(2e-6, torch.finfo(dtype).eps))
+
+
+def test_threshold_edges(device):
+    x = 3 * data(2, 30).float().to(device)
+    x[0, 4] = math.nan
+    got = ops.threshold(x)
+    assert got[0].isnan().all() and not got[1].isnan().any()
+    together = ops.threshold(x[1:].expand(3, 30))
+    assert torch.equal(together[2], got[1])
+    assert ops.threshold(x[:, :0]).shape == (2, 0)
+    one = torch.tensor([[3.0]], device=device)
+    assert float(ops.threshold(one)) == 1
+    for args, text in (((X, 1.5), "0..1"), ((X, 0.9, 0.5), "at least 1"), ((torch.tensor(1.0),), "0-d")):
+        with pytest.raises(ValueError, match=text):
+            ops.threshold(*args)
+    with pytest.raises(TypeError, match="int32"):
+        ops.threshold(X.int())
+
+
+def test_equal_values_and_compile(device):
+    """Ranks between equal values, and a rank between two groups of them."""
+    x = torch.tensor([[3.0, -3.0, 3.0, 1.0, -1.0, 5.0, 5.0, 5.0]]).to(device)
+    for quantile in (0.1, 0.3, 0.5, 0.6, 0.65, 0.9):
+        s = torch.quantile(x.cpu().abs(), quantile).clamp(min=1)
+        assert torch.allclose(ops.threshold(x, quantile).cpu(), x.cpu().clamp(-s, s) / s, rtol=1e-6)
+    compiled = torch.compile(lambda x: ops.threshold(x, 0.8), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x.cpu()), ops.threshold(x, 0.8).cpu())
