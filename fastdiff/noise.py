@@ -57,9 +57,8 @@ class PhiloxNoise(Noise):
         def fill(seeds: Tensor, index: Tensor, streams: Tensor, rows: Tensor, out: Tensor) -> None:
             out.view(self.count, batch, n).copy_(rng.normals(seeds, index, rows, streams, n))
 
-        # ten rounds of Philox and a logarithm are worth a second thread much sooner than a step is
         example = [self.seeds, self.index, self.streams, self.rows, self.buffer]
-        return compile_static(fill, example, elements=16 * self.count * batch * n)  # type: ignore[arg-type]
+        return compile_static(fill, example, elements=self.count * batch * n)  # type: ignore[arg-type]
 
     def reset(self, seeds: Tensor, index: Tensor) -> None:
         """New seeds [B] and sample indices [B], copied into the buffers a captured graph reads."""
