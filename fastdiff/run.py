@@ -178,7 +178,8 @@ class Run:
         if not self.on_host:
             seeded = self.noise if self.noise_in_kernel and self.plan.stochastic else None
             ops.affine_step(
-                self.slab, m, self.table, row, slots=self.plan.slots, uncond=u, guidance=None if u is None else self.weight,
+                self.slab, m, self.table, row, slots=self.plan.slots, uncond=u,
+                guidance=None if u is None else self.weight,
                 seeds=seeded.seeds if seeded else None, index=seeded.index if seeded else None,  # type: ignore[attr-defined]
                 noise=noise, model_in=None if self.aliased else self.model_in, x0=self.x0,
             )  # fmt: skip
