@@ -68,8 +68,8 @@ def _demo(data: dict[str, Any]) -> list[str]:
     common = max(r["metrics"]["commonest_class"] for r in digits)
     missed = f" Missed: {'; '.join(data['missed'])}." if data["missed"] else ""
     return [
-        f"Quality (`make demo`, {data['seconds']:.0f} s; the worst of all solvers, in brackets the target): spiral, mean "
-        f"distance of samples {ode:.4f} (<= 0.012) with ODE solvers at 40 evaluations, {sde:.4f} (<= 0.02) with "
+        f"Quality (`make demo`, {data['seconds']:.0f} s; the worst of all solvers, in brackets the target): spiral, "
+        f"mean distance {ode:.4f} (<= 0.012) with ODE solvers at 40 evaluations, {sde:.4f} (<= 0.02) with "
         f"stochastic ones at 1000, curve to its nearest sample {cover:.4f} (<= 0.015); digits, a classifier's mean "
         f"confidence {confidence:.3f} (>= 0.85 of its value on real ones), class shares {100 * rare:.1f} to "
         f"{100 * common:.1f} % (4 to 18 %).{missed}"
