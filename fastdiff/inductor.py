@@ -11,12 +11,7 @@ import torch
 __all__ = ["compile_static"]
 
 _broken: list[str] = []
-ONE_LOOP: dict[str, Any] = {
-    "size_asserts": False,  # the buffers are fastdiff's own
-    "alignment_asserts": False,
-    "realize_opcount_threshold": 1 << 20,  # never cut an expression into loops with a buffer between them
-    "realize_reads_threshold": 1 << 20,
-}
+UNCHECKED: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}  # the buffers are fastdiff's own
 ONE_THREAD = 1 << 16
 
 
@@ -40,7 +35,7 @@ def compile_static(
         with torch.no_grad():
             graph = make_fx(fn)(*example)
             threads = {"cpp.threads": 1} if elements < ONE_THREAD else {}
-            compiled = inductor_compile(graph, list(example), options=ONE_LOOP | threads)
+            compiled = inductor_compile(graph, list(example), options=UNCHECKED | threads)
             compiled(*example)
         return compiled
     except Exception as error:  # any failure of the compiler has the same answer: eager

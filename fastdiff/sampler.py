@@ -46,7 +46,7 @@ class Sampler:
     Args:
         model: model(x, t, **cond) -> Tensor of x's shape. x [B, *] is the sampler's own buffer: do not keep or change
             it. t [B] is float32 or int64 (plan.times).
-        plan: from fastdiff.solvers. mode: see fd.sample; "auto" may compile here (the CPU's step and noise, 10 s at
+        plan: from fastdiff.solvers. mode: see fd.sample; "auto" may compile here (the CPU's step and noise, 20 s at
             the first call of a shape) and keeps what a measurement after warm-up shows to be fastest.
         options: any option of fd.sample, as a default for every call.
     """
@@ -121,7 +121,7 @@ class Sampler:
         )
         if compiled:
             log.warning(
-                "compiling the step and noise of %s for shape %s (once, about 10 s)", self.plan.name, request.shape
+                "compiling the step and noise of %s for shape %s (once, about 20 s)", self.plan.name, request.shape
             )
         run = Run(self.model, self.plan, request, compiled=compiled)
         run.bind(self._model(o.mode), o.cond, o.uncond)
