@@ -1,4 +1,4 @@
-"""What fd.sample and fd.Sampler must refuse, and what they say then."""
+"""What fd.sample refuses and what it says then, and what it does with values that are not finite."""
 
 from __future__ import annotations
 
@@ -9,6 +9,38 @@ import torch
 
 import fastdiff as fd
 from tests.test_sampler import PLANS, Conditional, elementwise
+
+
+@pytest.mark.parametrize("mode", ["warn", "raise", "off"])
+@pytest.mark.parametrize("where", [3, 12])
+def test_check_finite(mode: str, where: int) -> None:
+    plan, calls = PLANS["heun"], []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(0)
+        out = elementwise(x, t)
+        return (
+            out.index_fill(1, torch.tensor([2]), torch.nan if where == 3 else torch.inf)
+            if len(calls) == where + 1
+            else out
+        )
+
+    if mode == "raise":
+        with pytest.raises(ValueError, match=f"not finite, first at row {where} of 13"):
+            fd.sample(model, plan, (2, 4), check_finite=mode)
+    elif mode == "warn":
+        with pytest.warns(RuntimeWarning, match=f"first at row {where} of 13"):
+            x = fd.sample(model, plan, (2, 4), check_finite=mode)
+    if mode != "raise":
+        x = fd.sample(model, plan, (2, 4), check_finite="off") if mode == "off" else x
+        assert not torch.isfinite(x).all()  # NaN is not hidden by a clamp or a fused loop
+    assert len(calls) == 13  # read once, at the end
+
+
+def test_nan_passes_the_clamp() -> None:
+    x = fd.sample(lambda x, t: torch.full_like(x, torch.nan), PLANS["ddpm"], (1, 4))
+    assert torch.isnan(x).all()
+
 
 MODEL: Any = elementwise
 PLAN = PLANS["heun"]
