@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastdiff as fd
 from tests.test_sampler import PLANS, Conditional, elementwise
