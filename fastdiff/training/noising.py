@@ -1,4 +1,4 @@
-"""Training: noisy data and its target in one pass."""
+"""Noisy data and its target in one pass."""
 
 from __future__ import annotations
 
