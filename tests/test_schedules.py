@@ -11,6 +11,7 @@ import torch
 from fastdiff import schedules as S
 
 CONTINUOUS = [S.VP(), S.SubVP(), S.VE(0.01, 50.0), S.Flow(), S.Flow(3.0), S.EDM(), S.Cosine()]
+CONTINUOUS += [S.BFNContinuous(0.02), S.BFNDiscrete(3.0, 5)]
 CHAINS = [S.Betas(S.linear_betas(1000)), S.Betas(S.scaled_linear_betas(1000)), S.Betas(S.cosine_betas(1000))]
 ALL = CONTINUOUS + CHAINS
 ids = [str(s) for s in ALL]

@@ -15,6 +15,7 @@ from fastdiff.schedules.betas import (
     sigmoid_betas,
     zero_terminal_snr,
 )
+from fastdiff.schedules.bfn import BFNContinuous, BFNDiscrete
 from fastdiff.schedules.continuous import EDM, Cosine, Flow, dynamic_shift
 from fastdiff.schedules.sde import VE, VP, SubVP
 
@@ -22,6 +23,8 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "BFNContinuous",
+    "BFNDiscrete",
     "Betas",
     "Cosine",
     "Flow",
