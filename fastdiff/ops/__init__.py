@@ -1,13 +1,15 @@
 """The operations: each checks its arguments, then runs one Triton kernel (CUDA) or its plain torch reference (CPU)."""
 
 from fastdiff.ops import normal as _normal  # noqa: F401 - registers the fill kernel
+from fastdiff.ops._categorical import categorical_buffer
 from fastdiff.ops._dispatch import use_kernels
 from fastdiff.ops.add_noise import add_noise, add_noise_ref
 from fastdiff.ops.affine_step import advance, advance_ref, affine_step, affine_step_ref
+from fastdiff.ops.categorical_step import categorical_step, categorical_step_ref
 from fastdiff.ops.forward_step import forward_step, forward_step_ref
-from fastdiff.ops.guide import guidance_interval, guide, guide_ref
+from fastdiff.ops.guide import guidance_interval, guidance_scales, guidance_scales_ref, guide, guide_ref
 from fastdiff.ops.posterior import posterior, posterior_ref
-from fastdiff.ops.threshold import threshold, threshold_ref
+from fastdiff.ops.threshold import threshold, threshold_bound, threshold_bound_ref, threshold_ref
 
 __all__ = [
     "add_noise",
@@ -16,14 +18,21 @@ __all__ = [
     "advance_ref",
     "affine_step",
     "affine_step_ref",
+    "categorical_buffer",
+    "categorical_step",
+    "categorical_step_ref",
     "forward_step",
     "forward_step_ref",
     "guidance_interval",
+    "guidance_scales",
+    "guidance_scales_ref",
     "guide",
     "guide_ref",
     "posterior",
     "posterior_ref",
     "threshold",
+    "threshold_bound",
+    "threshold_bound_ref",
     "threshold_ref",
     "use_kernels",
 ]

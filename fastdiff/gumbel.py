@@ -1,0 +1,56 @@
+"""Reproducible Gumbel and logistic noise for categorical draws: Philox integers of stream 2, one a class.
+
+Element e of a sample is word e % 4 of Philox(key = seed, counter = (e // 4, row, 2, sample index)), so a draw never
+depends on batch, block size or device: the largest of logits + Gumbel noise is a categorical sample.
+
+Source: Gumbel-max: Yellott 1977; Maddison et al. 2014, arXiv:1411.0030.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff import rng
+
+BELOW_ONE = 1 - 2.0**-24
+
+
+def gumbel_of(i: Tensor) -> Tensor:
+    """A standard Gumbel number of a uint32 word.
+
+        g = -ln(-ln(1 - v)),  v = i 2^-32 + 2^-33 in (0, 1)
+
+    The upper tail, which decides the largest of many, is that of small v: full precision up to 22.9.
+    Args:    i: int64 tensor of uint32 values.
+    Returns: fp32 tensor.
+    """
+    v = (i.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=BELOW_ONE)
+    return -torch.log(-torch.log1p(-v))
+
+
+def logistic_of(i: Tensor) -> Tensor:
+    """A standard logistic number of a uint32 word, the difference of two Gumbel numbers: ln(u) - ln(1 - u).
+
+    Both tails have full precision: u is folded at 1/2, where the word's top bit is.
+    Args:    i: int64 tensor of uint32 values.
+    Returns: fp32 tensor.
+    """
+    upper = i >= 2**31
+    v = torch.where(upper, rng.MASK - i, i).to(torch.float32) * 2.0**-32 + 2.0**-33  # (0, 1/2]
+    x = torch.log1p(-v) - torch.log(v)
+    return torch.where(upper, x, -x)
+
+
+def gumbels(seeds: Tensor, index: Tensor, rows: Tensor, n: int, *, logistic: bool = False) -> Tensor:
+    """The draws of a batch in one traceable expression: seeds, index int64 [B], rows int64 [1 or B] -> fp32 [B, n]."""
+    counter = torch.arange((n + 3) // 4, device=seeds.device)
+    return gumbels_at(counter, seeds.view(-1, 1), index.view(-1, 1), rows.view(-1, 1), n, logistic=logistic)
+
+
+def gumbels_at(counter: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, n: int, *, logistic: bool) -> Tensor:
+    """The draws of given counters [q]; seeds, index, rows broadcast against them -> fp32 [..., n], n <= 4 q."""
+    stream = torch.full((), rng.CATEGORICAL, dtype=torch.int64, device=seeds.device)
+    words = torch.stack(rng.philox(counter, rows, stream, index, seeds & rng.MASK, seeds >> 32), -1)
+    words = words.flatten(-2)[..., :n]
+    return logistic_of(words) if logistic else gumbel_of(words)
