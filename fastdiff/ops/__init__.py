@@ -5,6 +5,8 @@ from fastdiff.ops._categorical import categorical_buffer
 from fastdiff.ops._dispatch import use_kernels
 from fastdiff.ops.add_noise import add_noise, add_noise_ref
 from fastdiff.ops.affine_step import advance, advance_ref, affine_step, affine_step_ref
+from fastdiff.ops.categorical_loss import categorical_loss, categorical_loss_ref
+from fastdiff.ops.categorical_noise import categorical_noise, categorical_noise_ref
 from fastdiff.ops.categorical_step import categorical_step, categorical_step_ref
 from fastdiff.ops.forward_step import forward_step, forward_step_ref
 from fastdiff.ops.guide import guidance_interval, guidance_scales, guidance_scales_ref, guide, guide_ref
@@ -19,6 +21,10 @@ __all__ = [
     "affine_step",
     "affine_step_ref",
     "categorical_buffer",
+    "categorical_loss",
+    "categorical_loss_ref",
+    "categorical_noise",
+    "categorical_noise_ref",
     "categorical_step",
     "categorical_step_ref",
     "forward_step",
