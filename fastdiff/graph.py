@@ -88,7 +88,7 @@ class StepGraph:
 
     def _row(self) -> None:
         run = self.run
-        m, u = run.adjust(self.row, *run.evaluate(self.t))
+        m, u = run.evaluate(self.t)
         run.step(0, self.row, m, u, self.noise)
         ops.advance(self.row, run.times, self.t)
 

@@ -46,7 +46,7 @@ class Run:
         self.times = times
         self.t = list(times[:, None].expand(plan.nfe, size[0]).contiguous().unbind(0))
         self.rows = list(torch.arange(plan.nfe, dtype=torch.int32, device=self.device).split(1))
-        self.rule = {"rule": o.guide, **(o.guide_options or {})} if o.guide != "cfg" or o.guide_options else {}
+        self.rule = {"rule": o.guide, **(o.guide_options or {})} if o.guide != "cfg" else {}
         self.threshold = o.threshold
         self.conversion = [torch.from_numpy(c.astype("float32")).to(self.device) for c in (plan.c_skip, plan.c_out)]
         self.first: Tensor | None = None  # two-pass guidance keeps the conditional output here
@@ -175,11 +175,12 @@ class Run:
             u = u.contiguous()
         if m.data_ptr() == self.x.data_ptr():
             m = m.clone()  # a model that returns its input: the step would overwrite what it still reads
+        if self.on_host:
+            m, u = self.adjust(row, m, u)
         if not self.on_host:
             seeded = self.noise if self.noise_in_kernel and self.plan.stochastic else None
             ops.affine_step(
-                self.slab, m, self.table, row, slots=self.plan.slots, uncond=u,
-                guidance=None if u is None else self.weight,
+                self.slab, m, self.table, row, slots=self.plan.slots, uncond=u, **self.reduce(row, m, u),
                 seeds=seeded.seeds if seeded else None, index=seeded.index if seeded else None,  # type: ignore[attr-defined]
                 noise=noise, model_in=None if self.aliased else self.model_in, x0=self.x0,
             )  # fmt: skip
@@ -194,14 +195,24 @@ class Run:
 
     def advance(self, k: int) -> None:
         """Row k: one model evaluation (two with two-pass guidance) and one step."""
-        m, u = self.adjust(self.rows[k], *self.evaluate(self.t[k]))
+        m, u = self.evaluate(self.t[k])
         self.step(k, self.rows[k], m, u, self.noise.row(k))
 
-    def adjust(self, row: Tensor, m: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What needs a reduction over the sample and so comes before the step: guidance rules, dynamic thresholding.
+    def reduce(self, row: Tensor, m: Tensor, u: Tensor | None) -> dict[str, Any]:
+        """What the step kernel takes beside the outputs: a weight, or a rule's and a threshold's numbers a sample."""
+        weight = None if u is None else self.weight
+        scales = bound = None
+        if u is not None and weight is not None and self.rule:
+            scales, weight = ops.guidance_scales(m, u, weight, row=row, **self.rule), None
+        if self.threshold is not None:
+            bound = ops.threshold_bound(
+                self.x, *self.threshold, model_out=m, table=self.table, row=row, uncond=u, guidance=weight,
+                scales=scales,
+            )  # fmt: skip
+        return {"guidance": weight, "scales": scales, "bound": bound}
 
-        Plain guidance stays fused in the step. Thresholding replaces x0-hat: m' = (threshold(x0) - c_skip x) / c_out.
-        """
+    def adjust(self, row: Tensor, m: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The same before a step on the host. Thresholding replaces x0-hat: m' = (threshold(x0) - c_skip x) / c_out."""
         if u is not None and self.weight is not None and (self.rule or self.threshold is not None):
             w = self.weight[0] if self.weight.shape[0] == 1 else self.weight.index_select(0, row)[0]
             m, u = ops.guide(m, u, w.expand(self.shape[0]), **self.rule), None

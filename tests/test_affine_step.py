@@ -278,7 +278,7 @@ def test_registration(kernel_device):
     table, state = make_table(2, 2).to(kernel_device), torch.randn(2, 3, 5, device=kernel_device)
     m, row = torch.randn(3, 5, device=kernel_device), torch.tensor([1], device=kernel_device)
     seeds, x = torch.arange(3, device=kernel_device), torch.empty(3, 5, device=kernel_device)
-    args = (state, m, table, row, 2, None, None, seeds, None, 1, None, x, torch.empty_like(x))
+    args = (state, m, table, row, 2, None, None, None, None, seeds, None, 1, None, x, torch.empty_like(x))
     torch.library.opcheck(torch.ops.fastdiff.affine_step.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -320,6 +320,10 @@ def good():
         ({"guidance": torch.ones(1, 1)}, ValueError, "go together"),
         ({"uncond": torch.zeros(4, 5), "guidance": torch.ones(2, 1)}, ValueError, r"\[3 or 1, 4 or 1\], got \(2, 1\)"),
         ({"uncond": torch.zeros(4, 5), "guidance": torch.ones(4)}, ValueError, r"got \(4,\)"),
+        ({"scales": torch.ones(4, 2)}, ValueError, "go together"),
+        ({"uncond": torch.zeros(4, 5), "guidance": torch.ones(1), "scales": torch.ones(4, 2)}, ValueError, "not both"),
+        ({"uncond": torch.zeros(4, 5), "scales": torch.ones(4)}, ValueError, r"scales must have shape \(4, 2\)"),
+        ({"bound": torch.ones(3)}, ValueError, r"bound must have shape \(4,\), got \(3,\)"),
         ({"uncond": torch.zeros(4, 1), "guidance": torch.ones(1, 1)}, ValueError, "uncond"),
         ({"seeds": torch.zeros(4)}, TypeError, "int64, got float32"),
         ({"seeds": torch.zeros(3, dtype=torch.int64)}, ValueError, r"\(4,\)"),

@@ -33,7 +33,9 @@ def test_budgets(args, tmp_path):
     done = codegen(*args, "--json", str(tmp_path / "report.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads((tmp_path / "report.json").read_text())["reports"]
-    assert reports and all(r["spills"] == r["shared"] == r["barriers"] == 0 for r in reports)
+    assert reports and all(r["spills"] == 0 for r in reports)
+    reductions = ("guide/rescale", "guide/apg", "guide/zero_star", "threshold/bound")  # sums between warps
+    assert all(r["shared"] == r["barriers"] == 0 for r in reports if not r["case"].startswith(reductions))
     assert all(r["fmnmx_nan"] > 0 for r in reports if r["case"].startswith(("affine_step", "posterior")))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff import ops, rng, solvers
 from fastdiff import schedules as S
+from fastdiff.ops import _dispatch
 from fastdiff.reference import reference_sample
 from tests import test_graph
 
@@ -81,6 +82,81 @@ def test_on_the_device_path(mode: str, request: pytest.FixtureRequest) -> None:
     got = [sampled(plan, mode, guide="apg"), sampled(PLANS[0], mode, guidance=2.0, threshold=(0.9, 2.0))]
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["none", "rescale", "apg", "zero_star", "threshold", "apg+threshold"])
+def test_rules_in_the_step(rule: str, dtype: torch.dtype, clipped: bool, device: torch.device) -> None:
+    """Two numbers a sample and a bound a sample, then the step, against the step on the combined float64 output."""
+    plan, k = solvers.dpmpp_2m(CHAIN, 6, prediction="v", clip=(-1.2, 1.1) if clipped else None), 3
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(plan.allocate().physical, 3, 2, 9, 7, generator=generator)
+    c, u = (torch.randn(3, 2, 9, 7, generator=generator).to(dtype) for _ in range(2))
+    row, weights = (
+        torch.tensor([k], dtype=torch.int32),
+        torch.linspace(1, 9, 6)[:, None] + torch.tensor([[0, 1.0, -0.5]]),
+    )
+    name, _, bounded = rule.partition("+")
+    m = c.double()
+    if name not in ("none", "threshold"):
+        m = ops.guide_ref(m, u.double(), weights[k].double(), rule=name)
+    elif name == "threshold":
+        m = u.double() + weights[k].double().view(-1, 1, 1, 1) * (c.double() - u.double())
+    table = torch.from_numpy(plan.packed())
+    x, (c_skip, c_out) = state[0].double(), table[k, :2].double()
+    if name == "threshold" or bounded:
+        m = (ops.threshold_ref(c_skip * x + c_out * m, 0.9, 2.5) - c_skip * x) / c_out
+    want, _, p = ops.affine_step_ref(state.double(), m, table, row, slots=plan.slots)
+
+    state, c, u, row, weights, table = (v.to(device) for v in (state, c, u, row, weights, table))
+    guided: dict[str, Any] = {} if name == "none" else {"uncond": u}
+    if name not in ("none", "threshold"):
+        guided["scales"] = ops.guidance_scales(c, u, weights, rule=name, row=row)
+    elif name == "threshold":
+        guided["guidance"] = weights
+    if name == "threshold" or bounded:
+        guided["bound"] = ops.threshold_bound(state[0], 0.9, 2.5, model_out=c, table=table, row=row, **guided)
+    x0 = torch.empty_like(state[0])
+    ops.affine_step(state, c, table, row, slots=plan.slots, x0=x0, **guided)
+    for got, exact in ((state, want), (x0, p)):
+        assert (got.cpu().double() - exact).abs().max() <= 4e-6 * exact.abs().max()
+
+
+def test_one_reduction_and_the_step(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
+    """A rule is one launch before the step, a threshold another: what a row of the device path launches."""
+    launched: list[str] = []
+    launch = _dispatch.launch
+
+    def counted(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(getattr(kernel, "__name__", "") or kernel.fn.__name__)
+        launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(_dispatch, "launch", counted)
+    table, row = PLANS[1].pack(kernel_device), torch.tensor([2], device=kernel_device)
+    state = torch.randn(PLANS[1].allocate().physical, *SHAPE, device=kernel_device)
+    c, u = torch.randn(2, *SHAPE, device=kernel_device)
+    w = torch.full((1, 1), 3.0, device=kernel_device)
+    scales = ops.guidance_scales(c, u, w, rule="apg", row=row)
+    bound = ops.threshold_bound(state[0], model_out=c, table=table, row=row, uncond=u, scales=scales)
+    ops.affine_step(state, c, table, row, slots=PLANS[1].slots, uncond=u, scales=scales, bound=bound)
+    assert launched == ["scales_kernel", "bound_kernel", "affine_step_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda x: ops.threshold_bound(x, model_out=x), "go together"),
+        (lambda x: ops.threshold_bound(x, uncond=x), "uncond goes with"),
+        (lambda x: ops.threshold_bound(x, 0.9, 0.5), "at least 1"),
+        (lambda x: ops.guidance_scales(x, x, torch.ones(2, 2), rule="apg"), r"w must be a number or \[B\] = \[3\]"),
+        (lambda x: ops.guidance_scales(x, x, 2.0, rule="apgg"), "cfg, rescale, apg, zero_star"),
+        (lambda x: ops.guidance_scales(x, x, 2.0, rule="apg", row=torch.zeros(2, dtype=torch.int32)), "row"),
+    ],
+)
+def test_bad_reductions(call: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        call(torch.zeros(SHAPE))
 
 
 def test_interval_column() -> None:

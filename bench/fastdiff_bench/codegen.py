@@ -26,7 +26,7 @@ from typing import Any
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 SAMPLE, BATCH = 1 << 24, 8  # the size the shipped launch table is asked for
-WIDTHS = {"fp32": 16, "bf16": 8, "fp16": 8}  # bytes of one vector of four elements
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Case:
     scalars: int = 0  # predicated accesses of single numbers
     num_warps: int = 4
     lanes: int = 32
+    vector: int = 4  # neighbouring elements of a thread
 
     @property
     def elements_per_thread(self) -> float:
@@ -57,7 +58,8 @@ def _tile(slots: int = 1, *, lanes: int = 32) -> tuple[dict[str, Any], int]:
     return {"BLOCK": tile["BLOCK"], "PARTS": tile["PARTS"], "ALIGNED": True, "WIDE": False}, tile["num_warps"]
 
 
-def _step(slots: int, model: str, *, lanes: int = 32, noise: bool = True, guided: bool = True, copies: int = 1) -> Case:
+def _step(slots: int, model: str, *, lanes: int = 32, noise: bool = True, guided: bool = True, copies: int = 1,
+          ruled: bool = False) -> Case:  # fmt: skip
     from fastdiff.plan import ROW_HEADER, row_width
 
     scalars = ("n", "batch", "first", "row_stride", "w_row_stride", "w_batch_stride", "stream")
@@ -67,12 +69,16 @@ def _step(slots: int, model: str, *, lanes: int = 32, noise: bool = True, guided
         types["model_in_ptr"] = "*bf16"
     if guided:
         types |= {"uncond_ptr": f"*{model}", "w_ptr": "*fp32"}
+    if ruled:
+        types["bound_ptr"] = "*fp32"
     if noise:
         types |= {"seed_ptr": "*i64", "index_ptr": "*i64"}
     tile, warps = _tile(slots, lanes=lanes)
     constants = {"SLOTS": slots, "HEADER": ROW_HEADER, "WIDTH": row_width(slots), "NOISE": int(noise)}
-    constants |= {"GUIDED": guided, "COPIES": copies, **tile}
-    features = [f for f, on in (("noise", noise), ("guidance", guided), ("2copies", copies == 2)) if on]
+    constants |= {"GUIDED": guided + ruled, "COPIES": copies, **tile}
+    features = [
+        f for f, on in (("noise", noise), ("guidance", guided), ("rule", ruled), ("2copies", copies == 2)) if on
+    ]
     return Case(
         f"affine_step/r{slots}/{'+'.join(features) or 'plain'}/{model}",
         "affine_step", "affine_step_kernel", types, constants,
@@ -81,40 +87,50 @@ def _step(slots: int, model: str, *, lanes: int = 32, noise: bool = True, guided
     )  # fmt: skip
 
 
-def _guide(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iterator[Case]:
-    """The sums of one sample's guidance and the combination they weigh."""
-    from fastdiff.ops.guide import RULES, sum_tile
+def _reduction(name: str, module: str, kernel: str, types: dict[str, str], dtypes: tuple[str, ...],
+               lanes: int, scalars: int, *, vector: int = 4, **constants: Any) -> Case:  # fmt: skip
+    """A kernel that reads a whole sample in turns of one tile."""
+    from fastdiff.ops._dispatch import whole_sample
 
-    sums = sum_tile(1 << 18)  # larger samples loop over the same four pieces
-    one_warp = {"BLOCK": sums["BLOCK"], "PARTS": sums["PARTS"], "ALIGNED": True, "WIDE": False}
-    both = {"c_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "n": "i32", "first": "i32"}
-    types = {**both, "sums_ptr": "*fp32", "tiles": "i32"}
-    yield Case(
-        f"guide/sums/{dtype}", "guide", "sums_kernel", types, one_warp, (dtype,) * 2, (), scalars=7, num_warps=1,
-        lanes=lanes,
-    )  # fmt: skip
-    types = {**both, "coef_ptr": "*fp32", "out_ptr": f"*{dtype}", "stride": "i32"}
+    tile = whole_sample(1 << 18)
+    warps = tile.pop("num_warps") * 32 // lanes
+    tile = {**tile, "ALIGNED": True, "WIDE": False, **constants}
+    return Case(
+        name, module, kernel, types, tile, dtypes, (), scalars=scalars, num_warps=warps, lanes=lanes, vector=vector
+    )
+
+
+def _guide(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iterator[Case]:
+    """What a guidance rule makes of one sample, and the combination outside a step."""
+    from fastdiff.ops.guide import RULES
+
+    both = {"c_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "n": "i32", "first": "i32", "scales_ptr": "*fp32"}
+    types = {**both, "row_ptr": "*i32", "w_ptr": "*fp32", **dict.fromkeys(("w_row_stride", "w_batch_stride"), "i32")}
+    types |= {"a": "fp32", "r": "fp32"}
+    for rule in RULES[1:]:
+        case = f"guide/{rule}/{dtype}"
+        yield _reduction(case, "guide", "scales_kernel", types, (dtype,) * 2, lanes, 2, RULE=RULES.index(rule))
+    types = {**both, "out_ptr": f"*{dtype}", "stride": "i32"}
     yield Case(
         f"guide/combine/{dtype}", "guide", "combine_kernel", types, {"RULE": RULES.index("apg"), **tile},
         (dtype,) * 2, (dtype,), scalars=2, num_warps=warps, lanes=lanes,
     )  # fmt: skip
 
 
-def _threshold(dtype: str, lanes: int) -> Iterator[Case]:
-    """Counting one digit of the quantile, and the clamp it ends in."""
-    from fastdiff.ops.guide import sum_tile
-
-    tile = {k: v for k, v in sum_tile(1 << 18).items() if k != "num_warps"} | {"ALIGNED": True, "WIDE": False}
-    types = {"x_ptr": f"*{dtype}", "counts_ptr": "*i32", **dict.fromkeys(("n", "first", "k"), "i32")}
-    piece = {**tile, "BLOCK": tile["BLOCK"] // tile["PARTS"], "PARTS": 1}  # one turn of its loop
+def _threshold(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iterator[Case]:
+    """The quantile of one sample's x0 (five passes), and the clamp outside a step."""
+    names = ("n", "first", "width", "w_row_stride", "w_batch_stride", "k")
+    types = {"x_ptr": "*fp32", "model_ptr": f"*{dtype}", "uncond_ptr": f"*{dtype}", "table_ptr": "*fp32"}
+    types |= {"row_ptr": "*i32", "w_ptr": "*fp32", "bound_ptr": "*fp32", **dict.fromkeys(names, "i32")}
+    types |= {"fraction": "fp32", "maximum": "fp32"}
+    tiles = ("fp32", dtype, dtype) * 5
+    yield _reduction(
+        f"threshold/bound/{dtype}", "threshold", "bound_kernel", types, tiles, lanes, 1, vector=8, SCALED=True
+    )
+    types = {"x_ptr": f"*{dtype}", "bound_ptr": "*fp32", "out_ptr": f"*{dtype}", "n": "i32", "first": "i32"}
     yield Case(
-        f"threshold/digit/{dtype}", "threshold", "digit_kernel", types, {**piece, "PASS": 5}, (dtype,), (),
-        scalars=21, num_warps=1, lanes=lanes,
-    )  # fmt: skip
-    yield Case(
-        f"threshold/clamp/{dtype}", "threshold", "threshold_kernel",
-        {**types, "ends_ptr": "*i32", "out_ptr": f"*{dtype}", "fraction": "fp32", "maximum": "fp32"}, tile,
-        (dtype,), (dtype,), clamps=True, scalars=10, num_warps=1, lanes=lanes,
+        f"threshold/clamp/{dtype}", "threshold", "threshold_kernel", types, tile,
+        (dtype,), (dtype,), clamps=True, num_warps=warps, lanes=lanes,
     )  # fmt: skip
 
 
@@ -125,6 +141,7 @@ def cases(lanes: int = 32) -> Iterator[Case]:
         yield _step(1, model, lanes=lanes, guided=False)
         for slots in (1, 2, 3, 4):
             yield _step(slots, model, lanes=lanes)
+        yield _step(2, model, lanes=lanes, ruled=True)
     yield _step(4, "bf16", lanes=lanes, copies=2)
     yield _step(5, "bf16", lanes=lanes)
     tile, warps = _tile(lanes=lanes)
@@ -154,7 +171,7 @@ def cases(lanes: int = 32) -> Iterator[Case]:
             (dtype,) * 2, (dtype,) * 2, clamps=True, scalars=4, num_warps=warps, lanes=lanes,
         )  # fmt: skip
         yield from _guide(dtype, tile, warps, lanes)
-        yield from _threshold(dtype, lanes)
+        yield from _threshold(dtype, tile, warps, lanes)
     types = {"out_ptr": "*fp32", "rows_ptr": "*i64", **seeds}
     types |= dict.fromkeys(("n", "batch", "first", "stream"), "i32")
     yield Case("normal/fp32", "philox", "normal_kernel", types, tile, (), ("fp32",), num_warps=warps, lanes=lanes)
@@ -273,11 +290,11 @@ def over_budget(case: Case, report: dict[str, Any], budgets: dict[str, Any]) -> 
     if "per_element" not in limits:
         return [f"no budget for {name}"]
     missed = [f"{k} {report[k]} > {v}" for k, v in limits.items() if report[k] > v]
-    vectors = int(case.elements_per_thread // 4)
     want = collections.Counter[str]()
     for head, dtypes in (("LDG", case.loads), ("STG", case.stores)):
         for dtype in dtypes:
-            want[f"{head}{WIDTHS[dtype]}"] += vectors
+            width = min(16, SIZES[dtype] * case.vector)
+            want[f"{head}{width}"] += int(case.elements_per_thread * SIZES[dtype]) // width
     if report["tile_accesses"] != dict(want) or report["narrow_accesses"] > case.scalars:
         missed.append(f"accesses {report['tile_accesses']} + {report['narrow_accesses']} narrow, expected {dict(want)}")
     if case.clamps and not report["fmnmx_nan"]:

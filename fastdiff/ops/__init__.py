@@ -3,11 +3,13 @@
 from fastdiff.ops import normal as _normal  # noqa: F401 - registers the fill kernel
 from fastdiff.ops._categorical import categorical_buffer
 from fastdiff.ops._dispatch import use_kernels
+from fastdiff.ops._fused import cpu_compiler
 from fastdiff.ops.add_noise import add_noise, add_noise_ref
 from fastdiff.ops.affine_step import advance, advance_ref, affine_step, affine_step_ref
 from fastdiff.ops.categorical_loss import categorical_loss, categorical_loss_ref
 from fastdiff.ops.categorical_noise import categorical_noise, categorical_noise_ref
 from fastdiff.ops.categorical_step import categorical_step, categorical_step_ref
+from fastdiff.ops.denoising_loss import denoising_loss, denoising_loss_ref
 from fastdiff.ops.forward_step import forward_step, forward_step_ref
 from fastdiff.ops.guide import guidance_interval, guidance_scales, guidance_scales_ref, guide, guide_ref
 from fastdiff.ops.posterior import posterior, posterior_ref
@@ -27,6 +29,9 @@ __all__ = [
     "categorical_noise_ref",
     "categorical_step",
     "categorical_step_ref",
+    "cpu_compiler",
+    "denoising_loss",
+    "denoising_loss_ref",
     "forward_step",
     "forward_step_ref",
     "guidance_interval",

@@ -90,11 +90,11 @@ def tiling(n: int, batch: int, *, slots: int = 1, lanes: int = 32) -> dict[str, 
 
 def launch(
     kernel: Any, args: Sequence[object], n: int, batch: int, *, slots: int = 1, depth: int = 1,
-    tile: dict[str, int] | None = None, **meta: object,
+    tile: dict[str, int] | None = None, tiles: int | None = None, **meta: object,
 ) -> None:  # fmt: skip
     """Launches an element-wise kernel on grid (tiles of a sample, samples, depth), 65535 samples at a time.
 
-    A reduction gives its own `tile`: one that does not depend on the batch, so that neither do its sums.
+    A reduction gives its own `tile`, one that does not depend on the batch, so that neither do its sums, and tiles=1.
     `args` are the kernel's arguments up to its constexprs; the entry FIRST is replaced by each launch's first sample.
     """
     tile = tile or tiling(n, batch, slots=slots, lanes=64 if torch.version.hip else 32)
@@ -105,7 +105,7 @@ def launch(
         raise RuntimeError("TRITON_INTERPRET is set: Triton's interpreter runs CPU tensors, not CUDA tensors")
     if constants["MATH"] != "exact" and not tensor.is_cuda:
         raise RuntimeError("kernels run CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1 before import")
-    tiles = -(-n // block)
+    tiles = tiles or -(-n // block)
     for first in range(0, batch, GRID_LIMIT):
         grid = (tiles, min(GRID_LIMIT, batch - first), depth)
         filled = [first if a is FIRST else a for a in args]
@@ -143,6 +143,17 @@ def check_tensor(
         raise ValueError(f"{name} must be on {like.device}, got {x.device}")
     if contiguous and not x.is_contiguous():
         raise ValueError(f"{name} is written in place and must be contiguous, got strides {x.stride()}")
+
+
+def whole_sample(n: int) -> dict[str, int]:
+    """The tile of a program that reads a whole sample in turns: wide where there is much to read."""
+    return {"BLOCK": 4096, "PARTS": 1, "num_warps": 16} if n > 1024 else {"BLOCK": 1024, "PARTS": 1, "num_warps": 4}
+
+
+def weight_strides(w: Tensor) -> tuple[int, int]:
+    """Strides of a weight over plan rows and samples: one number, [B], or [N or 1, B or 1] (contiguous)."""
+    rows, batch = (1, w.numel()) if w.dim() < 2 else (w.shape[0], w.shape[1])
+    return (batch if rows > 1 else 0), int(batch > 1)
 
 
 def check_batched(name: str, x: object) -> tuple[int, int]:

@@ -22,6 +22,8 @@ def affine_step(
     slots: int,
     uncond: Tensor | None = None,
     guidance: Tensor | None = None,
+    scales: Tensor | None = None,
+    bound: Tensor | None = None,
     seeds: Tensor | None = None,
     index: Tensor | None = None,
     stream: int = rng.ROWS,
@@ -32,7 +34,10 @@ def affine_step(
     """Runs one row of a plan on the state, in place.
 
         m   = uncond + w (model_out - uncond)                      with guidance, else model_out
-        p   = clamp(c_skip S_0 + c_out m, lo, hi)                  a NaN stays NaN
+        m   = k_c model_out + k_d (model_out - uncond)             with scales
+        q   = c_skip S_0 + c_out m
+        q   = clamp(q, -bound, bound) / bound;  m = (q - c_skip S_0) / c_out     with bound
+        p   = clamp(q, lo, hi)                                     a NaN stays NaN
         S'_i = sum_j A_ij S_j + b_i p + d_i m + s_i n
         model_in = c_in_next S'_0;  x0 = p
 
@@ -45,27 +50,29 @@ def affine_step(
         row: int32 or int64, [1] or one row a sample [B], on the device. On CUDA its range is not looked at.
         slots: logical slots, 1 to 6.   uncond: like model_out.
         guidance: fp32 w, one number or [N or 1, B or 1]: per plan row, per sample.
+        scales: fp32 [B, 2] of `guidance_scales`, in the place of guidance.   bound: fp32 [B] of `threshold_bound`.
         seeds, index: int64 [B]: n = rng.normal(seeds, sample, row=row, stream=stream, index=index), drawn in the kernel
             where has_noise is not 0 (index None is 0 each).   noise: n itself, [B, *sample]; not with seeds.
             With neither, column s is not used.
         model_in: output [B, *sample], or [2B, *sample] for batched guidance (two copies), any float dtype.
         x0: fp32 output [B, *sample].
     Returns: None; state, model_in and x0 are written.
-    Raises:  TypeError, ValueError: a tensor of another dtype, shape, device or layout; guidance without uncond or the
-        reverse; seeds with noise; index without seeds; a row outside the table (on the CPU).
+    Raises:  TypeError, ValueError: a tensor of another dtype, shape, device or layout; guidance or scales without
+        uncond or the reverse, both of them; seeds with noise; index without seeds; a row outside the table (on the CPU).
     Numerics: fp32 arithmetic with fused multiply-adds; equals affine_step_ref in float64 within 4e-6 relative.
     """
-    _check(state, model_out, table, row, slots, uncond, guidance, seeds, index, noise, model_in, x0)
+    _check(state, model_out, table, row, slots, uncond, guidance, scales, bound, seeds, index, noise, model_in, x0)
     if state[0].numel() == 0:
         return
     if _dispatch.kernels_for(state):
         torch.ops.fastdiff.affine_step(
-            state, model_out, table, row, slots, uncond, guidance, seeds, index, stream, noise, model_in, x0
-        )
+            state, model_out, table, row, slots, uncond, guidance, scales, bound, seeds, index, stream, noise, model_in,
+            x0,
+        )  # fmt: skip
         return
     new, x, p = affine_step_ref(
-        state, model_out, table, row, slots=slots, uncond=uncond, guidance=guidance, seeds=seeds, index=index,
-        stream=stream, noise=noise,
+        state, model_out, table, row, slots=slots, uncond=uncond, guidance=guidance, scales=scales, bound=bound,
+        seeds=seeds, index=index, stream=stream, noise=noise,
     )  # fmt: skip
     state.copy_(new)
     if model_in is not None:
@@ -84,6 +91,8 @@ def affine_step_ref(
     slots: int,
     uncond: Tensor | None = None,
     guidance: Tensor | None = None,
+    scales: Tensor | None = None,
+    bound: Tensor | None = None,
     seeds: Tensor | None = None,
     index: Tensor | None = None,
     stream: int = rng.ROWS,
@@ -107,6 +116,9 @@ def affine_step_ref(
         w = w[0] if w.shape[0] == 1 else w.diagonal()
         u = uncond.to(dtype)
         m = u + spread(w, m) * (m - u)
+    elif uncond is not None and scales is not None:
+        k_c, k_d = (spread(k, m) for k in scales.to(dtype).unbind(1))
+        m = k_c * m + k_d * (m - uncond.to(dtype))
 
     z = torch.zeros((), dtype=dtype, device=state.device)
     drawn = column["has_noise"] != 0
@@ -120,7 +132,12 @@ def affine_step_ref(
     for j in range(1, r):
         at = read[:, j].long().expand(batch)
         old.append(torch.where(spread(at >= 0, m), state[at.clamp(min=0), everyone], torch.zeros_like(m)))
-    p = torch.clamp(column["c_skip"] * old[0] + column["c_out"] * m, column["lo"], column["hi"])
+    p = column["c_skip"] * old[0] + column["c_out"] * m
+    if bound is not None:
+        limit = spread(bound.to(dtype), m)
+        p = torch.clamp(p, -limit, limit) / limit
+        m = torch.where(column["c_out"] != 0, (p - column["c_skip"] * old[0]) / column["c_out"], m)
+    p = torch.clamp(p, column["lo"], column["hi"])
     slabs = list(state.unbind(0))
     for i in range(r):
         y = sum(spread(A[:, i, j], m) * old[j] for j in range(r))
@@ -150,6 +167,8 @@ def _check(
     slots: int,
     uncond: Tensor | None,
     guidance: Tensor | None,
+    scales: Tensor | None,
+    bound: Tensor | None,
     seeds: Tensor | None,
     index: Tensor | None,
     noise: Tensor | None,
@@ -175,11 +194,16 @@ def _check(
         low, high = int(row.min()), int(row.max())
         if low < 0 or high >= table.shape[0]:
             raise ValueError(f"row must be in 0..{table.shape[0] - 1}, got {low}..{high}")
-    if (uncond is None) != (guidance is None):
+    if guidance is not None and scales is not None:
+        raise ValueError("give guidance (a weight) or scales (what a rule made of it), not both")
+    if (uncond is None) != (guidance is None and scales is None):
         raise ValueError(
-            f"uncond and guidance go together: uncond is {'None' if uncond is None else 'given'}, "
-            f"guidance is {'None' if guidance is None else 'given'}"
+            f"uncond and guidance (or scales) go together: uncond is {'None' if uncond is None else 'given'}, "
+            f"guidance is {'None' if guidance is None and scales is None else 'given'}"
         )
+    for name, x, size in (("scales", scales, (batch, 2)), ("bound", bound, (batch,))):
+        if x is not None:
+            check_tensor(name, x, shape=size, dtypes=(torch.float32,), like=state)
     if uncond is not None and guidance is not None:
         check_tensor("uncond", uncond, shape=shape, like=state)
         check_tensor("guidance", guidance, dtypes=(torch.float32,), like=state)
@@ -213,6 +237,8 @@ def _launch(
     slots: int,
     uncond: Tensor | None,
     guidance: Tensor | None,
+    scales: Tensor | None,
+    bound: Tensor | None,
     seeds: Tensor | None,
     index: Tensor | None,
     stream: int,
@@ -221,11 +247,11 @@ def _launch(
     x0: Tensor | None,
 ) -> None:
     batch, n = state.shape[1], state.shape[2:].numel()
+    w = guidance if scales is None else scales
     w_row = w_batch = 0
-    if guidance is not None and guidance.numel() > 1:
-        guidance = guidance.contiguous()
-        w_row = guidance.shape[1] if guidance.shape[0] > 1 else 0
-        w_batch = 1 if guidance.shape[1] > 1 else 0
+    if w is not None:
+        w = w.contiguous()
+        w_row, w_batch = _dispatch.weight_strides(w)
     if seeds is not None and index is None:
         index = torch.zeros_like(seeds)
     copies = 0 if model_in is None else model_in.shape[0] // batch
@@ -238,7 +264,8 @@ def _launch(
         None if noise is None else noise.contiguous(),
         table,
         row.contiguous(),
-        guidance,
+        w,
+        None if bound is None else bound.contiguous(),
         None if seeds is None else seeds.contiguous(),
         None if index is None else index.contiguous(),
         n,
@@ -259,15 +286,15 @@ def _launch(
         HEADER=ROW_HEADER,
         WIDTH=row_width(slots),
         NOISE=1 if seeds is not None else 2 if noise is not None else 0,
-        GUIDED=uncond is not None,
+        GUIDED=0 if uncond is None else 1 if scales is None else 2,
         COPIES=copies,
     )
 
 
 _dispatch.register(
     "affine_step(Tensor(a!) state, Tensor model_out, Tensor table, Tensor row, int slots, Tensor? uncond, "
-    "Tensor? guidance, Tensor? seeds, Tensor? index, int stream, Tensor? noise, Tensor(b!)? model_in, "
-    "Tensor(c!)? x0) -> ()",
+    "Tensor? guidance, Tensor? scales, Tensor? bound, Tensor? seeds, Tensor? index, int stream, Tensor? noise, "
+    "Tensor(b!)? model_in, Tensor(c!)? x0) -> ()",
     _launch,
 )
 

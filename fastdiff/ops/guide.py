@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.ops import _dispatch
-from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
+from fastdiff.ops._dispatch import FLOATS64, INTS, check_batched, check_tensor, spread
 from fastdiff.plan import Plan
 
 RULES = ("cfg", "rescale", "apg", "zero_star")
-MOST_TILES = 1024  # of a sample in a reduction
-PIECE = 256  # elements a warp holds seven sums of without spilling
 ZERO_STAR_EPS = 1e-8
 Weight = float | Tensor
 
@@ -57,10 +54,53 @@ def guide(
         return guide_ref(cond, uncond, weight, rule=rule, rescale=rescale, eta=eta, norm_threshold=norm_threshold)
     out = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     if out.numel():
-        a = rescale if rule == "rescale" else eta
-        weight = weight.to(torch.float32).contiguous()
-        torch.ops.fastdiff.guide(cond, uncond, weight, RULES.index(rule), a, norm_threshold, out)
+        scales = weight.to(torch.float32).contiguous()
+        if rule != "cfg":
+            scales = guidance_scales(
+                cond, uncond, scales, rule=rule, rescale=rescale, eta=eta, norm_threshold=norm_threshold
+            )
+        torch.ops.fastdiff.guide(cond, uncond, scales, RULES.index(rule), out)
     return out
+
+
+def guidance_scales(
+    cond: Tensor,
+    uncond: Tensor,
+    w: Weight,
+    *,
+    rule: str,
+    rescale: float = 0.7,
+    eta: float = 0.0,
+    norm_threshold: float = 0.0,
+    row: Tensor | None = None,
+) -> Tensor:
+    """The part of a guidance rule that needs the whole sample: two numbers a sample, which the step then applies.
+
+        m = k_c c + k_d (c - u)
+        cfg:        k_c = 1,  k_d = w - 1
+        rescale:    k_c = rescale std(c) / std(g) + 1 - rescale,  k_d = (w - 1) k_c
+        apg:        k_d = (w - 1) k,  k = min(1, norm_threshold / |c - u|),  k_c = 1 - k_d (1 - eta) <c - u, c> / <c, c>
+        zero_star:  k_c = w + (1 - w) s,  k_d = (w - 1) s
+
+    Args:
+        cond, uncond, rule, rescale, eta, norm_threshold: as `guide`.
+        w: as `guide`, or with `row` the weights of a plan, [N or 1, B or 1].
+        row: int32 or int64 [1] on the device: which row of w.
+    Returns: [B, 2] (k_c, k_d), float32 (float64 for float64 data), for `affine_step(scales=...)`.
+    Raises, Numerics, Source: as `guide`; one kernel launch, one program a sample.
+    """
+    weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold, row)
+    graded = torch.is_grad_enabled() and any(v.requires_grad for v in (cond, uncond, weight))
+    no_sums = rule == "cfg" or not cond.numel()
+    if no_sums or not _dispatch.kernels_for(cond) or graded or torch.float64 in (cond.dtype, uncond.dtype):
+        return guidance_scales_ref(
+            cond, uncond, weight, rule=rule, rescale=rescale, eta=eta, norm_threshold=norm_threshold, row=row
+        )
+    scales = torch.empty(cond.shape[0], 2, dtype=torch.float32, device=cond.device)
+    a = rescale if rule == "rescale" else eta
+    weight = weight.to(torch.float32).contiguous()
+    torch.ops.fastdiff.guidance_scales(cond, uncond, weight, row, RULES.index(rule), a, norm_threshold, scales)
+    return scales
 
 
 def guide_ref(
@@ -74,30 +114,52 @@ def guide_ref(
     norm_threshold: float = 0.0,
 ) -> Tensor:
     """`guide` in plain torch: computes in float64 for float64 data, else in float32; differentiable."""
-    weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold)
+    scales = guidance_scales_ref(cond, uncond, w, rule=rule, rescale=rescale, eta=eta, norm_threshold=norm_threshold)
+    c = cond.to(scales.dtype)
+    k_c, k_d = (spread(k, c) for k in scales.unbind(1))
+    return (k_c * c + k_d * (c - uncond.to(c.dtype))).to(cond.dtype)
+
+
+def guidance_scales_ref(
+    cond: Tensor,
+    uncond: Tensor,
+    w: Weight,
+    *,
+    rule: str,
+    rescale: float = 0.7,
+    eta: float = 0.0,
+    norm_threshold: float = 0.0,
+    row: Tensor | None = None,
+) -> Tensor:
+    """`guidance_scales` in plain torch: computes in float64 for float64 data, else in float32; differentiable."""
+    weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold, row)
     dtype = torch.float64 if torch.float64 in (cond.dtype, uncond.dtype) else torch.float32
-    c, u, weight = cond.to(dtype), uncond.to(dtype), spread(weight.to(dtype), cond)
-    axes = tuple(range(1, cond.dim()))
+    weight = weight.to(dtype)
+    if weight.dim() == 2:
+        weight = weight[0] if row is None or weight.shape[0] == 1 else weight.index_select(0, row)[0]
+    lift = weight.reshape(-1).expand(cond.shape[0]) - 1
+    c, u = (v.to(dtype).reshape(v.shape[0], v.shape[1:].numel()) for v in (cond, uncond))
+    d = c - u
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(axes, keepdim=True) if axes else a * b
+        return (a * b).sum(1)
 
-    d = c - u
     if rule == "cfg":
-        m = c + (weight - 1) * d
-    elif rule == "rescale":
-        g = c + (weight - 1) * d
-        centred_c, centred_g = (v - v.mean(axes, keepdim=True) if axes else 0 * v for v in (c, g))
+        return torch.stack([torch.ones_like(lift), lift], 1)
+    if rule == "rescale":
+        centred_c, centred_g = (v - v.mean(1, keepdim=True) for v in (c, c + lift[:, None] * d))
         ratio = torch.sqrt(dot(centred_c, centred_c) / dot(centred_g, centred_g))
-        m = (rescale * ratio + (1 - rescale)) * g
-    elif rule == "apg":
-        if norm_threshold > 0:
-            d = d * torch.clamp(norm_threshold / torch.sqrt(dot(d, d)), max=1.0)
-        m = c + (weight - 1) * (d - (1 - eta) * dot(d, c) / dot(c, c) * c)
-    else:
-        s = dot(c, u) / (dot(u, u) + ZERO_STAR_EPS)
-        m = s * u + weight * (c - s * u)
-    return m.to(cond.dtype)
+        k_c = rescale * ratio + (1 - rescale)
+        return torch.stack([k_c, lift * k_c], 1)
+    if rule == "apg":
+        k = (
+            torch.clamp(norm_threshold / torch.sqrt(dot(d, d)), max=1.0)
+            if norm_threshold > 0
+            else torch.ones_like(lift)
+        )
+        return torch.stack([1 - lift * (1 - eta) * k * dot(d, c) / dot(c, c), lift * k], 1)
+    s = dot(c, u) / (dot(u, u) + ZERO_STAR_EPS)
+    return torch.stack([1 + lift - lift * s, lift * s], 1)
 
 
 def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:
@@ -118,8 +180,9 @@ def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:
 
 
 def _checked(
-    cond: Tensor, uncond: Tensor, w: Weight, rule: str, rescale: float, eta: float, norm_threshold: float
-) -> Tensor:
+    cond: Tensor, uncond: Tensor, w: Weight, rule: str, rescale: float, eta: float, norm_threshold: float,
+    row: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     check_tensor("cond", cond, dtypes=FLOATS64)
     batch, _ = check_batched("cond", cond)
     check_tensor("uncond", uncond, shape=cond.shape, dtypes=FLOATS64, like=cond)
@@ -133,6 +196,10 @@ def _checked(
         raise ValueError(f"norm_threshold must be finite and >= 0, got {norm_threshold!r}")
     if isinstance(w, Tensor):
         check_tensor("w", w, dtypes=FLOATS64, like=cond)
+        if row is not None:
+            check_tensor("row", row, shape=(1,), dtypes=INTS, like=cond)
+            if w.dim() == 2 and w.shape[1] in (1, batch):
+                return w
         if tuple(w.shape) not in ((), (1,), (batch,)):
             raise ValueError(f"w must be a number or [B] = [{batch}], got shape {tuple(w.shape)}")
         return w.reshape(-1)
@@ -142,36 +209,25 @@ def _checked(
                       device=cond.device)  # fmt: skip
 
 
-def sum_tile(n: int) -> dict[str, int]:
-    """The tile of a reduction over n elements: one warp, at most MOST_TILES tiles, whatever the batch."""
-    parts = 4
-    while -(-n // (PIECE * parts)) > MOST_TILES:
-        parts *= 2
-    return {"BLOCK": PIECE * parts, "PARTS": parts, "num_warps": 1}
-
-
-def _launch(cond: Tensor, uncond: Tensor, w: Tensor, rule: int, a: float, norm_threshold: float, out: Tensor) -> None:
+def _launch_scales(
+    cond: Tensor, uncond: Tensor, w: Tensor, row: Tensor | None, rule: int, a: float, norm_threshold: float,
+    scales: Tensor,
+) -> None:  # fmt: skip
     batch, n = cond.shape[0], cond.shape[1:].numel()
-    kernels = _dispatch.kernels("guide")
-    cond, uncond, stride = cond.contiguous(), uncond.contiguous(), int(w.numel() > 1)
-    coef = w
-    if RULES[rule] != "cfg":
-        tile = sum_tile(n)
-        tiles = -(-n // tile["BLOCK"])
-        sums = torch.empty(batch, tiles, 8, dtype=torch.float32, device=cond.device)
-        coef = torch.empty(batch, 2, dtype=torch.float32, device=cond.device)
-        _dispatch.launch(kernels.sums_kernel, (cond, uncond, sums, n, _dispatch.FIRST, tiles), n, batch, tile=tile)
-        grid, width = (batch,), 1 << max(0, tiles - 1).bit_length()
-        with torch.cuda.device(cond.device) if cond.is_cuda else nullcontext():
-            kernels.coefficients_kernel[grid](
-                sums, w, coef, n, tiles, stride, a, norm_threshold, RULE=rule, TILES=width, num_warps=1,
-                enable_fp_fusion=False,
-            )  # fmt: skip
-    args = (cond, uncond, coef, out, n, _dispatch.FIRST, stride)
-    _dispatch.launch(kernels.combine_kernel, args, n, batch, RULE=rule)
+    args = (cond.contiguous(), uncond.contiguous(), row, w, scales, n, _dispatch.FIRST, *_dispatch.weight_strides(w), a)
+    kernel, tile = _dispatch.kernels("guide").scales_kernel, _dispatch.whole_sample(n)
+    _dispatch.launch(kernel, (*args, norm_threshold), n, batch, tile=tile, tiles=1, RULE=rule)
+
+
+def _launch(cond: Tensor, uncond: Tensor, scales: Tensor, rule: int, out: Tensor) -> None:
+    batch, n = cond.shape[0], cond.shape[1:].numel()
+    args = (cond.contiguous(), uncond.contiguous(), scales, out, n, _dispatch.FIRST, int(scales.numel() > 1))
+    _dispatch.launch(_dispatch.kernels("guide").combine_kernel, args, n, batch, RULE=rule)
 
 
 _dispatch.register(
-    "guide(Tensor cond, Tensor uncond, Tensor w, int rule, float a, float norm_threshold, Tensor(a!) out) -> ()",
-    _launch,
+    "guidance_scales(Tensor cond, Tensor uncond, Tensor w, Tensor? row, int rule, float a, float norm_threshold, "
+    "Tensor(a!) scales) -> ()",
+    _launch_scales,
 )
+_dispatch.register("guide(Tensor cond, Tensor uncond, Tensor scales, int rule, Tensor(a!) out) -> ()", _launch)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import _dispatch
-from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
-from fastdiff.ops.guide import sum_tile
+from fastdiff.ops._dispatch import FLOATS64, INTS, check_batched, check_tensor, spread
+
+Weight = Tensor | None
 
 
 def threshold(x0: Tensor, quantile: float = 0.995, maximum: float = math.inf) -> Tensor:
@@ -26,32 +27,102 @@ def threshold(x0: Tensor, quantile: float = 0.995, maximum: float = math.inf) ->
         (float64 for float64 data, by sorting). No host sync.
     Source:  Saharia et al. 2022, arXiv:2205.11487, section 2.3.
     """
-    _threshold_checked(x0, quantile, maximum)
+    _checked(x0, quantile, maximum)
     graded = torch.is_grad_enabled() and x0.requires_grad
     if not _dispatch.kernels_for(x0) or graded or x0.dtype == torch.float64 or not x0.numel():
         return threshold_ref(x0, quantile, maximum)
     out = torch.empty(x0.shape, dtype=x0.dtype, device=x0.device)
-    torch.ops.fastdiff.threshold(x0, float(quantile), float(maximum), out)
+    x0 = x0.contiguous()
+    torch.ops.fastdiff.threshold(x0, threshold_bound(x0, quantile, maximum), out)
     return out
 
 
 def threshold_ref(x0: Tensor, quantile: float = 0.995, maximum: float = math.inf) -> Tensor:
     """`threshold` in plain torch, by sorting; differentiable."""
-    _threshold_checked(x0, quantile, maximum)
-    if not x0.numel():
-        return x0.clone()
-    x = x0.to(torch.float64 if x0.dtype == torch.float64 else torch.float32)
-    flat = x.abs().reshape(len(x), -1)
+    s = threshold_bound_ref(x0, quantile, maximum)
+    x, s = x0.to(s.dtype), spread(s, x0)
+    return (torch.minimum(torch.maximum(x, -s), s) / s).to(x0.dtype)
+
+
+def threshold_bound(
+    x: Tensor,
+    quantile: float = 0.995,
+    maximum: float = math.inf,
+    *,
+    model_out: Tensor | None = None,
+    table: Tensor | None = None,
+    row: Tensor | None = None,
+    uncond: Weight = None,
+    guidance: Weight = None,
+    scales: Weight = None,
+) -> Tensor:
+    """The part of dynamic thresholding that needs the whole sample: its bound s, which the step then applies.
+
+        x0 = c_skip x + c_out m,  m = model_out guided as in `affine_step`;   without model_out x0 = x
+        s  = clamp(quantile of |x0|, 1, maximum)
+
+    Args:
+        x: [B, *sample], the state (slot 0), or x0 itself.   quantile, maximum: as `threshold`.
+        model_out, table, row [1], uncond, guidance, scales: as `affine_step`; model_out, table and row go together.
+    Returns: s [B], float32 (float64 for float64 x), for `affine_step(bound=...)`; NaN for a sample that holds one.
+    Raises:  TypeError, ValueError: as `threshold`; a tensor of another shape, dtype or device.
+    Numerics, Source: as `threshold`; one kernel launch, one program a sample.
+    """
+    _checked(x, quantile, maximum)
+    _check_model(x, model_out, table, row, uncond, guidance, scales)
+    graded = torch.is_grad_enabled() and x.requires_grad
+    model = {"model_out": model_out, "table": table, "row": row, "uncond": uncond}
+    if not _dispatch.kernels_for(x) or graded or x.dtype == torch.float64 or not x.numel():
+        return threshold_bound_ref(x, quantile, maximum, **model, guidance=guidance, scales=scales)
+    bound = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    w = guidance if scales is None else scales
+    scaled, rank = scales is not None, quantile * (x.shape[1:].numel() - 1)
+    torch.ops.fastdiff.threshold_bound(
+        x, model_out, table, row, uncond, w, scaled, math.floor(rank), rank - math.floor(rank), float(maximum), bound
+    )
+    return bound
+
+
+def threshold_bound_ref(
+    x: Tensor,
+    quantile: float = 0.995,
+    maximum: float = math.inf,
+    *,
+    model_out: Tensor | None = None,
+    table: Tensor | None = None,
+    row: Tensor | None = None,
+    uncond: Weight = None,
+    guidance: Weight = None,
+    scales: Weight = None,
+) -> Tensor:
+    """`threshold_bound` in plain torch, by sorting, in float64 for float64 x, else in float32; differentiable."""
+    _checked(x, quantile, maximum)
+    x0 = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if model_out is not None and table is not None and row is not None:
+        m = model_out.to(x0.dtype)
+        if uncond is not None:
+            if scales is not None:
+                k_c, k_d = (spread(k, m) for k in scales.to(m.dtype).unbind(1))
+            elif guidance is not None:
+                w = guidance.to(m.dtype)
+                if w.dim() == 2:
+                    w = w.index_select(0, row)[0] if w.shape[0] > 1 else w[0]
+                k_c, k_d = torch.ones((), dtype=m.dtype, device=m.device), spread(w.reshape(-1) - 1, m)
+            m = k_c * m + k_d * (m - uncond.to(m.dtype))
+        c = table.index_select(0, row)[0].to(m.dtype)
+        x0 = c[0] * x0 + c[1] * m
+    if not x.numel():
+        return torch.ones(x.shape[0], dtype=x0.dtype, device=x.device)
+    flat = x0.abs().reshape(len(x), -1)
     rank = quantile * (flat.shape[1] - 1)
     below, above = math.floor(rank), math.ceil(rank)
     ordered = flat.sort(dim=1).values  # NaN comes last: it reaches the largest value
     low, high, last = ordered[:, below], ordered[:, above], ordered[:, -1]
     s = (low + (rank - below) * (high - low)).clamp(1.0, maximum)
-    s = spread(torch.where(last.isnan(), last, s), x0)
-    return (torch.minimum(torch.maximum(x, -s), s) / s).to(x0.dtype)
+    return torch.where(last.isnan(), last, s)
 
 
-def _threshold_checked(x0: Tensor, quantile: float, maximum: float) -> None:
+def _checked(x0: Tensor, quantile: float, maximum: float) -> None:
     check_tensor("x0", x0, dtypes=FLOATS64)
     check_batched("x0", x0)
     if not 0 <= quantile <= 1:
@@ -60,19 +131,45 @@ def _threshold_checked(x0: Tensor, quantile: float, maximum: float) -> None:
         raise ValueError(f"maximum must be at least 1, got {maximum!r}")
 
 
-def _launch_threshold(x0: Tensor, quantile: float, maximum: float, out: Tensor) -> None:
-    batch, n = x0.shape[0], x0.shape[1:].numel()
-    kernels, tile, x0 = _dispatch.kernels("threshold"), sum_tile(n), x0.contiguous()
-    rank = quantile * (n - 1)
-    k, first = math.floor(rank), _dispatch.FIRST
-    counts = torch.zeros(batch, 8, 16, dtype=torch.int32, device=x0.device)
-    ends = torch.zeros(batch, 2, dtype=torch.int32, device=x0.device)
-    ends[:, 0] = 2**31 - 1
-    for digit in range(8):
-        _dispatch.launch(kernels.digit_kernel, (x0, counts, n, first, k), n, batch, tile=tile, PASS=digit)
-    _dispatch.launch(kernels.next_kernel, (x0, counts, ends, n, first, k), n, batch, tile=tile)
-    args = (x0, counts, ends, out, n, first, k, rank - k, maximum)
-    _dispatch.launch(kernels.threshold_kernel, args, n, batch, tile=tile)
+def _check_model(
+    x: Tensor, model_out: Tensor | None, table: Tensor | None, row: Tensor | None, uncond: Tensor | None,
+    guidance: Tensor | None, scales: Tensor | None,
+) -> None:  # fmt: skip
+    if len({model_out is None, table is None, row is None}) > 1:
+        raise ValueError("model_out, table and row go together")
+    if (uncond is None) != (guidance is None and scales is None) or (guidance is not None and scales is not None):
+        raise ValueError("uncond goes with guidance or with scales")
+    for name, v in (("model_out", model_out), ("uncond", uncond)):
+        if v is not None:
+            check_tensor(name, v, shape=x.shape, dtypes=FLOATS64, like=x)
+    if row is not None:
+        check_tensor("row", row, shape=(1,), dtypes=INTS, like=x)
+    if scales is not None:
+        check_tensor("scales", scales, shape=(x.shape[0], 2), dtypes=FLOATS64, like=x)
 
 
-_dispatch.register("threshold(Tensor x0, float quantile, float maximum, Tensor(a!) out) -> ()", _launch_threshold)
+def _launch_bound(
+    x: Tensor, model_out: Tensor | None, table: Tensor | None, row: Tensor | None, uncond: Tensor | None,
+    w: Tensor | None, scaled: bool, k: int, fraction: float, maximum: float, bound: Tensor,
+) -> None:  # fmt: skip
+    batch, n = x.shape[0], x.shape[1:].numel()
+    strides = (0, 0) if w is None else _dispatch.weight_strides(w)
+    dense = [None if v is None else v.contiguous() for v in (x, model_out, uncond, table, row, w)]
+    width = 0 if table is None else table.shape[1]
+    args = (*dense, bound, n, _dispatch.FIRST, width, *strides, k, fraction, maximum)
+    kernel, tile = _dispatch.kernels("threshold").bound_kernel, _dispatch.whole_sample(n)
+    _dispatch.launch(kernel, args, n, batch, tile=tile, tiles=1, SCALED=scaled)
+
+
+def _launch(x0: Tensor, bound: Tensor, out: Tensor) -> None:
+    n = x0.shape[1:].numel()
+    args = (x0, bound, out, n, _dispatch.FIRST)
+    _dispatch.launch(_dispatch.kernels("threshold").threshold_kernel, args, n, x0.shape[0])
+
+
+_dispatch.register(
+    "threshold_bound(Tensor x, Tensor? model_out, Tensor? table, Tensor? row, Tensor? uncond, Tensor? w, bool scaled, "
+    "int k, float fraction, float maximum, Tensor(a!) bound) -> ()",
+    _launch_bound,
+)
+_dispatch.register("threshold(Tensor x0, Tensor bound, Tensor(a!) out) -> ()", _launch)

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="misc, var-annotated"
 """One row of a plan on one tile of one sample: guidance, conversion, clamp, A, b, d, s, noise, low-precision copy.
 
-    m = uncond + w (cond - uncond);  p = clamp(c_skip S0 + c_out m, lo, hi)
+    m = uncond + w (cond - uncond), or k_c cond + k_d (cond - uncond);  p = clamp(c_skip S0 + c_out m, lo, hi)
     S'_i = sum_j A_ij S_j + b_i p + d_i m + s_i n;  model_in = c_in_next S'_0
 
 A row is [c_skip, c_out, lo, hi, c_in_next, has_noise, 0, 0, A, b, d, s, read, write], padded to a multiple of 4.
@@ -24,7 +24,8 @@ def affine_step_kernel(
     noise_ptr,  # [batch, n] or None
     table_ptr,  # [N, WIDTH] fp32
     row_ptr,  # [1] or [batch], int32 or int64
-    w_ptr,  # guidance, fp32, read at row * w_row_stride + sample * w_batch_stride, or None
+    w_ptr,  # guidance, fp32, read at row * w_row_stride + sample * w_batch_stride, or scales [batch, 2], or None
+    bound_ptr,  # dynamic threshold [batch] fp32 or None
     seed_ptr,  # [batch] int64 or None
     index_ptr,  # [batch] int64 or None
     n,
@@ -38,7 +39,7 @@ def affine_step_kernel(
     HEADER: tl.constexpr,
     WIDTH: tl.constexpr,
     NOISE: tl.constexpr,  # 0 none, 1 Philox, 2 noise_ptr
-    GUIDED: tl.constexpr,
+    GUIDED: tl.constexpr,  # 0 none, 1 a weight, 2 scales
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -63,9 +64,15 @@ def affine_step_kernel(
     slot_stride = batch.to(tl.int64) * n
     state_ptr += b * n
     model_ptr += b * n
-    if GUIDED:
+    if GUIDED > 0:
         uncond_ptr += b * n
+    if GUIDED == 1:
         w = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride)
+    if GUIDED == 2:
+        k_c = tl.load(w_ptr + b * 2)
+        k_d = tl.load(w_ptr + b * 2 + 1)
+    if bound_ptr is not None:
+        bound = tl.load(bound_ptr + b)
     if NOISE == 1:
         key = sample_key(row, stream, tl.load(index_ptr + b), tl.load(seed_ptr + b))
 
@@ -74,7 +81,7 @@ def affine_step_kernel(
         left = n - start
         inside = lane < left
         m = load_float(model_ptr + start + lane, inside)
-        if GUIDED:
+        if GUIDED > 0:
             u = load_float(uncond_ptr + start + lane, inside)
         slots = (tl.load(state_ptr + start + lane, mask=inside),)
         for j in tl.static_range(1, SLOTS):
@@ -91,9 +98,15 @@ def affine_step_kernel(
             drawn = lane < tl.where(c[5] != 0.0, left, 0)
             z = tl.load(noise_ptr + (b * n + start) + lane, mask=drawn, other=0.0).to(tl.float32)
 
-        if GUIDED:
+        if GUIDED == 1:
             m = tl.fma(w, m - u, u)
-        p = tl.clamp(tl.fma(c[0], slots[0], c[1] * m), c[2], c[3], propagate_nan=tl.PropagateNan.ALL)
+        if GUIDED == 2:
+            m = tl.fma(k_d, m - u, k_c * m)
+        p = tl.fma(c[0], slots[0], c[1] * m)
+        if bound_ptr is not None:
+            p = tl.clamp(p, -bound, bound, propagate_nan=tl.PropagateNan.ALL) / bound
+            m = tl.where(c[1] != 0.0, (p - c[0] * slots[0]) / c[1], m)
+        p = tl.clamp(p, c[2], c[3], propagate_nan=tl.PropagateNan.ALL)
         if x0_ptr is not None:
             tl.store(x0_ptr + (b * n + start) + lane, p, mask=inside)
         for i in tl.static_range(SLOTS):

@@ -1,110 +1,119 @@
-"""Dynamic thresholding without sorting: the order statistic of |x0| found digit by digit, by counting.
+# mypy: disable-error-code="attr-defined"
+"""Dynamic thresholding without sorting: the order statistic of |x0| found digit by digit, by counting; then the clamp.
 
-The bits of a non-negative fp32 order like the number: eight passes count the samples' next four bits among those that
-share what is known, integers added in any order. A ninth finds the next larger value, the tenth clamps and scales.
+The bits of a non-negative fp32 order like the number: four passes count the next eight bits of those values that share
+what is known, integers added in any order; a fifth finds the next larger value. One program a sample: one launch.
 """
 
 import triton
 import triton.language as tl
 
-from fastdiff_kernels.guide import total
+from fastdiff_kernels.guide import load_again
 from fastdiff_kernels.tiles import load_float, sample_size, tile
 
-DIGITS = tl.constexpr(8)
 INFINITY = tl.constexpr(0x7F800000)
+LARGEST = tl.constexpr(0x7FFFFFFF)
+BINS = tl.constexpr(256)
 
 
 @triton.jit
-def magnitude(x):
+def magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_out, k_c, k_d, at, inside):
+    """The bits of |x0|; x itself without a model's output."""
+    x = load_again(x_ptr + at, inside)
+    if model_ptr is not None:
+        m = load_again(model_ptr + at, inside)
+        if uncond_ptr is not None:
+            m = tl.fma(k_d, m - load_again(uncond_ptr + at, inside), k_c * m)
+        x = tl.fma(c_skip, x, c_out * m)
     return tl.abs(x).to(tl.int32, bitcast=True)
 
 
-@triton.jit
-def found(counts_ptr, k, PASSES: tl.constexpr):
-    """The leading digits of the k-th smallest value, its place among equals, and how many those are."""
-    value = 0
-    equal = 0
-    i = tl.arange(0, 16)
-    for digit in tl.static_range(PASSES):
-        count = tl.load(counts_ptr + digit * 16 + i)
-        which = tl.sum((tl.cumsum(count, 0) <= k).to(tl.int32), axis=0)
-        k -= tl.sum(tl.where(i < which, count, 0), axis=0)
-        equal = tl.sum(tl.where(i == which, count, 0), axis=0)
-        value = value * 16 + which
-    return value, k, equal
-
-
-@triton.jit(do_not_specialize=["first", "k"])
-def digit_kernel(
+@triton.jit(
+    do_not_specialize=["first", "width", "w_row_stride", "w_batch_stride", "k", "fraction", "maximum"],
+)
+def bound_kernel(
     x_ptr,  # [batch, n]
-    counts_ptr,  # [batch, 8, 16] int32, zero at first
+    model_ptr,  # [batch, n] or None
+    uncond_ptr,  # [batch, n] or None
+    table_ptr,  # rows of a plan, or None: x0 = x
+    row_ptr,  # [1]
+    w_ptr,  # weight, at row * w_row_stride + sample * w_batch_stride; scales: [batch, 2]
+    bound_ptr,  # [batch] fp32
     n,
     first,
-    k,
-    PASS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
-    MATH: tl.constexpr,
-):
-    """Grid (tiles, samples): counts digit PASS of the values that begin like the one searched."""
-    b = tl.program_id(1).to(tl.int64) + first
-    n = sample_size(n, ALIGNED)
-    x_ptr += b * n
-    counts_ptr += b * 128
-    value, place, equal = found(counts_ptr, k, PASS)
-    for part in range(PARTS):
-        _, start, lane = tile(part, BLOCK, PARTS, WIDE)
-        inside = lane < n - start
-        bits = magnitude(load_float(x_ptr + start + lane, inside))
-        if PASS > 0:
-            inside = inside & ((bits >> (32 - 4 * PASS)) == value)
-        digit = tl.where(inside, (bits >> (28 - 4 * PASS)) & 15, 16)
-        for d in tl.static_range(16):
-            tl.atomic_add(counts_ptr + PASS * 16 + d, total((digit == d).to(tl.int32)), sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["first", "k"])
-def next_kernel(
-    x_ptr,  # [batch, n]
-    counts_ptr,  # [batch, 8, 16] int32
-    ends_ptr,  # [batch, 2] int32: the next larger value (at first the largest integer), the largest value (0)
-    n,
-    first,
-    k,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
-    MATH: tl.constexpr,
-):
-    """Grid (tiles, samples): the smallest value above the one found, and the largest, which a NaN would be."""
-    b = tl.program_id(1).to(tl.int64) + first
-    n = sample_size(n, ALIGNED)
-    x_ptr += b * n
-    value, place, equal = found(counts_ptr + b * 128, k, DIGITS)
-    for part in range(PARTS):
-        _, start, lane = tile(part, BLOCK, PARTS, WIDE)
-        inside = lane < n - start
-        bits = magnitude(load_float(x_ptr + start + lane, inside))
-        above = tl.where(inside & (bits > value), bits, 0x7FFFFFFF)
-        tl.atomic_min(ends_ptr + b * 2, tl.min(tl.min(above, axis=1), axis=0), sem="relaxed")
-        largest = tl.where(inside, bits, 0)
-        tl.atomic_max(ends_ptr + b * 2 + 1, tl.max(tl.max(largest, axis=1), axis=0), sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["first", "k", "fraction", "maximum"])
-def threshold_kernel(
-    x_ptr,  # [batch, n]
-    counts_ptr,  # [batch, 8, 16] int32
-    ends_ptr,  # [batch, 2] int32
-    out_ptr,  # [batch, n]
-    n,
-    first,
+    width,
+    w_row_stride,
+    w_batch_stride,
     k,
     fraction,
     maximum,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """Grid (1, samples): s = clamp(quantile of |x0|, 1, maximum); NaN where the sample holds one."""
+    b = tl.program_id(1).to(tl.int64) + first
+    n = sample_size(n, ALIGNED)
+    x_ptr += b * n
+    c_skip = 1.0
+    c_out = 0.0
+    k_c = 1.0
+    k_d = 0.0
+    if model_ptr is not None:
+        model_ptr += b * n
+        row = tl.load(row_ptr).to(tl.int64)
+        c_skip = tl.load(table_ptr + row * width)
+        c_out = tl.load(table_ptr + row * width + 1)
+        if uncond_ptr is not None:
+            uncond_ptr += b * n
+            if SCALED:
+                k_c = tl.load(w_ptr + b * 2)
+                k_d = tl.load(w_ptr + b * 2 + 1)
+            else:
+                k_d = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride) - 1
+    lane = tl.arange(0, BLOCK)
+    bins = tl.arange(0, BINS)
+    value = 0
+    equal = 0
+    for digit in tl.static_range(4):
+        low = 23 - 8 * digit if digit < 3 else 0  # the digits are bits 30-23, 22-15, 14-7 and 6-0
+        known = 31 - 8 * digit
+        counts = tl.zeros([BINS], tl.int32)
+        for start in range(0, n, BLOCK):
+            inside = lane < n - start
+            bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_out, k_c, k_d, start + lane, inside)
+            if digit > 0:
+                inside = inside & ((bits >> known) == value)
+            counts += tl.histogram((bits >> low) & ((1 << (known - low)) - 1), BINS, mask=inside)
+        which = tl.sum((tl.cumsum(counts, 0) <= k).to(tl.int32), axis=0)
+        k -= tl.sum(tl.where(bins < which, counts, 0), axis=0)
+        equal = tl.sum(tl.where(bins == which, counts, 0), axis=0)
+        value = (value << (known - low)) + which
+    above = tl.full([BLOCK], LARGEST, tl.int32)
+    largest = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n, BLOCK):
+        inside = lane < n - start
+        bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_out, k_c, k_d, start + lane, inside)
+        above = tl.where(inside & (bits > value), tl.minimum(above, bits), above)
+        largest = tl.where(inside, tl.maximum(largest, bits), largest)
+    most = tl.max(largest, axis=0)
+    next_value = tl.where(k + 1 < equal, value, tl.minimum(tl.min(above, axis=0), most))
+    s = value.to(tl.float32, bitcast=True)
+    s = tl.where(fraction == 0.0, s, s + fraction * (next_value.to(tl.float32, bitcast=True) - s))
+    s = tl.minimum(tl.maximum(s, 1.0), maximum)
+    tl.store(bound_ptr + b, tl.where(most > INFINITY, float("nan"), s))
+
+
+@triton.jit(do_not_specialize=["first"])
+def threshold_kernel(
+    x_ptr,  # [batch, n]
+    bound_ptr,  # [batch] fp32
+    out_ptr,  # [batch, n]
+    n,
+    first,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -116,18 +125,9 @@ def threshold_kernel(
     n = sample_size(n, ALIGNED)
     x_ptr += b * n
     out_ptr += b * n
-    value, place, equal = found(counts_ptr + b * 128, k, DIGITS)
-    largest = tl.load(ends_ptr + b * 2 + 1)
-    above = tl.minimum(tl.load(ends_ptr + b * 2), largest)
-    above = tl.where(place + 1 < equal, value, above)
-    low = value.to(tl.float32, bitcast=True)
-    s = low + fraction * (above.to(tl.float32, bitcast=True) - low)
-    s = tl.where(fraction == 0.0, low, s)
-    s = tl.minimum(tl.maximum(s, 1.0), maximum)
-    s = tl.where(largest > INFINITY, float("nan"), s)
-    for four in range(PARTS // 4):
-        for part in tl.static_range(4):
-            _, start, lane = tile(four * 4 + part, BLOCK, PARTS, WIDE)
-            inside = lane < n - start
-            y = tl.clamp(load_float(x_ptr + start + lane, inside), -s, s, propagate_nan=tl.PropagateNan.ALL) / s
-            tl.store(out_ptr + start + lane, y.to(out_ptr.dtype.element_ty), mask=inside)
+    s = tl.load(bound_ptr + b)
+    for part in tl.static_range(PARTS):
+        _, start, lane = tile(part, BLOCK, PARTS, WIDE)
+        inside = lane < n - start
+        y = tl.clamp(load_float(x_ptr + start + lane, inside), -s, s, propagate_nan=tl.PropagateNan.ALL) / s
+        tl.store(out_ptr + start + lane, y.to(out_ptr.dtype.element_ty), mask=inside)
