@@ -106,8 +106,8 @@ class Grid:
 
 
 def _log_ratio(alpha: Array, sigma: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        return np.log(alpha) - np.log(sigma)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(alpha == 0, -np.inf, np.log(alpha) - np.log(sigma))
 
 
 def points(

@@ -10,6 +10,7 @@ import torch
 
 from fastdiff.allocate import Allocation, allocate, liveness
 from fastdiff.grid import Points
+from fastdiff.readout import BINNED, CATEGORICAL, check_readout, sentence
 
 __all__ = ["MAX_SLOTS", "ROW_HEADER", "Plan", "row_width"]
 
@@ -38,6 +39,8 @@ class Plan:
         A: [N, r, r]; b, d, s: [N, r]. draws: [N] int64, normal tensors the replaced sampler draws in this row
         (default 1 where s != 0). init_scale, init_noise: scale of the start. end: (alpha, sigma) after the last row.
         guidance: None or [N], the weight w of a row, used where sampling gives none.
+        readout: how p comes from the model's output, affine as above or fastdiff.readout.READOUTS: p of K classes or
+        bins. classes: K, 0 for affine. last_readout: the last row's, default `readout`.
     Raises: ValueError for wrong shapes, entries that are not finite, a start or end that is not clean where it must be.
     """
 
@@ -60,6 +63,9 @@ class Plan:
     end: tuple[float, float] = (1.0, 0.0)
     draws: np.ndarray = None  # type: ignore[assignment]  # filled in __post_init__
     guidance: np.ndarray | None = None
+    readout: str = "affine"
+    classes: int = 0
+    last_readout: str = ""
     _device_tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,8 +78,10 @@ class Plan:
         put(self, "draws", np.array(draws, np.int64))
         if self.guidance is not None:
             put(self, "guidance", np.array(self.guidance, np.float64))
+        put(self, "last_readout", self.last_readout or self.readout)
         self._check_shapes()
         self._check_values()
+        check_readout(self)
         for value in vars(self).values():
             if isinstance(value, np.ndarray):
                 value.setflags(write=False)
@@ -176,20 +184,22 @@ class Plan:
     def bytes_per_element(self, *, model_bytes: int = 4, guided: bool = False) -> np.ndarray:
         """[N] bytes a row must move per element of the sample.
 
-        fp32 slots read and written plus the model's output (two of them when guided); the low-precision copy of the
-        next model input is not counted.
+        fp32 slots read and written plus the model's output (two of them when guided). The low-precision copy of the
+        next model input is not counted, but for classes, whose input 2 theta - 1 is never the state itself.
         """
         a = self._allocation
         uses_m = np.any(self.d != 0, axis=1) | (np.any(self.b != 0, axis=1) & (self.c_out != 0))
         slots = np.sum(a.read >= 0, axis=1) + np.sum(a.write >= 0, axis=1)
-        return 4 * slots + model_bytes * (1 + guided) * uses_m
+        own_input = np.arange(self.nfe) < self.nfe - 1 if self.readout in CATEGORICAL else np.zeros(self.nfe, bool)
+        return 4 * slots + model_bytes * (1 + guided) * (uses_m.astype(np.int64) + own_input)
 
     def packed(self) -> np.ndarray:
         """The table the kernels read, [N, row_width(r)] float32, cast from float64 once."""
         n, r, a = self.nfe, self.slots, self._allocation
         noisy = np.any(self.s != 0, axis=1)
         c_in_next = np.append(self.c_in[1:], 1.0)
-        head = np.stack([self.c_skip, self.c_out, self.lo, self.hi, c_in_next, noisy, 0 * noisy, 0 * noisy], axis=1)
+        c_skip, c_out = (0 * noisy, 1 + 0 * noisy) if self.readout in BINNED else (self.c_skip, self.c_out)
+        head = np.stack([c_skip, c_out, self.lo, self.hi, c_in_next, noisy, 0 * noisy, 0 * noisy], axis=1)
         blocks = (head, self.A.reshape(n, r * r), self.b, self.d, self.s, a.read, a.write)
         table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)
         table = np.pad(table, ((0, 0), (0, row_width(r) - table.shape[1])))
@@ -225,6 +235,8 @@ def describe(plan: Plan, *, most: int = 24) -> str:
         f"fp32 bytes/element {plan.bytes_per_element().mean():.1f};  physical slots {plan.allocate().physical}",
         f"  {'row':>4} {'t':>9} {'model t':>9} {'alpha':>9} {'sigma':>9} {'c_skip':>10} {'c_out':>10}  update",
     ]
+    if plan.readout != "affine":
+        lines.insert(1, f"  {sentence(plan)}")
     half = most // 2
     rows = range(plan.nfe) if plan.nfe <= most else [*range(half), -1, *range(plan.nfe - half, plan.nfe)]
     for k in rows:

@@ -4,6 +4,8 @@ Every solver takes the options of fastdiff.grid.GridOptions (prediction, clip, s
 """
 
 from fastdiff.solvers.adams import deis, ipndm, lms
+from fastdiff.solvers.bfn import bfn_continuous, bfn_discrete, bfn_discretised
+from fastdiff.solvers.bfn_solver import bfn_solver
 from fastdiff.solvers.consistency import consistency, lcm, tcd
 from fastdiff.solvers.ddpm import ddim, ddpm, euler, euler_ancestral
 from fastdiff.solvers.dpm2 import dpm2, dpm2_ancestral, dpmpp_2s_ancestral
@@ -23,6 +25,10 @@ from fastdiff.solvers.unipc import unipc
 
 __all__ = [
     "ancestral",
+    "bfn_continuous",
+    "bfn_discrete",
+    "bfn_discretised",
+    "bfn_solver",
     "consistency",
     "ddim",
     "ddim_inversion",

@@ -1,0 +1,80 @@
+"""What turns a model's output into the prediction p of a row: an affine map, or a readout of classes or bins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fastdiff.plan import Plan
+
+__all__ = ["BINNED", "CATEGORICAL", "DECIDED", "READOUTS", "channels", "check_readout", "sentence"]
+
+DECIDED = ("sample", "argmax")  # readouts that name one class
+CATEGORICAL = (*DECIDED, "mean")
+BINNED = ("binned", "binned_mean")
+READOUTS = ("affine", *CATEGORICAL, *BINNED)
+MEANING = {
+    "sample": "p = one-hot(k), k ~ Categorical(softmax(m))",
+    "argmax": "p = one-hot(k), k = argmax m",
+    "mean": "p = softmax(m)",
+    "binned": "p = centre of the bin of x ~ N(c_skip S0 + c_out m0, (c_out exp(m1))^2)",
+    "binned_mean": "p = mean bin centre of N(c_skip S0 + c_out m0, (c_out exp(m1))^2)",
+}
+BINARY = {
+    "sample": "p = 2 k - 1, k ~ Bernoulli(sigmoid(m))",
+    "argmax": "p = sign(m)",
+    "mean": "p = 2 sigmoid(m) - 1",
+}
+
+
+def channels(classes: int) -> int:
+    """Numbers a state holds per token: K, or for K = 2 the one difference z_1 - z_0."""
+    return 1 if classes == 2 else classes
+
+
+def sentence(plan: Plan) -> str:
+    """The readout for people, in the names of a plan."""
+    if plan.readout in BINNED:
+        return f"{plan.classes} bins: {MEANING[plan.readout]}"
+    meaning, seen = (BINARY, "2 sigmoid(S0) - 1") if plan.classes == 2 else (MEANING, "2 softmax(S0) - 1")
+    last = "" if plan.last_readout == plan.readout else f"; last row: {meaning[plan.last_readout]}"
+    return f"{plan.classes} classes: {meaning[plan.readout]}{last}; the model sees {seen}"
+
+
+def check_readout(plan: Plan) -> None:
+    """Refuses a plan whose readout does not fit its rows.
+
+    Raises: ValueError for an unknown readout, a number of classes that does not belong to it, or rows that read the
+        model's output other than through p, clamp it or end elsewhere than at a class.
+    """
+    name = f"plan {plan.name!r}"
+    if plan.readout not in READOUTS:
+        raise ValueError(f"{name}: unknown readout {plan.readout!r}; valid: {', '.join(READOUTS)}")
+    if isinstance(plan.classes, bool) or not isinstance(plan.classes, int | np.integer):
+        raise TypeError(f"{name}: classes must be an integer, got {plan.classes!r}")
+    if plan.readout == "affine":
+        if plan.classes or plan.last_readout != "affine":
+            raise ValueError(
+                f"{name}: an affine plan has no classes and no readout of its last row, got classes={plan.classes}, "
+                f"last_readout={plan.last_readout!r}"
+            )
+        return
+    if plan.classes < 2:
+        raise ValueError(f"{name}: readout {plan.readout!r} needs at least 2 classes, got {plan.classes}")
+    if np.any(plan.d):
+        raise ValueError(f"{name}: readout {plan.readout!r} gives p only; d must be 0")
+    if plan.clamped:
+        raise ValueError(f"{name}: readout {plan.readout!r} is not clamped; lo and hi must be infinite")
+    if plan.readout in BINNED:
+        if plan.last_readout != plan.readout:
+            raise ValueError(f"{name}: the last row of {plan.readout!r} reads out alike, got {plan.last_readout!r}")
+        return
+    if plan.last_readout not in DECIDED:
+        raise ValueError(f"{name}: last_readout must be {' or '.join(DECIDED)}, got {plan.last_readout!r}")
+    if np.any(plan.c_skip) or np.any(plan.c_out != 1) or np.any(plan.c_in != 1):
+        raise ValueError(f"{name}: the model of readout {plan.readout!r} returns logits: c_skip 0, c_out 1 and c_in 1")
+    last = np.append(plan.A[-1, 0], plan.b[-1, 0])
+    if plan.end != (1.0, 0.0) or np.any(last[:-1]) or last[-1] != 1:
+        raise ValueError(f"{name}: the last row of readout {plan.readout!r} must be S0 = p, with end (1, 0)")
