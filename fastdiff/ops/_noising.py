@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff import rng
-from fastdiff.ops import _dispatch
+from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
 from fastdiff.schedules import Betas, Schedule
 
@@ -122,10 +123,59 @@ def out_type(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     return out_dtype
 
 
-def on_kernel(x: Tensor, dtype: torch.dtype) -> bool:
-    """The kernel, unless a gradient to x or float64 is wanted."""
-    graded = torch.is_grad_enabled() and x.requires_grad
-    return _dispatch.kernels_for(x) and not graded and torch.float64 not in (x.dtype, dtype)
+def on_kernel(x: Tensor, dtype: torch.dtype, *others: object) -> bool:
+    """The kernel, unless float64 or a gradient to another argument than x is wanted."""
+    graded = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in others)
+    return _dispatch.kernels_for(x) and torch.float64 not in (x.dtype, dtype) and not graded
+
+
+def on_compiled(x: Tensor, noise: Tensor | None, dtype: torch.dtype) -> bool:
+    """The CPU's compiled loop: large batches whose noise is Philox's."""
+    return noise is None and torch.float64 not in (x.dtype, dtype) and _fused.wanted([x], x.numel())
+
+
+class Noised(torch.autograd.Function):
+    """(x_t,) or (x_t, target) from coefficients; backward needs only those: dL/dx0 = alpha g + target_x0 g_target."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, coef: Tensor, t: Tensor | None, seeds: Tensor | None, index: Tensor | None, row: int, stream: int,
+        noise: Tensor | None, dtype: torch.dtype, with_target: bool, by_kernel: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        if by_kernel:
+            x_t, target = run_kernel(x, coef, t, seeds, index, row, stream, noise, dtype, with_target)
+            return (x_t,) if target is None else (x_t, target)
+        assert seeds is not None and index is not None
+        batch, n = x.shape[0], x.shape[1:].numel()
+        coef = (coef if t is None else coef[t]).expand(batch, 4).contiguous()
+        outs = [torch.empty(x.shape, dtype=dtype) for _ in range(1 + with_target)]
+        rows = torch.full((1,), row, dtype=torch.int64)
+
+        def fn(x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, *outs: Tensor) -> None:
+            z = rng.normals(seeds, index, rows, stream, n)[0]
+            for i, out in enumerate(outs):
+                out.copy_(coef[:, 2 * i, None] * x.float() + coef[:, 2 * i + 1, None] * z)
+
+        args = [x.reshape(batch, n).contiguous(), coef, seeds, index, rows, *(o.view(batch, n) for o in outs)]
+        if not _fused.run("add_noise", fn, args, stream):
+            z = noise_of(x, seeds, index, row, stream, None, torch.float32)
+            for i, out in enumerate(outs):
+                out.copy_(affine(x, z, coef[:, 2 * i], coef[:, 2 * i + 1]))
+        return tuple(outs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+        x, coef, t = inputs[:3]
+        ctx.set_materialize_grads(False)
+        ctx.dtype = x.dtype
+        if x.requires_grad:
+            ctx.save_for_backward(coef if t is None else coef[t])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        (coef,) = ctx.saved_tensors
+        parts = [spread(coef[:, 2 * i], g) * g for i, g in enumerate(grads) if g is not None]
+        return (sum(parts[1:], start=parts[0]).to(ctx.dtype) if parts else None, *(None,) * 10)
 
 
 def run_kernel(

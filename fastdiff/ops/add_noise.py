@@ -52,25 +52,28 @@ def add_noise(
     Returns: x_t [B, *sample], or (x_t, target).
     Raises:  TypeError, ValueError: a wrong shape, dtype or device, an unknown target, seeds and noise both or neither,
         integer t for a continuous schedule or floating t for Betas, t out of range (on CUDA: NaN instead of an error).
-    Numerics: coefficients in float64, arithmetic in fp32. A gradient to x0 is plain torch's, with the same noise.
+    Numerics: coefficients in float64, arithmetic in fp32. Differentiable in x0: alpha g (and the target's part), nothing
+        of full size is saved. On a CPU large batches run as one compiled loop (`fastdiff.ops.cpu_compiler`).
     Source:  Ho et al. 2020, arXiv:2006.11239, eq. 4; v: Salimans and Ho 2022, arXiv:2202.00512.
     """
     at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise)
     dtype = _noising.out_type(x0, out_dtype)
-    if not _noising.on_kernel(x0, dtype):
-        out = add_noise_ref(
+    on_kernel = _noising.on_kernel(x0, dtype, noise)
+    if not on_kernel and not _noising.on_compiled(x0, noise, dtype):
+        return add_noise_ref(
             x0, at, schedule, seeds=keyed, index=which, row=row, stream=stream, target=target, noise=noise,
             out_dtype=dtype,
         )  # fmt: skip
-        return out
     which_row: Tensor | None = at
     if isinstance(schedule, Betas):
         steps = torch.arange(len(schedule.betas))
         coef = _noising.table_of(schedule, f"add_noise {target}", x0.device, lambda: _columns(schedule, steps, target))
     else:
         coef, which_row = torch.stack(_columns(schedule, at, target), 1).float(), None
-    x_t, goal = _noising.run_kernel(x0, coef, which_row, keyed, which, row, stream, noise, dtype, target is not None)
-    return x_t if goal is None else (x_t, goal)
+    out = _noising.Noised.apply(
+        x0, coef, which_row, keyed, which, row, stream, noise, dtype, target is not None, on_kernel
+    )  # fmt: skip
+    return out if target is not None else out[0]
 
 
 def add_noise_ref(

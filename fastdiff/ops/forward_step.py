@@ -37,12 +37,12 @@ def forward_step(
         seeds, index, row, stream, noise, out_dtype: as in add_noise.
     Returns: x_t [B, *sample].
     Raises:  TypeError, ValueError: as add_noise; a schedule that is no Betas; a, s together with t or alone.
-    Numerics: coefficients in float64, arithmetic in fp32; a gradient to x is plain torch's. Runs add_noise's kernel.
+    Numerics: coefficients in float64, arithmetic in fp32; differentiable in x. Runs add_noise's kernel.
     Source:  Ho et al. 2020, arXiv:2006.11239, eq. 2.
     """
     at, keyed, which = _checked(x, t, schedule, a, s, seeds, index, row, stream, noise)
     dtype = _noising.out_type(x, out_dtype)
-    if not _noising.on_kernel(x, dtype):
+    if not _noising.on_kernel(x, dtype, a, s, noise):
         return forward_step_ref(
             x, at, schedule, a=a, s=s, seeds=keyed, index=which, row=row, stream=stream, noise=noise, out_dtype=dtype
         )
@@ -50,7 +50,7 @@ def forward_step(
         coef = _noising.table_of(schedule, "forward_step", x.device, lambda: _padded(*_chain(schedule, None)))
     else:
         coef = torch.stack(_padded(*_pair(a, s, x)), 1).float()
-    return _noising.run_kernel(x, coef, at, keyed, which, row, stream, noise, dtype, False)[0]
+    return _noising.Noised.apply(x, coef, at, keyed, which, row, stream, noise, dtype, False, True)[0]
 
 
 def forward_step_ref(

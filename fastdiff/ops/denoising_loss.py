@@ -1,0 +1,311 @@
+"""The training loss, its noise drawn again from the counter, and its gradient in the same pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import rng
+from fastdiff.ops import _dispatch, _fused, _noising
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
+from fastdiff.ops._noising import Seeds
+from fastdiff.ops.add_noise import TARGETS
+from fastdiff.schedules import EDM, Betas, Schedule
+from fastdiff.weighting import WEIGHTINGS, WeightOptions, target_weight
+
+LOSSES = ("l2", "l1", "huber")
+NOISE_TARGETS = ("eps", "score")  # need no x0
+GROUP = 256  # elements summed at a time: the order of a sample's sum is a function of its size alone
+CHUNK = 8192  # elements of one program of the kernel
+
+
+def denoising_loss(
+    model_out: Tensor,
+    x0: Tensor | None,
+    t: int | float | Tensor,
+    schedule: Schedule,
+    seeds: Seeds,
+    *,
+    target: str = "eps",
+    weighting: str | Tensor | None = None,
+    loss: str = "l2",
+    delta: float = 1.0,
+    gamma: float = 5.0,
+    p2: tuple[float, float] = (1.0, 1.0),
+    sigma_data: float | None = None,
+    index: Tensor | None = None,
+    row: int = 0,
+    stream: int = rng.ROWS,
+) -> Tensor:
+    """The loss of every sample of a batch, against a target made again from seeds; its gradient is computed with it.
+
+        loss_b = w_b mean_e rho(m - target),   n = rng.normal(seeds, sample, row=row, stream=stream, index=index)
+        eps = n;  v = (alpha n - sigma x0) / sqrt(alpha^2 + sigma^2);  score = -n / sigma;  flow = n - x0
+        rho(d) = d^2 (l2),  |d| (l1),  d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2) (huber)
+
+    Nothing is kept from `add_noise` to the loss, and dL/d(model_out) alone from the loss to backward.
+    Args:
+        model_out: [B, *sample], fp32, bf16 or fp16 (float64 in plain torch), any strides.
+        x0: [B, *sample]; None is allowed for the targets eps and score.
+        t, schedule, seeds, index, row, stream: as given to `add_noise`.
+        target: "eps", "x0", "v", "score" or "flow": what model_out predicts.
+        weighting: None is w = 1. A Tensor [B] multiplies the loss as it is. A name is a weight of the squared error of
+            x0, converted to the target's (eps: / SNR, v: / (SNR + 1), score: sigma^2 / SNR, flow:
+            / (1 + sqrt(SNR))^2; l1 and huber take the same number), SNR = alpha^2 / sigma^2:
+            "snr" SNR;  "min_snr" min(SNR, gamma);  "truncated_snr" max(SNR, 1);  "edm" SNR + 1 / sigma_data^2;
+            "sigma2" SNR (sigma^2 on the score: denoising score matching);  "likelihood" g^2 SNR / sigma^2 (g^2 on the
+            score; Betas: g^2 per index);  "p2" SNR / (k + SNR)^p, p2 = (k, p).
+        delta: of huber, > 0.   sigma_data: of "edm"; default the schedule's, else 0.5.
+    Returns: [B] float32 (float64 for float64), differentiable in model_out and x0; each the mean over the sample.
+    Raises:  TypeError, ValueError: a wrong shape, dtype or device, an unknown target, weighting or loss, x0 missing,
+        seeds of another length, integer t for a continuous schedule or floating t for Betas, t out of range (on CUDA:
+        NaN instead of an error).
+    Numerics: a sample's loss never depends on the batch. Coefficients in float64, arithmetic in fp32.
+    Source:  Hang et al. 2023, arXiv:2303.09556 (min_snr); Salimans and Ho 2022, arXiv:2202.00512 (truncated_snr);
+        Karras et al. 2022, arXiv:2206.00364 (edm); Vincent 2011 (sigma2); Song et al. 2021, arXiv:2101.09258
+        (likelihood); Choi et al. 2022, arXiv:2204.00227 (p2).
+    """
+    at, keyed, which, options = _checked(
+        model_out, x0, t, schedule, seeds, target, weighting, loss, delta, gamma, p2, sigma_data, index, row, stream
+    )
+    named = weighting if isinstance(weighting, str) else None
+    x0 = None if target in NOISE_TARGETS else x0
+    wide = torch.float64 if torch.float64 in (model_out.dtype, x0.dtype if x0 is not None else None) else torch.float32
+    on_kernel = _dispatch.kernels_for(model_out) and wide == torch.float32
+    coef, rows = _coefficients(schedule, at, target, named, options, wide, gather=not on_kernel)
+    shape = (model_out.shape[0],)
+    args = (model_out, x0, coef, rows, keyed, which, row, stream, LOSSES.index(loss), float(delta), on_kernel)
+    out: Tensor = _DenoisingLoss.apply(*args)[0]
+    return out if named == weighting else out * weighting.to(out.dtype).expand(shape)  # type: ignore[union-attr]
+
+
+def denoising_loss_ref(
+    model_out: Tensor,
+    x0: Tensor | None,
+    t: int | float | Tensor,
+    schedule: Schedule,
+    seeds: Seeds,
+    *,
+    target: str = "eps",
+    weighting: str | Tensor | None = None,
+    loss: str = "l2",
+    delta: float = 1.0,
+    gamma: float = 5.0,
+    p2: tuple[float, float] = (1.0, 1.0),
+    sigma_data: float | None = None,
+    index: Tensor | None = None,
+    row: int = 0,
+    stream: int = rng.ROWS,
+) -> Tensor:
+    """`denoising_loss` as it is defined, in plain torch with its own autograd: the noise and the target are tensors."""
+    at, keyed, which, options = _checked(
+        model_out, x0, t, schedule, seeds, target, weighting, loss, delta, gamma, p2, sigma_data, index, row, stream
+    )
+    dtype = _noising.wide(model_out)
+    named = weighting if isinstance(weighting, str) else None
+    coef = _coefficients(schedule, at, target, named, options, dtype, gather=True)[0].expand(model_out.shape[0], 4)
+    n = rng.normal(keyed, model_out.shape[1:], row=row, stream=stream, index=which).to(dtype).flatten(1)
+    goal = coef[:, 1:2] * n
+    if x0 is not None and target not in NOISE_TARGETS:
+        goal = goal + coef[:, :1] * x0.to(dtype).flatten(1)
+    value, _ = _rho(model_out.to(dtype).flatten(1) - goal, LOSSES.index(loss), delta)
+    weight = coef[:, 2] if named == weighting else weighting.to(dtype)  # type: ignore[union-attr]
+    return weight * value.mean(1)
+
+
+def _rho(d: Tensor, kind: int, delta: float) -> tuple[Tensor, Tensor]:
+    """rho(d) and its derivative."""
+    if kind == 0:
+        return d * d, 2 * d
+    if kind == 1:
+        return d.abs(), d.sign() + 0 * d  # a NaN stays one
+    inside = d.clamp(-delta, delta)
+    return inside * (d - 0.5 * inside), inside
+
+
+def _sum(values: Tensor) -> Tensor:
+    """[B, n] -> [B], GROUP at a time, in an order that depends on n alone (not on B, not on threads)."""
+    dtype = values.dtype
+    while values.shape[1] > GROUP:
+        whole = values.shape[1] // GROUP * GROUP
+        sums = values[:, :whole].unflatten(1, (-1, GROUP)).sum(2, dtype=torch.float64)
+        if whole < values.shape[1]:
+            sums = torch.cat([sums, values[:, whole:].sum(1, keepdim=True, dtype=torch.float64)], 1)
+        values = sums
+    return values.sum(1, dtype=torch.float64).to(dtype)
+
+
+def _fill(
+    loss: Tensor, grad: Tensor, model_out: Tensor, x0: Tensor | None, coef: Tensor, noise: Tensor, kind: int,
+    delta: float,
+) -> None:  # fmt: skip
+    """Writes loss [B] and grad [B, n] from model_out, x0, noise [B, n] and coef [B, 4]."""
+    wide = noise.dtype
+    goal = coef[:, 1:2] * noise
+    if x0 is not None:
+        goal = goal + coef[:, :1] * x0.to(wide)
+    value, slope = _rho(model_out.to(wide) - goal, kind, delta)
+    scale = coef[:, 2] * (1.0 / max(noise.shape[1], 1))
+    loss.copy_(scale * _sum(value))
+    grad.copy_(scale[:, None] * slope)
+
+
+def _on_cpu(
+    model_out: Tensor, x0: Tensor | None, coef: Tensor, seeds: Tensor, index: Tensor, row: int, stream: int, kind: int,
+    delta: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """loss [B], grad like model_out: one compiled loop where `_fused` allows it, else plain torch."""
+    batch, n = model_out.shape[0], model_out.shape[1:].numel()
+    wide = coef.dtype
+    loss = torch.empty(batch, dtype=wide, device=model_out.device)
+    grad = torch.empty_like(model_out, memory_format=torch.contiguous_format)
+    m, flat = model_out.reshape(batch, n).contiguous(), grad.view(batch, n)
+    clean = None if x0 is None else x0.reshape(batch, n).contiguous()
+    coef = coef.expand(batch, 4).contiguous()
+    if wide == torch.float32 and _fused.wanted([m, *([] if clean is None else [clean])], m.numel()):
+        rows = torch.full((1,), row, dtype=torch.int64, device=m.device)
+
+        def fn(m: Tensor, loss: Tensor, grad: Tensor, coef: Tensor, seeds: Tensor, index: Tensor, rows: Tensor,
+               *rest: Tensor) -> None:  # fmt: skip
+            z = rng.normals(seeds, index, rows, stream, n)[0]
+            _fill(loss, grad, m, rest[0] if rest else None, coef, z, kind, delta)
+
+        args = [m, loss, flat, coef, seeds, index, rows, *([] if clean is None else [clean])]
+        if _fused.run("denoising_loss", fn, args, (stream, kind, delta)):
+            return loss, grad
+    z = rng.normal(seeds, (n,), row=row, stream=stream, index=index).to(wide)
+    _fill(loss, flat, m, clean, coef, z, kind, delta)
+    return loss, grad
+
+
+class _DenoisingLoss(torch.autograd.Function):
+    """(loss [B], dL/d(model_out)): the second output is what backward scales, and all that is saved of full size."""
+
+    @staticmethod
+    def forward(
+        model_out: Tensor, x0: Tensor | None, coef: Tensor, rows: Tensor | None, seeds: Tensor, index: Tensor,
+        row: int, stream: int, kind: int, delta: float, on_kernel: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if not on_kernel:
+            return _on_cpu(model_out, x0, coef, seeds, index, row, stream, kind, delta)
+        loss = torch.empty(model_out.shape[0], dtype=torch.float32, device=model_out.device)
+        grad = torch.empty_like(model_out, memory_format=torch.contiguous_format)
+        if model_out.numel():
+            torch.ops.fastdiff.denoising_loss(
+                model_out, x0, coef, rows, seeds, index, row, stream, kind, delta, loss, grad
+            )
+        else:
+            loss.fill_(math.nan)  # the mean of nothing, as torch has it
+        return loss, grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
+        x0, coef, rows = inputs[1:4]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        column = None
+        if x0 is not None and x0.requires_grad:
+            column = coef[:, 0] if rows is None else coef[:, 0][rows]
+            ctx.x0_dtype = x0.dtype
+        ctx.save_for_backward(output[1], column)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        nothing: tuple[None, ...] = (None,) * 9
+        if g is None:
+            return (None, None, *nothing)
+        grad, column = ctx.saved_tensors
+        of_model = of_x0 = None
+        if ctx.needs_input_grad[0]:
+            of_model = (grad * _dispatch.spread(g, grad)).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            of_x0 = (grad * _dispatch.spread(-g * column, grad)).to(ctx.x0_dtype)
+        return (of_model, of_x0, *nothing)
+
+
+def _coefficients(
+    schedule: Schedule, t: Tensor, target: str, weighting: str | None, options: WeightOptions, dtype: torch.dtype, *,
+    gather: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(coef, t): [T, 4] and its row a sample for a chain, unless gathered; else [B or 1, 4] and None."""
+
+    def columns(at: Tensor) -> tuple[Tensor, ...]:
+        of_x0, of_eps = TARGETS[target](schedule.alpha(at), schedule.sigma(at))
+        weight = target_weight(weighting, target, schedule, at, options)
+        return of_x0, of_eps, weight, torch.zeros_like(weight)
+
+    if not isinstance(schedule, Betas):
+        return torch.stack(columns(t), 1).to(dtype), None
+    kind = f"denoising_loss {target} {weighting} {options}"
+    table = _noising.table_of(schedule, kind, t.device, lambda: columns(torch.arange(len(schedule.betas))), dtype)
+    return (table[t], None) if gather else (table, t)
+
+
+def _checked(
+    model_out: Tensor, x0: Tensor | None, t: int | float | Tensor, schedule: Schedule, seeds: Seeds, target: str,
+    weighting: str | Tensor | None, loss: str, delta: float, gamma: float, p2: tuple[float, float],
+    sigma_data: float | None, index: Tensor | None, row: int, stream: int,
+) -> tuple[Tensor, Tensor, Tensor, WeightOptions]:  # fmt: skip
+    check_tensor("model_out", model_out, dtypes=FLOATS64)
+    check_batched("model_out", model_out)
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; valid: {', '.join(TARGETS)}")
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; valid: {', '.join(LOSSES)}")
+    if x0 is not None:
+        check_tensor("x0", x0, shape=model_out.shape, dtypes=FLOATS64, like=model_out)
+    elif target not in NOISE_TARGETS:
+        raise ValueError(f"target {target!r} needs x0, got None; {' and '.join(NOISE_TARGETS)} do without")
+    if isinstance(weighting, Tensor):
+        check_tensor("weighting", weighting, shape=model_out.shape[:1], dtypes=FLOATS64, like=model_out)
+    elif weighting is not None and weighting not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {weighting!r}; valid: None, {', '.join(WEIGHTINGS)}, or a Tensor [B]")
+    if sigma_data is None:
+        sigma_data = schedule.sigma_data if isinstance(schedule, EDM) else 0.5
+    for name, value in (("delta", delta), ("gamma", gamma), ("sigma_data", sigma_data)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    if len(p2) != 2 or not all(0 <= v < math.inf for v in p2):
+        raise ValueError(f"p2 must be (k, p), two finite numbers >= 0, got {p2!r}")
+    at = _noising.times(t, schedule, model_out)
+    keyed, which = _noising.noise_arguments(model_out, seeds, index, row, stream, None)
+    assert keyed is not None and which is not None
+    return at, keyed, which, WeightOptions(float(gamma), float(p2[0]), float(p2[1]), float(sigma_data))
+
+
+def _launch(
+    model_out: Tensor, x0: Tensor | None, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor, row: int,
+    stream: int, kind: int, delta: float, loss: Tensor, grad: Tensor,
+) -> None:  # fmt: skip
+    batch, n = model_out.shape[0], model_out.shape[1:].numel()
+    per_sample = coef.shape[0] > 1 if t is None else t.numel() > 1
+    tiles = -(-n // CHUNK)
+    parts = loss if tiles == 1 else torch.empty(batch, tiles, dtype=torch.float32, device=loss.device)
+    args = (
+        model_out.contiguous(), None if x0 is None else x0.contiguous(), coef.contiguous(),
+        None if t is None else t.contiguous(), seeds.contiguous(), index.contiguous(), parts, grad, n,
+        _dispatch.FIRST, coef.shape[0], int(per_sample), row, stream, tiles, 1.0 / n, delta,
+    )  # fmt: skip
+    module = _dispatch.kernels("denoising_loss")
+    _dispatch.launch(module.denoising_loss_kernel, args, n, batch, tile=loss_tile(n), KIND=kind)
+    if tiles > 1:
+        one = {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
+        _dispatch.launch(module.sum_kernel, (parts, loss, tiles, _dispatch.FIRST), 1, batch, tile=one)
+
+
+def loss_tile(n: int) -> dict[str, int]:
+    """BLOCK = CHUNK elements a program in PARTS pieces; a function of the sample's size alone, as are the sums then."""
+    if n <= 512:
+        return {"BLOCK": 512, "PARTS": 4, "num_warps": 1}
+    return {"BLOCK": CHUNK, "PARTS": CHUNK // 1024, "num_warps": 4}
+
+
+_dispatch.register(
+    "denoising_loss(Tensor model_out, Tensor? x0, Tensor coef, Tensor? t, Tensor seeds, Tensor index, int row, "
+    "int stream, int kind, float delta, Tensor(a!) loss, Tensor(b!) grad) -> ()",
+    _launch,
+)

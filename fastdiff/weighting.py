@@ -1,0 +1,75 @@
+"""Loss weights: defined on the squared error of x0, converted to the training target without dividing 0 by 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.schedules import Schedule
+
+__all__ = ["WEIGHTINGS", "WeightOptions", "target_weight"]
+
+
+class WeightOptions(NamedTuple):
+    """gamma: of min_snr. p2_k, p2_gamma: of p2. sigma_data: std of the data, of edm."""
+
+    gamma: float = 5.0
+    p2_k: float = 1.0
+    p2_gamma: float = 1.0
+    sigma_data: float = 0.5
+
+
+class _Level(NamedTuple):
+    """A noise level in units z of the target: signal = alpha^2 / z, noise = sigma^2 / z, rate = g^2 / sigma^2."""
+
+    signal: Tensor
+    noise: Tensor
+    rate: Callable[[], Tensor]
+
+
+def _p2(level: _Level, o: WeightOptions) -> Tensor:
+    return level.signal ** (1 - o.p2_gamma) / (o.p2_k / level.signal + 1 / level.noise) ** o.p2_gamma
+
+
+# each returns w sigma^2 / z for the weight w of the x0 loss: homogeneous, so z may be any scale
+WEIGHTINGS: dict[str, Callable[[_Level, WeightOptions], Tensor]] = {
+    "snr": lambda v, o: v.signal,
+    "min_snr": lambda v, o: torch.minimum(v.signal, o.gamma * v.noise),
+    "truncated_snr": lambda v, o: torch.maximum(v.signal, v.noise),
+    "edm": lambda v, o: v.signal + v.noise / o.sigma_data**2,
+    "sigma2": lambda v, o: v.signal,
+    "likelihood": lambda v, o: v.signal * v.rate(),
+    "p2": _p2,
+}
+
+
+def target_weight(
+    name: str | None, target: str, schedule: Schedule, t: Tensor, options: WeightOptions = WeightOptions()
+) -> Tensor:
+    """The weight of a target's squared error at times t, [B] float64.
+
+        w_target = w (dx0 / dtarget)^2:   eps: w / SNR;   x0: w;   v: w / (SNR + 1);
+        score: w sigma^2 / SNR;   flow: w / (1 + sqrt(SNR))^2,   SNR = alpha^2 / sigma^2
+
+    Args:    name: None (1, on the target itself) or one of WEIGHTINGS.   target: eps, x0, v, score or flow.
+    """
+    a, s = schedule.alpha(t), schedule.sigma(t)
+    if name is None:
+        return torch.ones_like(a)
+    a2, s2 = a * a, s * s
+
+    def rate() -> Tensor:
+        return schedule.diffusion2(t) / s2
+
+    if target in ("eps", "score"):
+        level = _Level(torch.ones_like(a2), s2 / a2, rate)
+    elif target == "x0":
+        level = _Level(a2 / s2, torch.ones_like(s2), rate)
+    else:
+        z = a2 + s2 if target == "v" else (a + s) ** 2
+        level = _Level(a2 / z, s2 / z, rate)
+    weight = WEIGHTINGS[name](level, options)
+    return s2 * weight if target == "score" else weight
