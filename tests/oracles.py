@@ -33,6 +33,8 @@ def marginals(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 def gaussian_denoiser(plan: Plan, k: int, mean: float, std: float) -> tuple[float, float]:
     """E[x0 | x_k] = u x + v for data N(mean, std^2): the ideal model, as coefficients."""
     a, s = plan.alpha[k], plan.sigma[k]
+    if a == s == 0:  # a Bayesian flow's start: the state is 0 and says nothing
+        return 0.0, mean
     u = a * std * std / (a * a * std * std + s * s)
     return u, mean * (1 - u * a)
 
