@@ -94,7 +94,7 @@ def test_the_stated_stds() -> None:
 
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
 def test_weak_order_one_in_the_variance(prediction: str) -> None:
-    """To Var E[x | mu(1)]: the last call knows x to the precision 1/sigma_1^2 - 1, so a little less than the prior's."""
+    """To Var E[x | mu(1)], a little less than the prior's: the last call knows x to 1/sigma_1^2 - 1."""
     steps, limit = [100, 200, 400, 800], 0.09**2 / (0.09 + 1 / (C.sigma_1**-2 - 1))
     plans = [solvers.bfn_continuous(C, n, prediction=prediction) for n in steps]
     assert slope(steps, [abs(end_moments(p, 0.0, 0.3)[1] - limit) for p in plans]) == pytest.approx(1, abs=0.05)
