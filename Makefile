@@ -36,6 +36,8 @@ $(READY)-torch:
 $(READY)-%: | $(READY)-torch
 	@echo "==> installing fastdiff[$*] into $(VENV)"
 	@$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@# a sampler library to compare with; what its training scripts require is left out
+	@case '$*' in *test*|*bench*) $(BIN)/python -m pip install --no-deps -c constraints.txt k-diffusion;; esac
 	@touch $@
 
 demo: $(READY)-demo

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
-import pathlib
-import sys
 import types
 from typing import Any
 
@@ -22,6 +19,7 @@ from fastdiff.reference import reference_sample
 
 pytest.importorskip("diffusers")
 from tests.test_parity import BETAS, PREDICTIONS, SHAPE, Case, lifted, model, stock  # noqa: E402
+from tests.test_stochastic_kd import k_diffusion  # noqa: E402
 
 # stock's own use of NumPy, and its farewell to "dpmsolver"
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
@@ -231,29 +229,6 @@ def test_ipndm_equals_diffusers() -> None:
     assert far(got, x) <= 1e-12
 
 
-@pytest.fixture(scope="module")
-def sampling() -> types.ModuleType:
-    """k-diffusion's sampling module alone: the package imports much that its samplers do not need."""
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None or spec.origin is None:
-        pytest.skip("k-diffusion is not installed")
-    folder = pathlib.Path(spec.origin).parent
-    package, utils = types.ModuleType("k_diffusion_alone"), types.ModuleType("k_diffusion_alone.utils")
-    package.__path__ = [str(folder)]
-    package.utils = utils  # type: ignore[attr-defined]
-    utils.append_dims = lambda x, ndim: x[(...,) + (None,) * (ndim - x.ndim)]  # type: ignore[attr-defined]
-    unused = {name: types.ModuleType(name) for name in ("torchdiffeq", "torchsde")}
-    unused["torchdiffeq"].odeint = None  # type: ignore[attr-defined]
-    alone = {"k_diffusion_alone": package, "k_diffusion_alone.utils": utils}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in (unused | alone).items():
-            patch.setitem(sys.modules, name, module)
-        try:
-            return importlib.import_module("k_diffusion_alone.sampling")
-        except ImportError as error:
-            pytest.skip(f"k-diffusion does not import: {error}")
-
-
 K_CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "dpm2": ("sample_dpm_2", "dpm2", {}, {}),
     "dpm2_ancestral": ("sample_dpm_2_ancestral", "dpm2_ancestral", {"eta": 0.8, "s_noise": 1.1}, {"eta": 0.8}),
@@ -271,7 +246,8 @@ K_CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", K_CASES)
-def test_equals_k_diffusion(name: str, sampling: types.ModuleType) -> None:
+def test_equals_k_diffusion(name: str) -> None:
+    sampling = k_diffusion()
     theirs, ours, config, native = K_CASES[name]
     if "s_noise" in config:
         native = {**native, "s_noise": config["s_noise"]}

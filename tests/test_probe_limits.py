@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
-import pathlib
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -29,6 +24,7 @@ from tests.probe_cases import (
     shipped,
     tuple_sampler,
 )
+from tests.test_stochastic_kd import k_diffusion
 
 
 class Poor(Table):
@@ -163,28 +159,6 @@ def test_cache_and_errors():
             fd.probe(*args, **kwargs)
 
 
-@pytest.fixture(scope="module")
-def k_diffusion():
-    """The sampling module of k-diffusion alone; what it imports besides and does not need here is left out."""
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None or spec.origin is None:
-        pytest.skip("k-diffusion is not installed")
-    root = pathlib.Path(spec.origin).parent
-    package, utils = types.ModuleType("kd_alone"), types.ModuleType("kd_alone.utils")
-    package.__path__, package.utils = [str(root)], utils
-    utils.append_dims = lambda x, ndim: x[(...,) + (None,) * (ndim - x.ndim)]
-    sys.modules.update({"kd_alone": package, "kd_alone.utils": utils})
-    for name in ("torchdiffeq", "torchsde"):
-        if importlib.util.find_spec(name) is None:
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].odeint = None
-    spec = importlib.util.spec_from_file_location("kd_alone.sampling", root / "sampling.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kd_alone.sampling"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 CHURN = {"s_churn": 4.0, "s_noise": 1.01}
 
 
@@ -198,9 +172,10 @@ CHURN = {"s_churn": 4.0, "s_noise": 1.01}
         ("dpmpp_3m_sde", {}, 3), ("dpm_fast", {}, 2), ("dpm_adaptive", {}, None),
     ],
 )  # fmt: skip
-def test_k_diffusion(k_diffusion, monkeypatch, name, options, slots):
-    sampler = getattr(k_diffusion, f"sample_{name}")
-    sigmas = k_diffusion.get_sigmas_karras(10, 0.03, 14.6).double()
+def test_k_diffusion(monkeypatch, name, options, slots):
+    sampling = k_diffusion()
+    sampler = getattr(sampling, f"sample_{name}")
+    sigmas = sampling.get_sigmas_karras(10, 0.03, 14.6).double()
     if name in ("dpm_fast", "dpm_adaptive"):
         original, count = sampler, (9,) if name == "dpm_fast" else ()
 

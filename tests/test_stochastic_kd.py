@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import sys
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,31 +16,16 @@ import fastdiff as fd
 from fastdiff import Plan, solvers
 from fastdiff import schedules as S
 from fastdiff.reference import reference_sample
+from fastdiff_bench.peers import k_diffusion_sampling
 from tests.test_stochastic import CHAIN, SHAPE, both, far, pool_of
 
 
-@functools.cache
 def k_diffusion() -> types.ModuleType:
     """k-diffusion's sampling module alone: the package's other requirements are not needed here."""
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None or spec.origin is None:
+    sampling = k_diffusion_sampling()
+    if sampling is None:
         pytest.skip("k-diffusion is not installed")
-    root = Path(spec.origin).parent
-    package, utils = types.ModuleType("kd_only"), types.ModuleType("kd_only.utils")
-    package.__path__, package.utils = [str(root)], utils
-    utils.append_dims = lambda x, ndim: x[(...,) + (None,) * (ndim - x.ndim)]
-    absent = [name for name in ("torchsde", "torchdiffeq") if importlib.util.find_spec(name) is None]
-    for name in absent:  # imported there, not used by the samplers compared
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].odeint = None
-    sys.modules.update({"kd_only": package, "kd_only.utils": utils})
-    at = importlib.util.spec_from_file_location("kd_only.sampling", root / "sampling.py")
-    module = importlib.util.module_from_spec(at)
-    sys.modules["kd_only.sampling"] = module
-    at.loader.exec_module(module)
-    for name in absent:
-        del sys.modules[name]
-    return module
+    return sampling
 
 
 def net(x: Tensor, t: Any) -> Tensor:
