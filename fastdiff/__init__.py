@@ -2,6 +2,7 @@
 
 from fastdiff import correctors, ops, rng, schedules, solvers, training
 from fastdiff.correctors import predictor_corrector
+from fastdiff.integrations.diffusers import accelerate, restore
 from fastdiff.likelihood import drift, log_likelihood
 from fastdiff.plan import Plan
 from fastdiff.probe import probe
@@ -11,12 +12,14 @@ __all__ = [
     "Plan",
     "Sampler",
     "Trajectory",
+    "accelerate",
     "correctors",
     "drift",
     "log_likelihood",
     "ops",
     "predictor_corrector",
     "probe",
+    "restore",
     "rng",
     "sample",
     "schedules",

@@ -1,0 +1,254 @@
+"""A diffusers scheduler read back: its plan from a given call on, and how it speaks (dtypes, draws, outputs)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from fastdiff.integrations.rows import HostRow, Terms, rows_of
+from fastdiff.plan import Plan
+from fastdiff.probe import probe
+
+__all__ = ["Dialect", "Reading", "Setup", "dialect_of", "read", "refusal"]
+
+NORMALS = ("randn", "randn_like", "normal_", "normal")
+EXACT = 1e-9
+ONE_MORE_TIME = ("DDPMWuerstchenScheduler",)  # the last timestep is where the loop ends
+
+
+class Setup(NamedTuple):
+    """How a stock scheduler comes to where the loop begins.
+
+    stock: the class. live: the scheduler. set_timesteps: its arguments, None where it was never called. begin: the
+    number of the first call in `timesteps`. indexed: was that told by set_begin_index? own: use a copy of the live
+    scheduler itself, because it is not what its configuration makes.
+    """
+
+    stock: type
+    live: Any
+    set_timesteps: tuple[tuple[Any, ...], Mapping[str, Any]] | None
+    begin: int
+    indexed: bool
+    own: bool
+
+    def make(self) -> Any:
+        """A stock scheduler before its first step."""
+        if self.own:
+            new = self.stock.__new__(self.stock)
+            new.__dict__.update({k: _lifted(v) for k, v in vars(self.live).items() if k != "_fastdiff"})
+        else:
+            new = self.stock.from_config(self.live.config)  # type: ignore[attr-defined]
+            if self.set_timesteps is not None:
+                args, kwargs = self.set_timesteps
+                new.set_timesteps(*args, **kwargs)
+        if self.indexed:
+            new.set_begin_index(self.begin)
+        return new
+
+    @property
+    def calls(self) -> int:
+        """How often a whole loop calls step."""
+        return len(self.live.timesteps) - (self.stock.__name__ in ONE_MORE_TIME)
+
+
+def _lifted(v: Any) -> Any:
+    """A copy on the host, floating point tensors in float64: a table of the scheduler's own."""
+    if isinstance(v, Tensor):
+        v = v.detach().cpu()
+        return v.double() if v.is_floating_point() else v.clone()
+    return copy.deepcopy(v)
+
+
+class Reading(NamedTuple):
+    """A plan and what goes with every row of it.
+
+    rows: for History. draws: normal tensors stock draws. second: terms of the second result, None where it has none or
+    it is not a combination of x, m, p and n. after: stock's step_index after the step. c_in: [N] scale of the input.
+    times: [N] what stock's timesteps are, float. threshold: (quantile, maximum) or None.
+    """
+
+    plan: Plan
+    rows: list[HostRow]
+    draws: list[int]
+    second: list[Terms] | None
+    after: list[int | None]
+    c_in: list[float]
+    times: list[float]
+    threshold: tuple[float, float] | None
+
+    @property
+    def memoryless(self) -> bool:
+        """Does every row read its x alone, so that any of them can be the first?"""
+        return self.plan.slots == 1
+
+
+class _Watched:
+    """What fd.probe sees of a scheduler: the loop as a pipeline runs it from `begin` on, each step noted."""
+
+    def __init__(self, setup: Setup, options: Mapping[str, Any], prepared: dict[str, Any] | None = None) -> None:
+        self.setup, self.options, self.change = setup, dict(options), prepared or {}
+        self.draws: list[int] = []
+        self.second: list[Terms | None] = []
+        self.after: list[int | None] = []
+        tables = (v for v in vars(setup.live).values() if isinstance(v, (Tensor, np.ndarray)) and v.ndim)
+        self.__dict__.update({f"_table{i}": np.zeros(v.shape[-1]) for i, v in enumerate(tables)})
+
+    def __deepcopy__(self, memo: Any) -> _Watched:
+        return self  # one run, one object
+
+    def set_timesteps(self, rows: int) -> None:
+        s = self.inner = self.setup.make()
+        if self.change:
+            s.register_to_config(**self.change)
+        self.draws, self.second, self.after = [], [], []
+        self.config = dict(s.config)
+        self.timesteps = s.timesteps[self.setup.begin : self.setup.begin + rows]
+        self.init_noise_sigma = float(getattr(s, "init_noise_sigma", 1.0))
+        if hasattr(s, "scale_model_input"):
+            self.scale_model_input = s.scale_model_input
+        before = copy.copy(s)
+        before.__dict__.update(_begin_index=None, _step_index=None)
+        for name in ("add_noise", "scale_noise"):
+            if hasattr(s, name):
+                setattr(self, name, functools.partial(_fresh_call, before, name))
+
+    def step(self, m: Tensor, t: Tensor, x: Tensor) -> Any:
+        recorder: Any = getattr(_get_current_dispatch_mode(), "recorder", None)
+        first = len(recorder.kinds) - 1  # the model's output is the newest input
+        if self.setup.stock.__name__ in ONE_MORE_TIME:
+            t = t.reshape(1)
+        out = self.inner.step(m, t, x, **self.options)
+        kinds = recorder.kinds
+        self.draws.append(kinds[first:].count("n"))
+        self.after.append(getattr(self.inner, "_step_index", None))
+        v = _second_of(out)
+        self.second.append(None if v is None else self._terms(recorder, x, v, first))
+        return out
+
+    def _terms(self, recorder: Any, x: Tensor, v: Tensor, m: int) -> Terms | None:
+        """v as c (x, m, p, n) of this step, or None."""
+        if v.numel() != recorder.width:
+            return None
+        kinds, width = recorder.kinds, len(recorder.kinds)
+        target, state = (recorder.row(y, "a result")[:width].copy() for y in (v, x))
+        size = np.abs(target).max()
+        own = next((i for i in range(m - 1, -1, -1) if kinds[i] in "ex"), 0)  # x's own column: the edit before the step
+        terms = []
+        c = target[own] / state[own]
+        if c:
+            terms.append((0, float(c)))
+            target -= c * state
+        for i in range(m, width):
+            if kinds[i] in "mpn" and target[i]:
+                at = {"m": 1, "p": 2, "n": 3}[kinds[i]]
+                if any(at == other for other, _ in terms):
+                    return None
+                terms.append((at, float(target[i])))
+                target[i] = 0.0
+        return tuple(terms) if terms and np.abs(target).max() <= EXACT * size else None
+
+
+def _fresh_call(target: Any, name: str, *args: Any) -> Any:
+    return getattr(copy.copy(target), name)(*args)
+
+
+def _second_of(out: Any) -> Tensor | None:
+    fields = [f.name for f in dataclasses.fields(out)] if dataclasses.is_dataclass(out) else []
+    v = getattr(out, fields[1], None) if len(fields) > 1 else None
+    return v if isinstance(v, Tensor) else None
+
+
+def read(setup: Setup, options: Mapping[str, Any]) -> Reading:
+    """The plan of a scheduler from its call number `setup.begin` on.
+
+    Raises: ValueError: it is not a plan; the message says why (see fd.probe).
+    """
+    watched = _Watched(setup, options)
+    threshold = None
+    config = getattr(setup.live, "config", {})
+    if config.get("thresholding") and float(config.get("sample_max_value", 1.0)) > 1:
+        # the clamp in the place of the quantile cuts x0 out of the step; the bound is then each sample's own
+        threshold = float(config["dynamic_thresholding_ratio"]), float(config["sample_max_value"])
+        watched.change = {"sample_max_value": 1.0}
+    watched.__class__ = type("_Watched", (_Watched,), {"__module__": setup.stock.__module__})  # whose globals to lift
+    plan = probe(watched, steps=setup.calls - setup.begin, edits=True, name=setup.stock.__name__)
+    used = [k for k in range(plan.nfe) if plan.s[k].any()]
+    last = used[-1] if used else -1
+    draws = [int(plan.draws[k]) if k <= last else watched.draws[k] for k in range(plan.nfe)]
+    second = None if any(t is None for t in watched.second) else watched.second
+    return Reading(
+        plan, rows_of(plan), draws, second, watched.after,  # type: ignore[arg-type]
+        plan.c_in.tolist(), plan.times.astype(np.float64).tolist(), threshold,
+    )  # fmt: skip
+
+
+class Dialect(NamedTuple):
+    """How a class answers tensors of two dtypes: what it returns, and the dtype it draws noise in.
+
+    output: the class of its outputs. pair: does return_dict=False give two entries?
+    """
+
+    result: torch.dtype
+    second: torch.dtype
+    noise: torch.dtype
+    output: type
+    pair: bool
+
+
+class _Draws(TorchDispatchMode):
+    """Notes the dtype of every normal draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in NORMALS:
+            self.seen.append(out.dtype)
+        return out
+
+
+def dialect_of(setup: Setup, options: Mapping[str, Any], x: Tensor, m: Tensor) -> Dialect:
+    """What one stock step says on a tiny sample of these dtypes; torch's random state stays as it was."""
+    shape = (1, *x.shape[1:2], *(1 for _ in x.shape[2:]))
+    answers = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _Draws() as draws:
+        for return_dict in (True, False):
+            s = setup.make()
+            t = s.timesteps[setup.begin]
+            if setup.stock.__name__ in ONE_MORE_TIME:
+                t = t.reshape(1)
+            small, out = (torch.full(shape, 0.5, dtype=v.dtype) for v in (x, m))
+            if hasattr(s, "scale_model_input"):
+                s.scale_model_input(small, t)
+            answers.append(s.step(out, t, small, **options, return_dict=return_dict))
+    full, plain = answers
+    second = _second_of(full)
+    y = plain[0]
+    noise = draws.seen[0] if draws.seen else m.dtype
+    return Dialect(y.dtype, y.dtype if second is None else second.dtype, noise, type(full), len(plain) > 1)
+
+
+def refusal(stock: type) -> str | None:
+    """Why a class cannot be accelerated whatever its configuration, or None."""
+    step = getattr(stock, "step", None)
+    if step is None or not hasattr(stock, "set_timesteps"):
+        return "it has no step and set_timesteps"
+    parameters = list(inspect.signature(step).parameters.values())[1:]
+    names = [p.name for p in parameters[:3]]
+    if names != ["model_output", "timestep", "sample"]:
+        return f"its step takes {', '.join(names)}, not model_output, timestep, sample"
+    needed = [p.name for p in parameters[3:] if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD,)]
+    if needed:
+        return f"its step also needs {', '.join(needed)}"
+    return None
