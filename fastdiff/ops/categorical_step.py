@@ -115,7 +115,8 @@ def categorical_step_ref(
     else:
         lost = v.isnan().any(-1, keepdim=True)
         k = torch.where(lost[..., 0], 0, v.argmax(-1))
-        p = torch.softmax(m, -1) if readout == "mean" else torch.nn.functional.one_hot(k, sample[-1]).to(dtype)
+        named = k[..., None] == torch.arange(sample[-1], device=k.device)  # one_hot, which would look at the values
+        p = torch.softmax(m, -1) if readout == "mean" else named.to(dtype)
     p = torch.where(lost, torch.nan, p)
     plain = table.to(dtype).clone()  # p as the model's output, taken as x0
     plain[:, :4] = torch.tensor([0.0, 1.0, -torch.inf, torch.inf], dtype=dtype, device=table.device)
