@@ -100,7 +100,7 @@ class Plan:
                 raise ValueError(f"plan {self.name!r}: {name} must have shape {shape}, got {value.shape}")
 
     def _check_values(self) -> None:
-        finite = ("times", "c_in", "c_skip", "c_out", "A", "b", "d", "s", "init_scale", "init_noise", "end", "guidance")
+        finite = ("times", "c_in", "c_skip", "c_out", "A", "b", "d", "s", "init_scale", "init_noise", "guidance")
         for name in finite:
             value = getattr(self, name)
             if value is not None and not np.all(np.isfinite(value)):

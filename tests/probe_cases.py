@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,6 +166,16 @@ def _cases() -> dict[str, Case]:
     config = {"algorithm_type": "sde-dpmsolver++", "sigma_schedule": "exponential"}
     add("edm-sde-2m", "edm_dpmsolver_multistep", "EDMDPMSolverMultistepScheduler", config, 2)
     add("edm-dpmpp-3m", "edm_dpmsolver_multistep", "EDMDPMSolverMultistepScheduler", {"solver_order": 3}, 3)
+    add("sde", "dpmsolver_sde", "DPMSolverSDEScheduler", SD, 2)
+    add("sde-v-karras", "dpmsolver_sde", "DPMSolverSDEScheduler", {**SD, **V, "use_karras_sigmas": True}, 2)
+    add("cosine-dpm", "cosine_dpmsolver_multistep", "CosineDPMSolverMultistepScheduler", {}, 2)
+    add("cosine-dpm-eps", "cosine_dpmsolver_multistep", "CosineDPMSolverMultistepScheduler",
+        {"solver_order": 1, "prediction_type": "epsilon"}, 1)  # fmt: skip
+    add("wuerstchen", "ddpm_wuerstchen", "DDPMWuerstchenScheduler", {}, 1)
+    add("wuerstchen-scaled", "ddpm_wuerstchen", "DDPMWuerstchenScheduler", {"scaler": 2.0, "s": 0.01}, 1)
+    add("scm", "scm", "SCMScheduler", {}, 1, {}, {"intermediate_timesteps": None})
+    add("unclip", "unclip", "UnCLIPScheduler", {}, 1)
+    add("flow-map", "flow_map_euler_discrete", "FlowMapEulerDiscreteScheduler", {}, 1)
     add("consistency", "consistency_models", "CMStochasticIterativeScheduler", {"clip_denoised": False}, 1)
     add("consistency-clip", "consistency_models", "CMStochasticIterativeScheduler", {}, 1)
     return cases
@@ -193,6 +204,23 @@ def run(plan, x_T, pool, edit=None):
 
 def far(got, want):
     return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+def increments(draw):
+    """A noise sampler over one Brownian path: of two draws that begin together the second contains the first."""
+    last = []
+
+    def noise(start, end):
+        start, length = float(start), abs(float(start) - float(end))
+        if last and last[0] == start:
+            _, first, n = last
+            share = first / length
+            last.clear()
+            return math.sqrt(share) * n + math.sqrt(1 - share) * draw()
+        last[:] = start, length, draw()
+        return last[2]
+
+    return noise
 
 
 def response(plan):

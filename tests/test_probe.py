@@ -21,6 +21,7 @@ from tests.probe_cases import (
     TOLERANCE,
     Table,
     far,
+    increments,
     model,
     normals,
     response,
@@ -100,6 +101,7 @@ def lifted(name):
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     source = pathlib.Path(diffusers.__file__).parent / "schedulers" / f"scheduling_{name}.py"
     text = source.read_text().replace("torch.float32", "torch.float64").replace("np.float32", "np.float64")
+    text = text.replace(".float()", ".double()")
     module = types.ModuleType(f"diffusers.schedulers.probed_{name}")
     module.__package__, module.__file__ = "diffusers.schedulers", str(source)
     sys.modules[module.__name__] = module
@@ -110,13 +112,17 @@ def lifted(name):
 def stock(case, steps, x, pool, edit=lambda k, x: x):
     """The scheduler's own loop in float64: the result and how many normals it drew."""
     module, drawn = lifted(case.module), []
-    module.randn_tensor = lambda *args, **kwargs: drawn.append(0) or pool[len(drawn) - 1]
+    module.randn_tensor = draw = lambda *args, **kwargs: drawn.append(0) or pool[len(drawn) - 1]
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         s = getattr(module, case.scheduler)(**case.config)
         s.set_timesteps(*(() if steps is None else (steps,)), **case.setup)
-        for k, t in enumerate(s.timesteps):
+        if hasattr(s, "noise_sampler"):
+            s.noise_sampler = increments(draw)
+        ends = case.module in ("ddpm_wuerstchen", "scm")  # the last time is where the last step arrives
+        for k, t in enumerate(s.timesteps[: -1 if ends else None]):
+            t = t[None] if case.module == "ddpm_wuerstchen" else t
             seen = s.scale_model_input(x, t) if hasattr(s, "scale_model_input") else x
             x = edit(k, s.step(model(seen, t), t, x, **case.step, return_dict=False)[0])
     finally:

@@ -6,7 +6,6 @@ each state holds. 1e-9 of a state's largest coefficient.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import fastdiff as fd
 from fastdiff import schedules as S
 from fastdiff import solvers
 from tests import test_parity, test_parity_multistep, test_stochastic
-from tests.probe_cases import TOLERANCE, response, shipped
+from tests.probe_cases import TOLERANCE, increments, response, shipped
 from tests.test_parity import BETAS, PREDICTIONS, Case
 from tests.test_parity_multistep import SINGLE, linspace
 from tests.test_stochastic_kd import k_diffusion
@@ -69,17 +68,9 @@ def shared_path(sampler: Any) -> Any:
     """dpmpp_sde with what a Brownian tree gives it: the second increment of a step contains the first."""
 
     def sample(model: Any, x: torch.Tensor, sigmas: torch.Tensor, noise_sampler: Any = None, **options: Any) -> Any:
-        part: list[tuple[float, torch.Tensor]] = []
-
-        def increment(start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-            length = float(start - end)
-            if not part:
-                part.append((length, noise_sampler(start, end)))
-                return part[0][1]
-            first, n = part.pop()
-            return math.sqrt(first / length) * n + math.sqrt(1 - first / length) * noise_sampler(start, end)
-
-        return sampler(model, x, sigmas, noise_sampler=increment, **options)
+        times = iter(range(2 * len(sigmas)))
+        draw = increments(lambda: noise_sampler(next(times), 0))
+        return sampler(model, x, sigmas, noise_sampler=draw, **options)
 
     return sample
 

@@ -32,7 +32,7 @@ def probe(
     sigmas: Any = None,
     step_options: Mapping[str, Any] | None = None,
     edits: bool = False,
-    brownian: bool = False,
+    brownian: bool | None = None,
     name: str | None = None,
     **options: Any,
 ) -> Plan:
@@ -49,11 +49,13 @@ def probe(
         edits: also follow what happens when x is changed between steps (a hook, an inpainting mask): some solvers
             remember their own x, which costs the plan slots. Schedulers only.
         brownian: a noise sampler's draws on overlapping intervals (t0, t1) are correlated as those of one Brownian
-            motion. False: each draw is an independent normal, exactly as it is handed out.
+            motion. False: each draw is an independent normal, exactly as it is handed out. By default True for a
+            scheduler that owns a noise sampler (a Brownian tree over its sigmas), False for a function.
         name: the plan's name for people; the class or function name by default.
     Returns: Plan, in the state the black box carries (x / alpha where it carries that; c_in is what scales it for the
         model), with the fewest slots that repeat it. draws[k] counts its normal draws in row k, those without effect
-        too, so that the same noise gives the same sample. alpha and sigma are NaN where the scheduler cannot tell.
+        too, so that the same noise gives the same sample. alpha, sigma and end are NaN where the scheduler cannot
+        tell.
     Raises: ValueError: what it does is not linear (dynamic thresholding, step sizes from norms, adaptive steps,
         branches on values, another noise than normal), or it needs more than a plan has; the message says what was
         seen. TypeError: neither a scheduler nor a function.
@@ -77,6 +79,8 @@ def probe(
             raise ValueError("probe of a sampler function needs sigmas=[...]")
         if steps is not None or step_options or edits:
             raise ValueError("steps, step_options and edits are for schedulers; a sampler function takes sigmas")
+    if brownian is None:
+        brownian = scheduler and hasattr(target, "noise_sampler")
     if sigmas is not None:
         sigmas = np.asarray(sigmas.detach().cpu() if isinstance(sigmas, Tensor) else sigmas, np.float64)
         if sigmas.ndim != 1 or len(sigmas) < 1 + (not scheduler) or not np.all(np.isfinite(sigmas)):
@@ -123,18 +127,28 @@ def _key(target: Any, scheduler: bool, *arguments: Any) -> Any:
     return key
 
 
-def _fresh(target: Any) -> Any:
-    config = getattr(target, "config", None)
-    if config is not None and hasattr(type(target), "from_config"):
-        return type(target).from_config(config)
-    return copy.deepcopy(target)
+def _fresh(target: Any, steps: int | None) -> Any:
+    """A new scheduler of the same configuration, made inside the lifted world; a deep copy where there is no config."""
+    cls, config = type(target), getattr(target, "config", None)
+    if config is None or not hasattr(cls, "from_config"):
+        return copy.deepcopy(target)
+    if steps is None:
+        return cls.from_config(config)
+
+    def set_timesteps(self: Any, num_inference_steps: int, *args: Any, **kwargs: Any) -> Any:
+        # constructors that prepare every training step take longer than the probe; those steps are set anew anyway
+        return cls.set_timesteps(self, min(num_inference_steps, steps), *args, **kwargs)
+
+    made = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps}).from_config(config)
+    made.__class__ = cls
+    return made
 
 
 def _guarded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls foreign code; what it raises becomes the reason of a refusal."""
     try:
         return call(*args, **kwargs)
-    except (Refused, Overflow):
+    except (Refused, Overflow, IndexError):
         raise
     except Exception as error:
         raise Refused(f"it failed with {type(error).__name__}: {error}") from error
@@ -161,17 +175,24 @@ def _scheduler(
         options = {**options, "sigmas": sigmas.tolist()}
 
     def body(recorder: Recorder) -> None:
-        s = _guarded(_fresh, target)
+        s = _guarded(_fresh, target, steps)
+        _guarded(s.set_timesteps, *(() if steps is None else (steps,)), **options)
         if hasattr(s, "noise_sampler"):
             s.noise_sampler = recorder.draw
-        _guarded(s.set_timesteps, *(() if steps is None else (steps,)), **options)
         made[:] = [copy.copy(s)]  # as it is before the first step
         timesteps = list(s.timesteps)
         x = recorder.source("x")
         for k, t in enumerate(timesteps):
             recorder.state.append(recorder.row(x, "the state"))
             seen = _guarded(s.scale_model_input, x, t) if hasattr(s, "scale_model_input") else x
-            out = _guarded(s.step, recorder.model(seen.clone(), t), t, x, **step_options)
+            m = recorder.model(seen.clone(), t)
+            try:
+                out = _step(s, m, t, x, step_options)
+            except IndexError as error:
+                if k == 0 or k + 1 < len(timesteps):
+                    raise Refused(f"it failed with IndexError: {error}") from error
+                recorder.forget()  # a last time that is where it arrives, not a step
+                return
             x = _result(out)
             predicted = getattr(out, "pred_original_sample", None)
             if predicted is not None:
@@ -191,6 +212,16 @@ def _scheduler(
     return _plan(seen, named, alpha, sigma, init_scale, integer, brownian, label)
 
 
+def _step(s: Any, m: Tensor, t: Any, x: Tensor, options: dict[str, Any]) -> Any:
+    """One step; a time that must have a batch axis gets one."""
+    try:
+        return _guarded(s.step, m, t, x, **options)
+    except IndexError:
+        if not isinstance(t, Tensor) or t.ndim:
+            raise
+        return _guarded(s.step, m, t[None], x, **options)
+
+
 def _result(out: Any) -> Any:
     if hasattr(out, "prev_sample"):
         return out.prev_sample
@@ -200,8 +231,8 @@ def _result(out: Any) -> Any:
 def _levels(s: Any, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """alpha, sigma of the state at every row, from how the scheduler itself adds noise; NaN where it does not tell."""
     unknown = np.full(rows, math.nan), np.full(rows, math.nan)
-    x0, eps = (torch.tensor(v, dtype=torch.float64).expand(rows, 2).clone() for v in ([1.0, 0.0], [0.0, 1.0]))
-    times = torch.as_tensor(s.timesteps)
+    x0, eps = (torch.tensor(v, dtype=torch.float64).expand(rows, 1, 1, 2).clone() for v in ([1.0, 0.0], [0.0, 1.0]))
+    times = torch.as_tensor(s.timesteps)[:rows]
     try:
         if hasattr(s, "add_noise"):
             y = copy.copy(s).add_noise(x0, eps, times)
@@ -209,9 +240,9 @@ def _levels(s: Any, rows: int) -> tuple[np.ndarray, np.ndarray]:
             y = torch.cat([copy.copy(s).scale_noise(x0[:1], t[None], eps[:1]) for t in times])
     except Exception:  # foreign code that may have no such thing, or another signature
         return unknown
-    if not isinstance(y, Tensor) or y.shape != (rows, 2):
+    if not isinstance(y, Tensor) or y.shape != x0.shape:
         return unknown
-    levels = y.double().numpy()
+    levels = y.double().numpy().reshape(rows, 2)
     return (levels[:, 0].copy(), levels[:, 1].copy()) if np.all(np.isfinite(levels)) else unknown
 
 
@@ -256,6 +287,7 @@ def _plan(
         c_in[0] *= first
         seen = seen._replace(state=np.concatenate([seen.state[:1] / first, seen.state[1:]]))
     prediction = prediction_of(seen, None, alpha, sigma)
+    known = function or bool(np.isfinite(alpha).all() or np.isfinite(prediction.c_skip).all())
     if np.isnan(prediction.c_skip).any():
         name = "x0" if function else name_of(seen, named, alpha, sigma)
         prediction = prediction_of(seen, name, alpha, sigma)
@@ -274,11 +306,12 @@ def _plan(
     table = realise(seen, x0, np.append(np.where(np.isfinite(size), size, 1.0), 1.0))
     table, prediction = split(table, prediction, alpha, sigma)
     start = (alpha[0], sigma[0]) if np.isfinite(alpha[0] + sigma[0]) else (0.0, init_scale)
+    end = end_of(table, prediction, *start) if known else (math.nan, math.nan)
     times = np.array([int(t) for t in seen.times]) if integer else np.array([float(t) for t in seen.times])
     return Plan(
         label, times, times.astype(np.float64), alpha, sigma, c_in, prediction.c_skip, prediction.c_out,
         prediction.lo, prediction.hi, table.A, table.b, table.d, table.s, init_scale=init_scale,
-        init_noise=table.init_noise, end=end_of(table, prediction, *start), draws=table.draws,
+        init_noise=table.init_noise, end=end, draws=table.draws,
     )  # fmt: skip
 
 

@@ -123,6 +123,15 @@ class Recorder:
         self.times.append(value)
         return self.source("m")
 
+    def forget(self) -> None:
+        """Takes the last evaluation back: its output went nowhere; the state before it is the result."""
+        self.seen.pop()
+        self.predicted.pop()
+        self.times.pop()
+        self.kinds.pop()
+        self.rows.pop()
+        self.spans.pop()
+
     def carries(self, x: object) -> bool:
         """Does some axis of x hold the basis (einsum and friends move it)?"""
         return isinstance(x, Tensor) and self.width in x.shape
