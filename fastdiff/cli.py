@@ -175,6 +175,7 @@ def run_plan(args: argparse.Namespace) -> int:
         return 0
     columns = ("times", "t", "alpha", "sigma", "c_in", "c_skip", "c_out", "lo", "hi", "A", "b", "d", "s", "draws")
     content: dict[str, Any] = {"name": plan.name, "nfe": plan.nfe, "slots": plan.slots, "stochastic": plan.stochastic}
+    content |= {"readout": plan.readout, "classes": plan.classes, "last_readout": plan.last_readout}
     content |= {"init_scale": plan.init_scale, "init_noise": plan.init_noise, "end": plan.end}
     content |= {"bytes_per_element": plan.bytes_per_element().tolist(), "entry_rows": plan.entry_rows}
     _print_json(content | {name: _numbers(getattr(plan, name)) for name in columns})
@@ -244,7 +245,7 @@ def run_sample(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(summary)
     else:
-        print(f"{out}: {tuple(x.shape)} float32, {plan.name}, {plan.nfe} evaluations, {seconds:.2f} s")
+        print(f"{out}: {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, {plan.name}, {plan.nfe} evaluations, {seconds:.2f} s")
     return 0
 
 

@@ -81,8 +81,7 @@ class StepGraph:
         self.run = run
         self.row = torch.zeros(1, dtype=torch.int32, device=run.device)
         self.t = run.t[0].clone()
-        drawn_outside = not run.noise_in_kernel and bool(run.plan.draws.any())
-        self.noise = torch.zeros_like(run.x) if drawn_outside else None
+        self.noise = torch.zeros_like(run.x) if run.outside() else None
         run.own_conditions(True)
         self.graph = _capture(self._row, self.rewind, run.device)
 
@@ -99,6 +98,9 @@ class StepGraph:
 
     def advance(self, k: int) -> None:
         """Row k: one replay. Rows must come in order after rewind()."""
+        if not self.run.captured(k):
+            self.run.advance(k)
+            return
         if self.noise is not None:
             noise = self.run.noise.row(k)
             if noise is not None:

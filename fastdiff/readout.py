@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from fastdiff.plan import Plan
 
-__all__ = ["BINNED", "CATEGORICAL", "DECIDED", "READOUTS", "channels", "check_readout", "sentence"]
+__all__ = ["BINNED", "CATEGORICAL", "DECIDED", "READOUTS", "check_readout", "sentence"]
 
 DECIDED = ("sample", "argmax")  # readouts that name one class
 CATEGORICAL = (*DECIDED, "mean")
@@ -27,11 +27,6 @@ BINARY = {
     "argmax": "p = sign(m)",
     "mean": "p = 2 sigmoid(m) - 1",
 }
-
-
-def channels(classes: int) -> int:
-    """Numbers a state holds per token: K, or for K = 2 the one difference z_1 - z_0."""
-    return 1 if classes == 2 else classes
 
 
 def sentence(plan: Plan) -> str:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fastdiff import rng
 from fastdiff.noise import NoiseFunction
+from fastdiff.ops._categorical import channels
 from fastdiff.ops.guide import RULES
 from fastdiff.plan import Plan
+from fastdiff.readout import CATEGORICAL
 
 __all__ = ["CHECK_FINITE", "MODES", "Options", "Request", "resolve"]
 
@@ -67,6 +69,7 @@ class Request:
 
     options: Options
     shape: tuple[int, ...]
+    state: tuple[int, ...]  # of one slot: shape, and for classes the K (K = 2: one) logits of each
     device: torch.device
     dtype: torch.dtype
     out_dtype: torch.dtype
@@ -114,6 +117,29 @@ def _state(name: str, value: object, shape: tuple[int, ...], device: torch.devic
         raise ValueError(f"{name} must have the shape asked for, {shape}, got {tuple(value.shape)}")
     if value.device.type != device.type:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
+
+
+def _categorical(o: Options, plan: Plan, shape: tuple[int, ...], device: torch.device) -> None:
+    """What a plan of classes takes otherwise than a plan of numbers."""
+    if len(shape) < 2:
+        raise ValueError(f"shape must be (B, *D), the classes asked for, without an axis of K logits; got {shape}")
+    if o.out_dtype not in (None, torch.int64):
+        raise TypeError(f"plan {plan.name!r} gives classes, int64; got out_dtype={o.out_dtype}")
+    if o.guide != "cfg" or o.guide_options:
+        raise ValueError(f"plan {plan.name!r} is guided on its logits by guide='cfg' only, got {o.guide!r}")
+    if o.threshold is not None:
+        raise ValueError(f"plan {plan.name!r} predicts classes, which have no threshold; got {o.threshold!r}")
+    x = o.x_init
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+        raise TypeError(f"x_init must be classes, an int64 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.shape != shape:
+        raise ValueError(f"x_init must have the shape asked for, {shape}, got {tuple(x.shape)}")
+    if x.device.type != device.type:
+        raise ValueError(f"x_init must be on {device}, got {x.device}")
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < plan.classes:
+        raise ValueError(f"x_init must be in 0..{plan.classes - 1}, got {int(x.min())}..{int(x.max())}")
 
 
 def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
@@ -193,10 +219,10 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = o.dtype or (parameter.dtype if parameter is not None and parameter.dtype in MODEL_DTYPES else torch.float32)
-    out_dtype = o.out_dtype or torch.float32
+    out_dtype = o.out_dtype or (torch.int64 if plan.readout in CATEGORICAL else torch.float32)
     if dtype not in MODEL_DTYPES:
         raise TypeError(f"dtype, the model's input type, must be one of {MODEL_DTYPES}, got {dtype}")
-    if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
+    if plan.readout not in CATEGORICAL and not getattr(out_dtype, "is_floating_point", False):
         raise TypeError(f"out_dtype must be a floating point dtype, got {out_dtype}")
     if o.mode in ("step_graph", "loop_graph") and device.type not in GRAPH_DEVICES:
         raise ValueError(
@@ -214,8 +240,13 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
         raise TypeError(f"callback must be callable as callback(row, t, x, x0), got {type(o.callback).__name__}")
     if o.x_T is not None and o.x_init is not None:
         raise ValueError("give x_T (the state itself) or x_init (clean data to be noised), not both")
-    _state("x_T", o.x_T, size, device)
-    _state("x_init", o.x_init, size, device)
+    state = size
+    if plan.readout in CATEGORICAL:
+        state = (*size, channels(plan.classes))
+        _categorical(o, plan, size, device)
+    else:
+        _state("x_init", o.x_init, size, device)
+    _state("x_T", o.x_T, state, device)
     if o.x_init is not None and not np.isfinite(plan.alpha[0]):
         raise ValueError(f"plan {plan.name!r} does not record its alpha, so x_init cannot be noised; give x_T")
     for name in ("cond", "uncond"):
@@ -225,4 +256,4 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     seed = o.seed if o.seeds is None else None
     seeds, index = rng.keys(seed, o.seeds, first=o.first, batch=batch, device=device)
     weight = _guidance(o, plan, batch)
-    return Request(o, size, device, dtype, out_dtype, seeds, index, _generators(o, batch, device), weight)
+    return Request(o, size, state, device, dtype, out_dtype, seeds, index, _generators(o, batch, device), weight)

@@ -22,23 +22,28 @@ HOST_DEVICES = ("cpu",)  # where rows run as host-known numbers rather than by t
 class Run:
     """State slab, model input, times, weights and noise of one (plan, shape, device, dtype, guidance).
 
-    advance(k) evaluates the model at row k and updates the state in place; x is slot 0, [B, *] fp32.
+    advance(k) evaluates the model at row k and updates the state in place; x is slot 0, [B, *] fp32. Plans with another
+    readout than an affine map override the methods that say so (fastdiff.categorical).
     """
 
+    input_is_state = True  # may the model see slot 0 itself?
+    draws_on_host = True  # does the host draw a row's noise, where rows run on the host?
+
     def __init__(self, model: Callable[..., Any], plan: Plan, request: Request, *, compiled: bool) -> None:
-        self.model, self.plan, self.shape, self.device = model, plan, request.shape, request.device
-        batch, dims = request.shape[0], len(request.shape)
+        self.model, self.plan, self.shape, self.device = model, plan, request.state, request.device
+        batch = self.shape[0]
         o = request.options
         self.on_host = self.device.type in HOST_DEVICES
         self.guided = request.weight is not None
         self.owns_conditions = False
         self.doubled = self.guided and o.batched_guidance
-        self.slab = torch.empty(plan.allocate().physical, *self.shape, device=self.device)
+        self.slab = self._buffer((plan.allocate().physical, *self.shape), torch.float32)
         self.x = self.slab[0]
         copies = 2 if self.doubled else 1
-        self.aliased = copies == 1 and request.dtype == torch.float32 and bool((plan.c_in == 1).all())
+        same = self.input_is_state and request.dtype == torch.float32 and bool((plan.c_in == 1).all())
+        self.aliased = copies == 1 and same
         size = (copies * batch, *self.shape[1:])
-        self.model_in = self.x if self.aliased else torch.empty(size, device=self.device, dtype=request.dtype)
+        self.model_in = self.x if self.aliased else self._buffer(size, request.dtype)
         self.halves = [] if self.aliased else list(self.model_in.split(batch)) if batch else [self.model_in]
         self.c_in = plan.c_in.tolist()
         times = torch.from_numpy(plan.times.copy())
@@ -50,16 +55,31 @@ class Run:
         self.threshold = o.threshold
         self.conversion = [torch.from_numpy(c.astype("float32")).to(self.device) for c in (plan.c_skip, plan.c_out)]
         self.first: Tensor | None = None  # two-pass guidance keeps the conditional output here
-        self.x0 = torch.empty_like(self.x) if o.trajectory or o.callback is not None else None
+        self.x0 = self._watched(o.trajectory or o.callback is not None)
         self.cond: dict[str, Any] = {}
         self.uncond: dict[str, Any] = {}
         self.bad = torch.full((), plan.nfe, dtype=torch.int32, device=self.device) if o.check_finite != "off" else None
         self.noise = self._noise(request, compiled)
         self.weight = None if request.weight is None else request.weight.to(self.device, copy=True)
+        self.compiled: Callable[..., bool] | None = None
+        self.w_tensors: list[Tensor] = []
+        self._prepare(compiled)
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for the state or the model's input."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _watched(self, asked: bool) -> Tensor | None:
+        """The buffer of a row's prediction, where someone looks at it."""
+        return torch.empty_like(self.x) if asked else None
+
+    def _prepare(self, compiled: bool) -> None:
+        """What runs the rows."""
+        plan = self.plan
         if self.on_host:
             if self.weight is not None:
                 rows = self.weight.expand(plan.nfe, -1)
-                self.w_tensors = [w.view(-1, *[1] * (dims - 1)) for w in rows]
+                self.w_tensors = [w.view(-1, *[1] * (len(self.shape) - 1)) for w in rows]
             slots = list(self.slab.unbind(0))
             self.eager = EagerStep(plan, slots)
             self.compiled = CompiledStep(plan, slots, copies=self.halves) if compiled else None
@@ -68,7 +88,7 @@ class Run:
 
     def _noise(self, request: Request, compiled: bool) -> Noise:
         noise, plan = request.options.noise, self.plan
-        self.noise_in_kernel = not self.on_host and noise == "philox"
+        self.noise_in_kernel = noise == "philox" and not (self.on_host and self.draws_on_host)
         if noise == "torch":
             return TorchNoise(plan, self.x, request.generators)
         philox = PhiloxNoise(plan, self.x, compiled=compiled, in_kernel=noise != "philox" or self.noise_in_kernel)
@@ -111,9 +131,9 @@ class Run:
         if o.x_T is not None:
             self.x.copy_(o.x_T)
         else:
-            self.x.copy_(self.noise.start(0)).mul_(plan.init_scale)
+            self.x.copy_(self.noise.start(0)).mul_(plan.init_scale) if plan.init_scale else self.x.zero_()
             if o.x_init is not None:
-                self.x.add_(o.x_init, alpha=float(plan.alpha[0]))
+                self._add_data(o.x_init, float(plan.alpha[0]))
             if plan.init_noise:
                 self.x.add_(self.noise.start(1), alpha=plan.init_noise)
         if self.weight is not None and request.weight is not None:
@@ -123,6 +143,22 @@ class Run:
         if self.bad is not None:
             self.bad.fill_(plan.nfe)
         self.refresh(0)
+
+    def _add_data(self, x_init: Tensor, alpha: float) -> None:
+        """x += alpha x_init."""
+        self.x.add_(x_init, alpha=alpha)
+
+    def outside(self) -> bool:
+        """Does the host draw something in every row, whatever runs the rows?"""
+        return not self.noise_in_kernel and bool(self.plan.draws.any())
+
+    def captured(self, k: int) -> bool:
+        """Is row k what a graph of one row does?"""
+        return True
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """The samples."""
+        return self.x.to(dtype, copy=True)
 
     def refresh(self, k: int) -> None:
         """Writes the input of row k's model from the state (after the start, or an edit of x)."""
@@ -189,9 +225,16 @@ class Run:
         ):
             self.eager(k, m, u, self.w_eager[k] if self.guided else None, noise, self.x0)
             self.refresh(k + 1)
+        self.watch(row, m)
+
+    def watch(self, row: Tensor, m: Tensor) -> None:
+        """Keeps the first row whose state or model output is not finite."""
         if self.bad is not None:
-            finite = torch.isfinite(self.x).all() & torch.isfinite(m).all()
+            finite = torch.isfinite(self.x).all() & self._finite(m)
             self.bad.copy_(torch.minimum(self.bad, torch.where(finite, self.plan.nfe, row[0])))
+
+    def _finite(self, m: Tensor) -> Tensor:
+        return torch.isfinite(m).all()
 
     def advance(self, k: int) -> None:
         """Row k: one model evaluation (two with two-pass guidance) and one step."""

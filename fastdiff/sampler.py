@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdiff import graph as graphs
 from fastdiff import run as runs
+from fastdiff.categorical import make_run
 from fastdiff.noise import NoiseFunction
 from fastdiff.plan import Plan
 from fastdiff.request import Callback, Options, Request, resolve
@@ -28,7 +29,10 @@ TIMED_STEPS = 9
 
 
 class Trajectory(NamedTuple):
-    """What a run went through: x [nfe + 1, B, *] fp32 (the start first), x0 [nfe, B, *] fp32, t [nfe] schedule time."""
+    """What a run went through: x [nfe + 1, B, *] fp32 (the start first), x0 [nfe, B, *] fp32, t [nfe] schedule time.
+
+    Of a plan of classes: x the logits [nfe + 1, B, *D, K], x0 the classes [nfe, B, *D] int64.
+    """
 
     x: Tensor
     x0: Tensor
@@ -97,7 +101,7 @@ class Sampler:
                     kept.x[k + 1].copy_(run.x)
         if run.bad is not None:
             _report(int(run.bad), plan, o.check_finite)
-        x = run.x.to(request.out_dtype, copy=True)
+        x = run.result(request.out_dtype)
         return (x, kept) if kept is not None else x
 
     def _empty(self, request: Request) -> Tensor | tuple[Tensor, Trajectory]:
@@ -105,8 +109,9 @@ class Sampler:
         if not request.options.trajectory:
             return x
         n = self.plan.nfe
-        sizes = [torch.empty(k, *request.shape, device=request.device) for k in (n + 1, n)]
-        return x, Trajectory(sizes[0], sizes[1], torch.from_numpy(self.plan.t.copy()))
+        states = torch.empty(n + 1, *request.state, device=request.device)
+        x0 = torch.empty(n, *request.shape, dtype=x.dtype if not x.is_floating_point() else None, device=request.device)
+        return x, Trajectory(states, x0, torch.from_numpy(self.plan.t.copy()))
 
     def _prepared(self, request: Request) -> _Prepared:
         o = request.options
@@ -123,7 +128,7 @@ class Sampler:
             log.warning(
                 "compiling the step and noise of %s for shape %s (once, about 20 s)", self.plan.name, request.shape
             )
-        run = Run(self.model, self.plan, request, compiled=compiled)
+        run = make_run(self.model, self.plan, request, compiled=compiled)
         run.bind(self._model(o.mode), o.cond, o.uncond)
         if compiled and o.mode == "auto":
             _keep_faster_step(run, request)
@@ -170,7 +175,7 @@ def _keep_faster_step(run: Run, request: Request) -> None:
     """Times the compiled step against the eager one on a middle row and drops the compiled one unless it wins."""
     run.start(request)
     k = run.plan.nfe // 2
-    n = torch.zeros_like(run.x) if run.plan.s[k].any() else None
+    n = torch.zeros_like(run.x) if run.plan.s[k].any() and not run.noise_in_kernel else None
     m = torch.zeros((*run.model_in.shape,), dtype=request.dtype)
     u, m = m.split(run.shape[0]) if run.doubled else (m if run.guided else None, m)
     best: dict[str, float] = {}
@@ -194,7 +199,9 @@ def _rows(count: int, progress: bool) -> Any:  # noqa: ANN401 - an iterable of i
 
 
 def _allocate(run: Run, plan: Plan) -> Trajectory:
-    x, x0 = (torch.empty(n, *run.shape, device=run.device) for n in (plan.nfe + 1, plan.nfe))
+    assert run.x0 is not None
+    x = torch.empty(plan.nfe + 1, *run.shape, device=run.device)
+    x0 = torch.empty(plan.nfe, *run.x0.shape, dtype=run.x0.dtype, device=run.device)
     return Trajectory(x, x0, torch.from_numpy(plan.t.copy()))
 
 
@@ -281,6 +288,10 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
         callback: (row, t, x, x0) -> None or a replacement of x, after each row; x may be edited in place.
         trajectory: also return a Trajectory. check_finite: off | warn | raise (read once, at the end).
         device, dtype (of the model's input): default those of the model's parameters. out_dtype: default float32.
+    Plans of classes (fd.solvers.bfn_discrete, bfn_solver): shape is (B, *D), the result int64 classes [B, *D]. The
+        model sees 2 theta - 1, [B, *D, K] (a view with padded rows: reshape, do not view), and returns logits of that
+        shape; for K = 2 both are [B, *D, 1], 2 P(class 1) - 1 and the logit of class 1. x_T is the logits, x_init
+        classes; callbacks get (row, t, logits, classes); guidance acts on the logits.
     Returns: x [B, *] of out_dtype, or (x, Trajectory).
     Raises: TypeError / ValueError for anything else, before the first model call.
     Numerics: fp32 state; bit-equal for any batch with an elementwise model; modes and devices agree to 1e-5 relative.

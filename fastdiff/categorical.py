@@ -1,0 +1,170 @@
+"""A sampling run on logits of classes: the same loop around another step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.inductor import compile_static
+from fastdiff.noise import CallableNoise, Noise, PhiloxNoise, TorchNoise
+from fastdiff.ops.categorical_step import categorical_step_ref
+from fastdiff.plan import Plan
+from fastdiff.readout import CATEGORICAL
+from fastdiff.request import Request
+from fastdiff.run import Run
+
+__all__ = ["CategoricalRun", "make_run"]
+
+
+def make_run(model: Callable[..., Any], plan: Plan, request: Request, *, compiled: bool) -> Run:
+    """The run of a plan: its readout decides which."""
+    kind = CategoricalRun if plan.readout in CATEGORICAL else Run
+    return kind(model, plan, request, compiled=compiled)
+
+
+class CategoricalRun(Run):
+    """State slab of logits z [P, B, *D, K'] (padded rows), the model's input 2 softmax(z) - 1, classes int64 [B, *D].
+
+    K' is K, or 1 for K = 2: z_1 - z_0. x is slot 0; x0 holds the classes the last row decided for.
+    """
+
+    input_is_state = False
+    draws_on_host = False
+    x0: Tensor
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return ops.categorical_buffer(shape, dtype, self.device)
+
+    def _watched(self, asked: bool) -> Tensor:
+        return torch.zeros(self.shape[:-1], dtype=torch.int64, device=self.device)
+
+    def _noise(self, request: Request, compiled: bool) -> Noise:
+        self.torch_gumbel = None
+        if request.options.noise == "torch":
+            self.noise_in_kernel, self.torch_gumbel = False, torch.zeros(self.shape, device=self.device)
+            return _TorchNoise(self, request.generators, self.torch_gumbel)
+        return super()._noise(request, False)
+
+    def outside(self) -> bool:
+        sampled = self.torch_gumbel is not None and "sample" in (self.plan.readout, self.plan.last_readout)
+        return sampled or super().outside()
+
+    def _prepare(self, compiled: bool) -> None:
+        self.table = self.plan.pack(self.device)
+        self.compiled = _Compiled(self) if compiled and self.on_host else None
+
+    def _add_data(self, x_init: Tensor, alpha: float) -> None:
+        if self.shape[-1] == 1:
+            self.x.add_(2 * x_init[..., None] - 1, alpha=alpha)
+        else:
+            self.x.scatter_add_(-1, x_init[..., None], torch.full_like(x_init, alpha, dtype=self.x.dtype)[..., None])
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        return self.x0.clone()
+
+    def refresh(self, k: int) -> None:
+        for half in self.halves:
+            for sample, z in zip(half, self.x, strict=True):  # one sample's worth of temporaries
+                sample.copy_(torch.tanh(0.5 * z) if z.shape[-1] == 1 else 2 * torch.softmax(z, -1) - 1)
+
+    def _finite(self, m: Tensor) -> Tensor:
+        return ~(m.isnan() | m.isposinf()).any()  # -inf forbids a class
+
+    def readout(self, k: int) -> str:
+        """The readout of row k."""
+        return self.plan.readout if k < self.plan.nfe - 1 else self.plan.last_readout
+
+    def captured(self, k: int) -> bool:
+        return self.readout(k) == self.readout(0)
+
+    def step(self, k: int, row: Tensor, m: Tensor, u: Tensor | None, noise: Tensor | None) -> None:
+        readout, gumbel = self.readout(k), None
+        if readout == "sample" and self.torch_gumbel is not None:
+            gumbel = self.torch_gumbel
+        if m.data_ptr() == self.model_in.data_ptr():
+            m = m.clone()  # a model that returns its input, which the step writes
+        seeded = self._seeds() if (readout == "sample" and gumbel is None) or self.noise_in_kernel else None
+        w = None if u is None else self.weight
+        if self.compiled is None or not self.compiled(readout, row, m, u, seeded, noise, gumbel):
+            ops.categorical_step(
+                self.slab, m, self.table, row, slots=self.plan.slots, readout=readout, uncond=u, guidance=w,
+                seeds=None if seeded is None else seeded.seeds, index=None if seeded is None else seeded.index,
+                noise=noise, gumbel=gumbel, model_in=self.model_in, classes=self.x0,
+            )  # fmt: skip
+        self.watch(row, m)
+
+    def _seeds(self) -> PhiloxNoise:
+        noise = self.noise.philox if isinstance(self.noise, CallableNoise) else self.noise
+        assert isinstance(noise, PhiloxNoise)
+        return noise
+
+
+class _TorchNoise(TorchNoise):
+    """torch's own stream: a sampled row draws its Gumbel (K = 2: logistic) numbers first, into `gumbel`."""
+
+    def __init__(self, run: CategoricalRun, generators: Sequence[torch.Generator], gumbel: Tensor) -> None:
+        super().__init__(run.plan, run.x, generators)
+        self.gumbel, self.sampled = gumbel, [run.readout(k) == "sample" for k in range(run.plan.nfe)]
+
+    def row(self, k: int) -> Tensor | None:
+        if self.sampled[k]:
+            torch.neg(self._log_exponential(), out=self.gumbel)
+            if self.gumbel.shape[-1] == 1:
+                self.gumbel.add_(self._log_exponential())
+        return super().row(k)
+
+    def _log_exponential(self) -> Tensor:
+        if len(self.generators) == 1:
+            self.host.exponential_(generator=self.generators[0])
+        else:
+            for sample, generator in zip(self.host, self.generators, strict=True):
+                sample.exponential_(generator=generator)
+        return self.buffer.copy_(self.host).log_()
+
+
+class _Compiled:
+    """The step as loops that Inductor fuses: one compiled function a readout and dtype."""
+
+    def __init__(self, run: CategoricalRun) -> None:
+        self.run = run
+        self.functions: dict[tuple[Any, ...], Callable[..., object] | None] = {}
+
+    def __call__(
+        self, readout: str, row: Tensor, m: Tensor, u: Tensor | None, seeded: PhiloxNoise | None,
+        noise: Tensor | None, gumbel: Tensor | None,
+    ) -> bool:  # fmt: skip
+        """Runs a row; False if the compiler is not usable."""
+        run = self.run
+        given = {
+            "uncond": u, "guidance": None if u is None else run.weight, "noise": noise, "gumbel": gumbel,
+            "seeds": None if seeded is None else seeded.seeds, "index": None if seeded is None else seeded.index,
+        }  # fmt: skip
+        names = [name for name, value in given.items() if value is not None]
+        args = [run.slab, run.model_in, run.x0, m, run.table, row, *(given[name] for name in names)]
+        key = (readout, m.dtype, m.stride(), tuple(names))
+        if key not in self.functions:
+            kept = run.slab.clone()
+            self.functions[key] = compile_static(self._function(readout, names), args, elements=run.slab.numel())  # type: ignore[arg-type]
+            run.slab.copy_(kept)
+        fn = self.functions[key]
+        if fn is not None:
+            fn(*args)
+        return fn is not None
+
+    def _function(self, readout: str, names: list[str]) -> Callable[..., None]:
+        slots, batch = self.run.plan.slots, self.run.shape[0]
+
+        def step(slab: Tensor, model_in: Tensor, classes: Tensor, m: Tensor, table: Tensor, row: Tensor,
+                 *rest: Tensor) -> None:  # fmt: skip
+            options: dict[str, Any] = dict(zip(names, rest, strict=True))
+            new, x, k = categorical_step_ref(slab, m, table, row, slots=slots, readout=readout, **options)
+            slab.copy_(new)
+            classes.copy_(k)
+            for half in model_in.split(batch):
+                half.copy_(x)
+
+        return step
