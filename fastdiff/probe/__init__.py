@@ -139,7 +139,8 @@ def _fresh(target: Any, steps: int | None) -> Any:
         # constructors that prepare every training step take longer than the probe; those steps are set anew anyway
         return cls.set_timesteps(self, min(num_inference_steps, steps), *args, **kwargs)
 
-    made = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps}).from_config(config)
+    short: Any = type(cls.__name__, (cls,), {"set_timesteps": set_timesteps})
+    made = short.from_config(config)
     made.__class__ = cls
     return made
 
