@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.plan import Plan
+from fastdiff.readout import CATEGORICAL
 
 __all__ = ["reference_sample"]
 
@@ -20,27 +21,33 @@ def reference_sample(
     noise: Callable[[int, Tensor], Tensor],
     *,
     edit: Callable[[int, Tensor], Tensor] | None = None,
+    gumbel: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Runs a plan's logical rows in the dtype of x_T (float64 for a reference) with unrounded coefficients.
 
-        p = clamp(c_skip S[0] + c_out m, lo, hi);   S' = A @ S + b p + d m + s n
+        p = clamp(c_skip S[0] + c_out m, lo, hi)   or plan.readout of m;   S' = A @ S + b p + d m + s n
 
     Args:
         model: model(c_in x, t) with t [B]. x_T: the state at row 0, [B, *].
         noise: (row, like) -> Tensor, called plan.draws[row] times a row; the last draw is n.
-        edit: applied to the state after each row.
-    Returns: the final state, [B, *] of x_T's dtype.
+        edit: applied to the state after each row. gumbel: (row, like) -> Tensor, the Gumbel (two classes: logistic)
+        numbers of a sampled row.
+    Returns: the final state, [B, *] of x_T's dtype; of a plan of classes, whose x_T is logits [B, *D, K'], the classes
+        int64 [B, *D].
     """
     S: list[Tensor | None] = [x_T] + [None] * (plan.slots - 1)
     for k in range(plan.nfe):
         x = S[0]
         assert x is not None
         t = torch.full((len(x),), plan.times[k].item(), dtype=torch.int64 if plan.times.dtype == np.int64 else x.dtype)
-        m = model(float(plan.c_in[k]) * x, t)
+        m = model(_seen(plan, float(plan.c_in[k]) * x), t)
         n: Tensor | None = None
         for _ in range(plan.draws[k]):  # type: ignore[index]
             n = noise(k, x)
-        p = torch.clamp(float(plan.c_skip[k]) * x + float(plan.c_out[k]) * m, float(plan.lo[k]), float(plan.hi[k]))
+        if plan.readout in CATEGORICAL:
+            classes, p = _read(plan, k, m, gumbel)
+        else:
+            p = torch.clamp(float(plan.c_skip[k]) * x + float(plan.c_out[k]) * m, float(plan.lo[k]), float(plan.hi[k]))
         new: list[Tensor | None] = []
         for i in range(plan.slots):
             terms = [(plan.A[k, i, j], S[j]) for j in range(plan.slots)]
@@ -54,4 +61,25 @@ def reference_sample(
         assert new[0] is not None
         S = [edit(k, new[0]), *new[1:]] if edit is not None else new
     assert S[0] is not None
-    return S[0]
+    return classes if plan.readout in CATEGORICAL else S[0]
+
+
+def _seen(plan: Plan, x: Tensor) -> Tensor:
+    """What the model is given of the state: of logits 2 theta - 1, for two classes of class 1 alone."""
+    if plan.readout not in CATEGORICAL:
+        return x
+    return 2 * torch.sigmoid(x) - 1 if plan.classes == 2 else 2 * torch.softmax(x, -1) - 1
+
+
+def _read(plan: Plan, k: int, m: Tensor, gumbel: Callable[[int, Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The class and the prediction p of logits: one-hot or softmax, for two classes the difference of two entries."""
+    readout = plan.readout if k < plan.nfe - 1 else plan.last_readout
+    full = torch.cat([torch.zeros_like(m), m], -1) if plan.classes == 2 else m
+    drawn = full
+    if readout == "sample":
+        assert gumbel is not None
+        g = gumbel(k, m)
+        drawn = full + (torch.cat([torch.zeros_like(g), g], -1) if plan.classes == 2 else g)
+    classes = drawn.argmax(-1)
+    p = torch.softmax(full, -1) if readout == "mean" else torch.nn.functional.one_hot(classes, plan.classes).to(m.dtype)
+    return classes, p[..., 1:] - p[..., :1] if plan.classes == 2 else p
