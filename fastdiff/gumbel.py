@@ -13,19 +13,19 @@ from torch import Tensor
 
 from fastdiff import rng
 
-BELOW_ONE = 1 - 2.0**-24
+SCALE = 2.0**-32 - 2.0**-56  # one rounding less than 2^-32: the largest word stays below 1
 
 
 def gumbel_of(i: Tensor) -> Tensor:
     """A standard Gumbel number of a uint32 word.
 
-        g = -ln(-ln(1 - v)),  v = i 2^-32 + 2^-33 in (0, 1)
+        g = -ln(-ln(1 - v)),  v = i (2^-32 - 2^-56) + 2^-33 in (0, 1)
 
     The upper tail, which decides the largest of many, is that of small v: full precision up to 22.9.
     Args:    i: int64 tensor of uint32 values.
     Returns: fp32 tensor.
     """
-    v = (i.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=BELOW_ONE)
+    v = i.to(torch.float32) * SCALE + 2.0**-33
     return -torch.log(-torch.log1p(-v))
 
 

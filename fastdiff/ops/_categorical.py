@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 from fastdiff.ops._dispatch import FLOATS, check_tensor
 
 READOUTS = ("sample", "argmax", "mean")
-PAD = 16  # elements a padded row is a multiple of
+WIDEST_ROW = 1 << 14  # positions of a token in one program; longer ones are split
+PIECE = 1 << 12  # positions of a program of a split token
+TILE = 2048  # positions of a program that holds several tokens
 
 
 def channels(num_classes: int) -> int:
@@ -26,17 +29,16 @@ def classes_of(width: int) -> int:
 def categorical_buffer(
     shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """An uninitialised [..., K'] tensor whose rows start at multiples of 16 elements.
+    """An uninitialised tensor in the layout the categorical kernels read in 16-byte accesses: dense rows.
 
-    Args:    shape: the logical shape; K' = 1 (two classes) is not padded.   dtype, device: of the tensor.
-    Returns: a view [..., K'] of a padded buffer, which the categorical operations take as state, logits or output.
-    Raises:  ValueError for a shape without dimensions.
+    Their windows start at whole Philox counters, which dense rows of any K meet at multiples of 4 elements; rows padded
+    to 16 would not, and would move up to 18 % more bytes (K = 27).
+    Args:    shape: [..., K'].   dtype, device: of the tensor.
+    Raises:  ValueError for a shape without a last dimension.
     """
     if len(shape) < 1:
         raise ValueError("shape must have a last dimension, the classes, got ()")
-    *lead, width = shape
-    padded = width if width == 1 else -(-width // PAD) * PAD
-    return torch.empty(*lead, padded, dtype=dtype, device=device)[..., :width]
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def row_stride(x: Tensor) -> int | None:
@@ -54,6 +56,8 @@ def row_stride(x: Tensor) -> int | None:
         rows *= size
     if stride is None:
         stride = x.shape[-1]
+    if x.shape[-1] == 1:
+        return stride if stride == 1 else None  # two classes: the kernel is element-wise
     return stride if stride >= x.shape[-1] else None
 
 
@@ -68,8 +72,8 @@ def check_rows(name: str, x: object, shape: Sequence[int], like: Tensor, dtypes:
     assert isinstance(x, Tensor)
     if row_stride(x) is None:
         raise ValueError(
-            f"{name} is written in place and must have dense, evenly spaced rows (contiguous, or as from "
-            f"categorical_buffer), got strides {x.stride()}"
+            f"{name} is written in place and must have dense, evenly spaced rows, got strides {x.stride()} for shape "
+            f"{tuple(x.shape)}"
         )
 
 
@@ -105,3 +109,39 @@ def check_logits(name: str, x: object, *, like: Tensor | None = None, shape: Seq
 def belief(z: Tensor) -> Tensor:
     """The network's input of logits z [..., K']: 2 softmax(z) - 1, or tanh(z / 2) for the one difference of K = 2."""
     return torch.tanh(0.5 * z) if z.shape[-1] == 1 else 2 * torch.softmax(z, -1) - 1
+
+
+class Rows(NamedTuple):
+    """How a kernel cuts tokens of K classes into windows."""
+
+    rows: int  # tokens of a program
+    cols: int  # positions of a window
+    pieces: int  # windows of a token
+    num_warps: int
+
+    @property
+    def widest(self) -> int:
+        """pieces, rounded up to a power of two."""
+        return 1 << (self.pieces - 1).bit_length()
+
+
+def rows_of(num_classes: int, tokens: int, *, heavy: bool = False, lanes: int = 32) -> Rows:
+    """The windows of tokens of K classes; they depend on nothing but the sample, and so do its sums.
+
+    Args:    tokens: of a sample.   heavy: an update of several slots, whose registers allow half as wide a row.
+             lanes: threads of a warp.
+    """
+    need = num_classes + (0, 3, 2, 3)[num_classes % 4]  # a window starts up to that many positions early
+    cols = max(8, 1 << (need - 1).bit_length())
+    if cols > WIDEST_ROW >> heavy:
+        return Rows(1, PIECE, -(-need // PIECE), PIECE // 16 // lanes)
+    rows = min(max(1, TILE // cols), 1 << max(0, tokens - 1).bit_length())
+    warps = max(1, rows * cols // 16 // lanes)
+    return Rows(rows, cols, 1, min(warps, 512 // lanes))
+
+
+def vectors(num_classes: int, tokens: int, strides: Sequence[int]) -> bool:
+    """Do the windows of tensors with these distances between tokens, slots or copies start at multiples of 4?"""
+    if num_classes % 4 == 0:
+        return all(s % 4 == 0 for s in strides)
+    return tokens * num_classes % 4 == 0 and all(s == num_classes for s in strides)

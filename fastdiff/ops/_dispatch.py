@@ -99,15 +99,22 @@ def launch(
     """
     tile = tile or tiling(n, batch, slots=slots, lanes=64 if torch.version.hip else 32)
     block = tile["BLOCK"]
+    constants = {"ALIGNED": n % 4 == 0, "WIDE": n > 2**31 - 2 * block, **tile, **meta}
+    run(kernel, args, tiles or -(-n // block), batch, depth=depth, **constants)
+
+
+def run(
+    kernel: Any, args: Sequence[object], programs: int, batch: int, *, depth: int = 1, **constants: object
+) -> None:  # fmt: skip
+    """Runs a kernel on grid (programs, samples, depth), 65535 samples at a time; FIRST as in `launch`."""
     tensor = next(a for a in args if isinstance(a, Tensor))
-    constants = {"ALIGNED": n % 4 == 0, "WIDE": n > 2**31 - 2 * block, "MATH": math_of(kernel), **tile, **meta}
+    constants["MATH"] = math_of(kernel)
     if constants["MATH"] == "exact" and tensor.is_cuda:
         raise RuntimeError("TRITON_INTERPRET is set: Triton's interpreter runs CPU tensors, not CUDA tensors")
     if constants["MATH"] != "exact" and not tensor.is_cuda:
         raise RuntimeError("kernels run CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1 before import")
-    tiles = tiles or -(-n // block)
     for first in range(0, batch, GRID_LIMIT):
-        grid = (tiles, min(GRID_LIMIT, batch - first), depth)
+        grid = (programs, min(GRID_LIMIT, batch - first), depth)
         filled = [first if a is FIRST else a for a in args]
         if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdiff.gumbel import gumbels
-from fastdiff.ops._categorical import READOUTS, belief, check_logits, check_rows, check_width
+from fastdiff.ops import _dispatch
+from fastdiff.ops._categorical import (
+    READOUTS,
+    belief,
+    check_logits,
+    check_rows,
+    check_width,
+    row_stride,
+    rows_of,
+    vectors,
+    with_rows,
+)
 from fastdiff.ops._dispatch import FLOATS, INTS, check_tensor, spread
 from fastdiff.ops.affine_step import affine_step_ref
-from fastdiff.plan import MAX_SLOTS, row_width
+from fastdiff.plan import MAX_SLOTS, ROW_HEADER, row_width
 
 
 def categorical_step(
@@ -62,6 +75,12 @@ def categorical_step(
     _check(state, model_out, table, row, slots, readout, uncond, guidance, seeds, index, noise, gumbel, model_in,
            classes)  # fmt: skip
     if state[0].numel() == 0:
+        return
+    if _dispatch.kernels_for(state):
+        torch.ops.fastdiff.categorical_step(
+            state, model_out, table, row, slots, READOUTS.index(readout), uncond, guidance, seeds, index, noise, gumbel,
+            model_in, classes,
+        )  # fmt: skip
         return
     new, x, k = categorical_step_ref(
         state, model_out, table, row, slots=slots, readout=readout, uncond=uncond, guidance=guidance, seeds=seeds,
@@ -119,8 +138,10 @@ def categorical_step_ref(
         p = torch.softmax(m, -1) if readout == "mean" else named.to(dtype)
     p = torch.where(lost, torch.nan, p)
     plain = table.to(dtype).clone()  # p as the model's output, taken as x0
-    plain[:, :4] = torch.tensor([0.0, 1.0, -torch.inf, torch.inf], dtype=dtype, device=table.device)
-    new, z, _ = affine_step_ref(
+    for i, value in enumerate((0.0, 1.0, -torch.inf, torch.inf)):
+        plain[:, i] = value
+    plain[:, ROW_HEADER + slots * (slots + 1) : ROW_HEADER + slots * (slots + 2)] = 0
+    new, _, _ = affine_step_ref(
         state, p, plain, row, slots=slots, seeds=None if noise is not None else seeds, index=index, noise=noise
     )
     return new, belief(new[0]), k
@@ -189,3 +210,90 @@ def _check(
         check_rows("model_in", model_in, model_in.shape, state, FLOATS)
     if classes is not None:
         check_tensor("classes", classes, shape=shape[:-1], dtypes=(torch.int64,), like=state, contiguous=True)
+
+
+def _launch(
+    state: Tensor, model_out: Tensor, table: Tensor, row: Tensor, slots: int, readout: int, uncond: Tensor | None,
+    guidance: Tensor | None, seeds: Tensor | None, index: Tensor | None, noise: Tensor | None, gumbel: Tensor | None,
+    model_in: Tensor | None, classes: Tensor | None,
+) -> None:  # fmt: skip
+    batch, width = state.shape[1], state.shape[-1]
+    tokens = state.shape[2:-1].numel()
+    w_row = w_batch = 0
+    if guidance is not None and guidance.numel() > 1:
+        guidance = guidance.contiguous()
+        w_row = guidance.shape[1] if guidance.shape[0] > 1 else 0
+        w_batch = 1 if guidance.shape[1] > 1 else 0
+    if seeds is not None and index is None:
+        index = torch.zeros_like(seeds)
+    seeds, index, noise, gumbel = (None if v is None else v.contiguous() for v in (seeds, index, noise, gumbel))
+    model_out, uncond = with_rows(model_out), None if uncond is None else with_rows(uncond)
+    weights = (_dispatch.FIRST, int(row.numel() > 1), w_row, w_batch)
+    row = row.contiguous()
+    copies = 0 if model_in is None else model_in.shape[0] // batch
+    slot_stride = batch * tokens * (row_stride(state) or 0)
+    strides = [row_stride(v) or 0 for v in (state, model_out, uncond, model_in) if v is not None]
+    at = iter(strides)
+    state_row, model_row, uncond_row, in_row = (
+        next(at) if v is not None else 0 for v in (state, model_out, uncond, model_in)
+    )
+    plan: dict[str, Any] = {"SLOTS": slots, "HEADER": ROW_HEADER, "WIDTH": row_width(slots), "READOUT": readout}
+    plan |= {"NOISE": 2 if noise is not None else int(seeds is not None), "GUIDED": uncond is not None}
+    drawn: dict[str, Any] = {"GUMBEL": 2 if gumbel is not None else int(readout == 0)}
+    lanes = 64 if torch.version.hip else 32
+    if width == 1:
+        args: tuple[object, ...] = (state, model_out, uncond, model_in, classes, noise, gumbel, table, row, guidance)
+        args = (*args, seeds, index, tokens, *weights, slot_stride, batch * tokens)
+        kernel = _dispatch.kernels("categorical_pair").categorical_pair_kernel
+        _dispatch.launch(kernel, args, tokens, batch, slots=slots, COPIES=copies, **plan, **drawn)
+        return
+    rows = rows_of(width, tokens, heavy=slots > 1, lanes=lanes)
+    vector = vectors(width, tokens, [*strides, slot_stride] if width % 4 == 0 else strides)
+    shape: dict[str, Any] = {"COLS": rows.cols, "QUADS": width % 4 == 0, "VECTOR": vector, "num_warps": rows.num_warps}
+    shape["WIDE"] = tokens * max([width, *strides]) > 2**31 - 2 * rows.cols
+    if rows.pieces == 1:
+        args = (state, model_out, uncond, model_in, classes, noise, gumbel, table, row, guidance, seeds, index, width)
+        args = (*args, tokens, *weights, slot_stride, batch * tokens * in_row, state_row, model_row, uncond_row, in_row)
+        kernel = _dispatch.kernels("categorical_step").categorical_rows_kernel
+        programs = -(-tokens // rows.rows)
+        _dispatch.run(kernel, args, programs, batch, ROWS=rows.rows, COPIES=copies, **plan, **drawn, **shape)
+        return
+    kernels, programs, plane = (
+        _dispatch.kernels("categorical_split"),
+        tokens * rows.pieces,
+        batch * tokens * rows.pieces,
+    )
+    part = torch.empty(4, plane, dtype=torch.float32, device=state.device)
+    hits = torch.empty(plane, dtype=torch.int32, device=state.device)
+    shape["PIECES"] = rows.pieces
+    args = (model_out, uncond, gumbel, part, hits, row, guidance, seeds, index, width, tokens, *weights, plane)
+    _dispatch.run(
+        kernels.categorical_read_kernel, (*args, model_row, uncond_row), programs, batch, READOUT=readout,
+        GUIDED=uncond is not None, **drawn, **shape,
+    )  # fmt: skip
+    args = (state, model_out, uncond, classes, noise, part, hits, table, row, guidance, seeds, index, width, tokens)
+    args = (*args, *weights, slot_stride, plane, state_row, model_row, uncond_row)
+    _dispatch.run(kernels.categorical_update_kernel, args, programs, batch, WIDEST=rows.widest, **plan, **shape)
+    if model_in is not None:
+        args = (
+            state,
+            model_in,
+            part,
+            width,
+            tokens,
+            _dispatch.FIRST,
+            batch * tokens * in_row,
+            plane,
+            state_row,
+            in_row,
+        )
+        kernel = kernels.categorical_write_kernel
+        _dispatch.run(kernel, args, programs, batch, COPIES=copies, WIDEST=rows.widest, **shape)
+
+
+_dispatch.register(
+    "categorical_step(Tensor(a!) state, Tensor model_out, Tensor table, Tensor row, int slots, int readout, "
+    "Tensor? uncond, Tensor? guidance, Tensor? seeds, Tensor? index, Tensor? noise, Tensor? gumbel, "
+    "Tensor(b!)? model_in, Tensor(c!)? classes) -> ()",
+    _launch,
+)
