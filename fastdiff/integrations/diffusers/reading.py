@@ -22,7 +22,9 @@ __all__ = ["Dialect", "Reading", "Setup", "dialect_of", "read", "refusal"]
 
 NORMALS = ("randn", "randn_like", "normal_", "normal")
 EXACT = 1e-9
-ONE_MORE_TIME = ("DDPMWuerstchenScheduler",)  # the last timestep is where the loop ends
+ONE_MORE_TIME = ("DDPMWuerstchenScheduler", "SCMScheduler")  # the last timestep is where the loop ends
+
+BATCHED_TIME = ("DDPMWuerstchenScheduler",)  # its step takes a timestep [B]
 
 
 class Setup(NamedTuple):
@@ -124,7 +126,7 @@ class _Watched:
     def step(self, m: Tensor, t: Tensor, x: Tensor) -> Any:
         recorder: Any = getattr(_get_current_dispatch_mode(), "recorder", None)
         first = len(recorder.kinds) - 1  # the model's output is the newest input
-        if self.setup.stock.__name__ in ONE_MORE_TIME:
+        if self.setup.stock.__name__ in BATCHED_TIME:
             t = t.reshape(1)
         out = self.inner.step(m, t, x, **self.options)
         kinds = recorder.kinds
@@ -226,7 +228,7 @@ def dialect_of(setup: Setup, options: Mapping[str, Any], x: Tensor, m: Tensor) -
         for return_dict in (True, False):
             s = setup.make()
             t = s.timesteps[setup.begin]
-            if setup.stock.__name__ in ONE_MORE_TIME:
+            if setup.stock.__name__ in BATCHED_TIME:
                 t = t.reshape(1)
             small, out = (torch.full(shape, 0.5, dtype=v.dtype) for v in (x, m))
             if hasattr(s, "scale_model_input"):
