@@ -209,3 +209,23 @@ def test_edits(name):
         assert far(run(plain, x, pool, edit), want) > 1e-3
         assert plan.slots == 3 and (plain.bytes_per_element()[5], plan.bytes_per_element()[5]) == (24, 28)
     assert plan.slots == {"pndm": 6}.get(name, plain.slots)
+
+
+def test_a_step_with_a_memory_of_its_own():
+    """The wrapper of docs/probe.md: a step that takes its last x0 and the time before."""
+    diffusers = pytest.importorskip("diffusers")
+    config = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "probe.md").read_text()
+    names = {"diffusers": diffusers, "fd": fd, "config": config}
+    exec(text.split("```python\n")[2].split("```")[0].replace("steps=50", "steps=10"), names)
+    plan, wrapped = names["plan"], names["Remembering"](config)
+    pool, x = normals(), normals(1, seed=4)[0]
+    wrapped.inner = lifted("dpm_cogvideox").CogVideoXDPMScheduler.from_config(config)
+    module, drawn = sys.modules[type(wrapped.inner).__module__], []
+    module.randn_tensor = lambda *args, **kwargs: drawn.append(0) or pool[len(drawn) - 1]
+    wrapped.set_timesteps(10)
+    y = x
+    for t in wrapped.timesteps:
+        y = wrapped.step(model(y, t), t, y)[0]
+    assert plan.slots == 2 and plan.draws.sum() == len(drawn)
+    assert far(run(plan, x, pool), y) <= TOLERANCE
