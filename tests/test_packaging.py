@@ -128,7 +128,7 @@ def test_solvers_are_documented_functions_of_schedule_and_steps():
 
 
 def section(name):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "solvers.md").read_text()
     return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", text, re.DOTALL).group(1)
 
 
