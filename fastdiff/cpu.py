@@ -46,24 +46,23 @@ class HostRow(NamedTuple):
 
 def host_rows(plan: Plan) -> list[HostRow]:
     """The packed table as host numbers, so that CPU and kernels use the same fp32 coefficients."""
-    table, a, r = plan.packed().tolist(), plan.allocate(), plan.slots
-    rows = []
-    for k, row in enumerate(table):
-        body = row[ROW_HEADER:]
-        A, (b, d, s) = body[: r * r], (body[r * r + r * i : r * r + r * (i + 1)] for i in range(3))
-        targets = []
-        for i in range(r):
-            if a.write[k, i] >= 0:
-                terms = tuple((int(a.read[k, j]), j, A[i * r + j]) for j in range(r) if A[i * r + j] != 0)
-                targets.append(Target(int(a.write[k, i]), i, terms, b[i], d[i], s[i]))
-        ordered, staged = _order(targets)
-        c_skip, c_out, lo, hi, c_in_next = row[:5]
-        clamps = lo > -float("inf") or hi < float("inf")
-        noisy = any(t.s for t in targets)
-        rows.append(
-            HostRow(c_skip, c_out, lo, hi, clamps, c_in_next, any(t.b for t in targets), noisy, ordered, staged)
-        )
-    return rows
+    return [host_row(row, plan.slots) for row in plan.packed().tolist()]
+
+
+def host_row(row: list[float], r: int) -> HostRow:
+    """One packed row of r slots as host numbers."""
+    body = row[ROW_HEADER:]
+    A, (b, d, s, read, write) = body[: r * r], (body[r * r + r * i : r * r + r * (i + 1)] for i in range(5))
+    targets = []
+    for i in range(r):
+        if write[i] >= 0:
+            terms = tuple((int(read[j]), j, A[i * r + j]) for j in range(r) if A[i * r + j] != 0 and read[j] >= 0)
+            targets.append(Target(int(write[i]), i, terms, b[i], d[i], s[i]))
+    ordered, staged = _order(targets)
+    c_skip, c_out, lo, hi, c_in_next, has_noise = row[:6]
+    clamps = lo > -float("inf") or hi < float("inf")
+    noisy = has_noise != 0 and any(t.s for t in targets)
+    return HostRow(c_skip, c_out, lo, hi, clamps, c_in_next, any(t.b for t in targets), noisy, ordered, staged)
 
 
 def _order(targets: list[Target]) -> tuple[tuple[Target, ...], frozenset[int]]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.categorical_cpu import chunks, step_in_chunks
+from fastdiff.cpu import host_row
 from fastdiff.gumbel import gumbels
 from fastdiff.ops import _dispatch
 from fastdiff.ops._categorical import (
@@ -82,6 +84,10 @@ def categorical_step(
             model_in, classes,
         )  # fmt: skip
         return
+    if not torch.compiler.is_compiling():
+        _step_on_cpu(state, model_out, table, row, slots, readout, uncond, guidance, seeds, index, noise, gumbel,
+                     model_in, classes)  # fmt: skip
+        return
     new, x, k = categorical_step_ref(
         state, model_out, table, row, slots=slots, readout=readout, uncond=uncond, guidance=guidance, seeds=seeds,
         index=index, noise=noise, gumbel=gumbel,
@@ -145,6 +151,35 @@ def categorical_step_ref(
         state, p, plain, row, slots=slots, seeds=None if noise is not None else seeds, index=index, noise=noise
     )
     return new, belief(new[0]), k
+
+
+@torch.no_grad()
+def _step_on_cpu(
+    state: Tensor, model_out: Tensor, table: Tensor, row: Tensor, slots: int, readout: str, uncond: Tensor | None,
+    guidance: Tensor | None, seeds: Tensor | None, index: Tensor | None, noise: Tensor | None, gumbel: Tensor | None,
+    model_in: Tensor | None, classes: Tensor | None,
+) -> None:  # fmt: skip
+    """In place, a chunk at a time."""
+    batch, width = state.shape[1], state.shape[-1]
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(x.shape[0], -1, width)
+
+    held = state.view(*state.shape[:2], -1, width)
+    copies = [] if model_in is None else list(model_in.view(-1, batch, held.shape[2], width))
+    draws = None if seeds is None else (seeds, torch.zeros_like(seeds) if index is None else index)
+    hits = None if classes is None else classes.view(batch, -1)
+    parts = chunks(batch, held.shape[2], width, single=row.numel() > 1)
+    for at in [row] if row.numel() == 1 else row.unique().view(-1, 1):
+        w = None
+        if guidance is not None:
+            w = guidance.reshape(-1, guidance.shape[-1] if guidance.dim() else 1)
+            w = (w[at.long()] if w.shape[0] > 1 else w).view(-1, 1, 1)
+        step_in_chunks(
+            host_row(table[int(at)].tolist(), slots), at.long(), held, flat(model_out), readout,  # type: ignore[arg-type]
+            uncond=flat(uncond), w=w, draws=draws, noise=flat(noise), gumbel=flat(gumbel), copies=copies, classes=hits,
+            parts=[p for p in parts if row.numel() == 1 or bool((row[p.b0 : p.b1] == at).all())],
+        )  # fmt: skip
 
 
 def _check(
