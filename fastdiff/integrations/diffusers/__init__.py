@@ -50,7 +50,7 @@ def restore(obj: Any) -> Any:
 
 def is_accelerated(scheduler: Any) -> bool:
     """Was this scheduler made by `accelerate`?"""
-    return hasattr(scheduler, "_fastdiff")
+    return hasattr(type(scheduler), "_stock_class")
 
 
 def _is_scheduler(obj: Any) -> bool:
@@ -77,8 +77,8 @@ def _accelerated(scheduler: Any, noise: str, seed: int) -> Any:
         if (kept.noise, kept.seed) == (noise, seed):
             return scheduler
         scheduler = _restored(scheduler)
-    cls = accelerated_class(type(scheduler))
-    new = cls.__new__(cls)
+    stock: Any = type(scheduler)
+    new: Any = object.__new__(accelerated_class(stock))
     new.__dict__.update(vars(scheduler))
     new.__dict__["_fastdiff"] = Settings(noise, seed)
     return new
@@ -87,7 +87,6 @@ def _accelerated(scheduler: Any, noise: str, seed: int) -> Any:
 def _restored(scheduler: Any) -> Any:
     if not is_accelerated(scheduler):
         return scheduler
-    stock = scheduler._stock_class
-    new = stock.__new__(stock)
+    new: Any = object.__new__(scheduler._stock_class)
     new.__dict__.update({k: v for k, v in vars(scheduler).items() if k != "_fastdiff"})
     return new

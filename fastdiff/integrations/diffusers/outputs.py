@@ -123,7 +123,7 @@ def lazy_output(stock: type) -> Callable[[Tensor, Second | None], Any]:
         "__hash__": None,
         second: property(settle, write),
     }
-    made = type(stock.__name__, (stock,), body)
+    made: Any = type(stock.__name__, (stock,), body)
     made.__module__, made.__qualname__ = stock.__module__, stock.__qualname__
     put = OrderedDict.__setitem__
 

@@ -45,7 +45,7 @@ class Setup(NamedTuple):
     def make(self) -> Any:
         """A stock scheduler before its first step."""
         if self.own:
-            new = self.stock.__new__(self.stock)
+            new: Any = object.__new__(self.stock)
             new.__dict__.update({k: _lifted(v) for k, v in vars(self.live).items() if k != "_fastdiff"})
         else:
             new = self.stock.from_config(self.live.config)  # type: ignore[attr-defined]

@@ -84,7 +84,7 @@ class Run:
     row, as the stock code does, and look at the timestep in the first call only (but refuse one that is not theirs).
     """
 
-    def __init__(self, setup: Setup, options: dict[str, Any], timesteps: Tensor, *, at: Run | None = None) -> None:
+    def __init__(self, setup: Setup, options: dict[str, Any], timesteps: Tensor, *, at: Any = None) -> None:
         self.addressed = not hasattr(setup.live, "_step_index")
         reading = None
         if self.addressed:
@@ -95,8 +95,8 @@ class Run:
         self.setup, self.options, self.timesteps = setup, options, timesteps
         self.all_options = {**type(setup.live)._step_defaults, **options}
         self.rows, self.count = self.reading.rows, len(self.reading.rows)
-        self.next = setup.begin - self.base if at is None else at.next
-        self.started = at is not None and at.started
+        self.next: int = setup.begin - self.base if at is None else at.next
+        self.started: bool = at is not None and at.started
         self.history = History(self.reading.plan.allocate().physical - 1)
         self.shape: torch.Size | None = None
         self.signature: Any = None
@@ -322,7 +322,7 @@ def _normal(shape: torch.Size, generator: Any, device: torch.device, dtype: torc
     return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
 
-def _single(output: type, y: Tensor) -> Any:
+def _single(output: Any, y: Tensor) -> Any:
     """An output with one field."""
     out = output.__new__(output)
     OrderedDict.__setitem__(out, "prev_sample", y)

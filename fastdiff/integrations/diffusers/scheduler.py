@@ -51,10 +51,19 @@ def _settings(noise: str, seed: int, call: Any, options: dict[str, Any]) -> Sett
     return new
 
 
+class _Made:
+    """Settings for an instance that somebody else made, by from_config of the accelerated class, say."""
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        return instance.__dict__.setdefault("_fastdiff", Settings("torch", 0))
+
+
 class Accelerated:
     """The part of an accelerated scheduler that is not stock; always before a diffusers scheduler in the bases."""
 
-    _fastdiff: Settings
+    _fastdiff: Any = _Made()
     _stock_class: type
     _step_defaults: dict[str, Any]
     timesteps: Tensor
@@ -96,7 +105,6 @@ class Accelerated:
         if run is None:
             return self._fastdiff_run(timestep, options, len(x), kwargs.get("generator"))
         if options == run.options:
-            run.remember(kwargs)
             return run
         if run.started and not run.reading.memoryless:
             raise ValueError(f"step's options changed from {run.options} to {options} in the middle of a loop")
@@ -110,7 +118,7 @@ class Accelerated:
         kept.stock, kept.run = reason, None
         if reason not in kept.warned:
             kept.warned.add(reason)
-            warnings.warn(f"{self._stock_class.__name__} runs its stock step: {reason}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{self._stock_class.__name__} runs its stock step: {reason}", RuntimeWarning, stacklevel=3)
 
 
 def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -270,7 +278,6 @@ def _identity(stock: type) -> bool:
 
 
 def _rebuild(stock: type, state: dict[str, Any]) -> Any:
-    cls = accelerated_class(stock)
-    new = cls.__new__(cls)
+    new: Any = object.__new__(accelerated_class(stock))
     new.__dict__.update(state)
     return new
