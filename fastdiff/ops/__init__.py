@@ -6,6 +6,7 @@ from fastdiff.ops._dispatch import use_kernels
 from fastdiff.ops._fused import cpu_compiler
 from fastdiff.ops.add_noise import add_noise, add_noise_ref
 from fastdiff.ops.affine_step import advance, advance_ref, affine_step, affine_step_ref
+from fastdiff.ops.binned import binned_readout, binned_readout_ref
 from fastdiff.ops.categorical_loss import categorical_loss, categorical_loss_ref
 from fastdiff.ops.categorical_noise import categorical_noise, categorical_noise_ref
 from fastdiff.ops.categorical_step import categorical_step, categorical_step_ref
@@ -22,6 +23,8 @@ __all__ = [
     "advance_ref",
     "affine_step",
     "affine_step_ref",
+    "binned_readout",
+    "binned_readout_ref",
     "categorical_buffer",
     "categorical_loss",
     "categorical_loss_ref",
