@@ -119,8 +119,16 @@ def test_bad_options_are_refused():
         fd.accelerate(SIGMA(), noise="gauss")
     with pytest.raises(ValueError, match="seed must be an int"):
         fd.accelerate(SIGMA(), seed=-1)
-    with pytest.raises(TypeError, match="also needs|its step takes"):
-        fd.accelerate(diffusers.RePaintScheduler())
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [("RePaintScheduler", "also needs original_image, mask"), ("CogVideoXDPMScheduler", "its step takes")],
+)
+def test_a_step_of_another_kind_stays_stock_and_says_so(cls, why):
+    scheduler = getattr(diffusers, cls)()
+    with pytest.warns(RuntimeWarning, match=f"{cls} stays as it is: .*{why}"):
+        assert fd.accelerate(scheduler) is scheduler
 
 
 def test_step_before_set_timesteps_is_an_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 __all__ = ["accelerate", "is_accelerated", "restore"]
@@ -19,9 +20,9 @@ def accelerate(obj: Any, *, noise: str = "torch", seed: int = 0) -> Any:
             (its schedulers are exchanged in place, and it is returned). Accelerating twice changes nothing.
         noise: "torch" draws as stock does: the same generator gives the same picture. "philox" is faster and does not
             depend on the batch; its seeds are those of the generators step is given, or `seed`.
-    Returns: an instance of a subclass of the stock class, which saves under the stock name; or the pipeline.
-    Raises: TypeError: neither a scheduler nor a pipeline with one, or a class with another kind of step.
-        ValueError: an unknown noise.
+    Returns: an instance of a subclass of the stock class, which saves under the stock name; or the pipeline. A class
+        whose step takes something else than (model_output, timestep, sample) stays as it is, with a RuntimeWarning.
+    Raises: TypeError: neither a scheduler nor a pipeline with one. ValueError: an unknown noise or seed.
     Numerics: fp32 arithmetic; within 2e-6 of the stock code run in float64, relative to the largest value.
     """
     if noise not in NOISES:
@@ -70,6 +71,7 @@ def _schedulers(pipe: Any) -> dict[str, Any]:
 
 
 def _accelerated(scheduler: Any, noise: str, seed: int) -> Any:
+    from fastdiff.integrations.diffusers.reading import refusal
     from fastdiff.integrations.diffusers.scheduler import Settings, accelerated_class
 
     if is_accelerated(scheduler):
@@ -78,6 +80,10 @@ def _accelerated(scheduler: Any, noise: str, seed: int) -> Any:
             return scheduler
         scheduler = _restored(scheduler)
     stock: Any = type(scheduler)
+    why = refusal(stock)
+    if why is not None:
+        warnings.warn(f"{stock.__name__} stays as it is: {why}", RuntimeWarning, stacklevel=3)
+        return scheduler
     new: Any = object.__new__(accelerated_class(stock))
     new.__dict__.update(vars(scheduler))
     new.__dict__["_fastdiff"] = Settings(noise, seed)
