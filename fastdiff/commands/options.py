@@ -1,0 +1,220 @@
+"""What the commands share: names, schedules and plans from text, models from files, and what a usage error is."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastdiff as fd
+from fastdiff.grid import SPACINGS
+from fastdiff.prediction import PREDICTIONS
+
+__all__ = [
+    "BAD_INPUT",
+    "INTERRUPTED",
+    "MODEL_FAILED",
+    "ModelError",
+    "UsageError",
+    "add_plan_options",
+    "device",
+    "guarded",
+    "load_model",
+    "make_plan",
+    "make_schedule",
+    "numbers",
+    "pick",
+    "print_json",
+    "schedule_names",
+    "shape",
+    "solver_names",
+]
+
+BAD_INPUT = 2
+MODEL_FAILED = 1
+INTERRUPTED = 130
+CHAIN_LENGTH = 1000
+
+
+class UsageError(Exception):
+    """Bad input: one line for stderr, exit code 2."""
+
+
+class ModelError(Exception):
+    """The user's own model raised."""
+
+
+def solver_names() -> list[str]:
+    """The solvers the command line knows: fastdiff.solvers.__all__."""
+    return list(fd.solvers.__all__)
+
+
+def _schedule_makers() -> dict[str, Callable[..., Any]]:
+    """Names of the command line -> makers: schedule classes in lower case, and the functions that give betas."""
+    makers: dict[str, Callable[..., Any]] = {}
+    for name in fd.schedules.__all__:
+        thing = getattr(fd.schedules, name)
+        if not inspect.isclass(thing):
+            if "T" in inspect.signature(thing).parameters:
+                makers[name] = thing
+        elif issubclass(thing, fd.schedules.Schedule) and thing not in (fd.schedules.Schedule, fd.schedules.Betas):
+            makers[name.lower()] = thing
+    return makers
+
+
+def schedule_names() -> list[str]:
+    """The schedules the command line knows, made from fastdiff.schedules.__all__."""
+    return sorted(_schedule_makers())
+
+
+def pick(kind: str, name: str, valid: Sequence[str]) -> str:
+    if name not in valid:
+        raise UsageError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
+    return name
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _assignments(kind: str, texts: Sequence[str], valid: Sequence[str]) -> dict[str, Any]:
+    out = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"{kind}: expected KEY=VALUE, got {text!r}")
+        pick(kind, name.strip(), valid)
+        out[name.strip()] = _value(value.strip())
+    return out
+
+
+def make_schedule(text: str) -> fd.schedules.Schedule:
+    """A schedule from NAME or NAME:KEY=VALUE,..., e.g. "vp:beta_max=12" or "linear_betas:T=100" (T defaults to 1000).
+
+    Raises: UsageError for unknown names and keys; ValueError for values the schedule refuses.
+    """
+    makers = _schedule_makers()
+    name, _, rest = text.partition(":")
+    make = makers[pick("schedule", name, sorted(makers))]
+    parameters = inspect.signature(make).parameters
+    given = _assignments(f"option of schedule {name}", [p for p in rest.split(",") if p], list(parameters))
+    if not inspect.isclass(make):
+        given.setdefault("T", CHAIN_LENGTH)
+    lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in given]
+    if lacking:
+        raise UsageError(f"schedule {name} needs {', '.join(lacking)}: write {name}:{lacking[0]}=...")
+    made = make(**given)
+    return made if inspect.isclass(make) else fd.schedules.Betas(made)
+
+
+def make_plan(args: argparse.Namespace) -> fd.Plan:
+    schedule = make_schedule(args.schedule)
+    solve = getattr(fd.solvers, pick("solver", args.solver, solver_names()))
+    own = [n for n, p in inspect.signature(solve).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    options = _assignments(
+        f"option of solver {args.solver}",
+        args.set,
+        [*own, "t_start", "t_end", "sign", "sigma_data", "rho", "steps_offset", "sigmas"],
+    )
+    for name in ("prediction", "spacing", "final", "clip", "start"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    return solve(schedule, args.steps, **options)
+
+
+def pair(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LO,HI, got {text!r}") from None
+    return low, high
+
+
+def shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers B,N,..., got {text!r}") from None
+    if min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"every size must be >= 1, got {text!r}")
+    return shape
+
+
+def device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no torch device; write cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is not here: {torch.cuda.device_count()} CUDA devices were found")
+    return device
+
+
+def print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1, allow_nan=False, default=str))
+
+
+def numbers(array: np.ndarray) -> Any:
+    """A list for JSON, which has no infinity: an open clamp is null."""
+    return np.where(np.isfinite(array), array.astype(object), None).tolist()  # type: ignore[call-overload]
+
+
+def load_model(text: str) -> Callable[..., Any]:
+    where, colon, name = text.rpartition(":")
+    if not colon or not where or not name:
+        raise UsageError(f"--model must be path.py:function, got {text!r}")
+    path = Path(where)
+    if not path.is_file():
+        raise UsageError(f"--model: there is no file {where!r}")
+    spec = importlib.util.spec_from_file_location(f"_model_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--model: {where!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"--model: cannot import {where!r}: {type(error).__name__}: {error}") from error
+    model = getattr(module, name, None)
+    if not callable(model):
+        callables = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
+        raise UsageError(f"--model: {where!r} has no callable {name!r}; it has: {', '.join(callables) or 'none'}")
+    return model
+
+
+def guarded(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model, whose own exceptions are told apart from bad input."""
+
+    def call(x: torch.Tensor, t: torch.Tensor) -> Any:
+        try:
+            return model(x, t)
+        except Exception as error:
+            raise ModelError from error
+
+    return call
+
+
+def add_plan_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    names = ", ".join(schedule_names())
+    schedule = names if required else f"{names}; default vp"
+    steps = "intervals of the grid" if required else "intervals of the grid; default 10"
+    parser.add_argument("--schedule", required=required, default="vp", metavar="NAME[:KEY=VALUE,...]", help=schedule)
+    parser.add_argument("--steps", required=required, default=10, type=int, help=steps)
+    parser.add_argument("--prediction", choices=sorted(PREDICTIONS), help="what the model returns; default eps")
+    parser.add_argument("--spacing", choices=SPACINGS, help="where the model is evaluated; default: the schedule's own")
+    parser.add_argument("--final", choices=("zero", "min"), help="end clean (zero, the default) or at the last time")
+    parser.add_argument("--clip", type=pair, metavar="LO,HI", help="clamp of the predicted x0")
+    parser.add_argument("--start", type=int, help="skip this many intervals (image-to-image)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the solver")
