@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.inductor import compile_static
-from fastdiff.noise import CallableNoise, Noise, PhiloxNoise, TorchNoise
-from fastdiff.ops.categorical_step import categorical_step_ref
+from fastdiff.binned import BinnedRun, seeds_of
+from fastdiff.categorical_cpu import CompiledStep
+from fastdiff.noise import Noise, PhiloxNoise, ReadoutNoise
 from fastdiff.plan import Plan
-from fastdiff.readout import CATEGORICAL
+from fastdiff.readout import BINNED, CATEGORICAL
 from fastdiff.request import Request
 from fastdiff.run import Run
 
@@ -22,7 +22,7 @@ __all__ = ["CategoricalRun", "make_run"]
 
 def make_run(model: Callable[..., Any], plan: Plan, request: Request, *, compiled: bool) -> Run:
     """The run of a plan: its readout decides which."""
-    kind = CategoricalRun if plan.readout in CATEGORICAL else Run
+    kind = CategoricalRun if plan.readout in CATEGORICAL else BinnedRun if plan.readout in BINNED else Run
     return kind(model, plan, request, compiled=compiled)
 
 
@@ -46,7 +46,9 @@ class CategoricalRun(Run):
         self.torch_gumbel = None
         if request.options.noise == "torch":
             self.noise_in_kernel, self.torch_gumbel = False, torch.zeros(self.shape, device=self.device)
-            return _TorchNoise(self, request.generators, self.torch_gumbel)
+            sampled = [self.readout(k) == "sample" for k in range(self.plan.nfe)]
+            kind = "logistic" if self.shape[-1] == 1 else "gumbel"
+            return ReadoutNoise(self.plan, self.x, request.generators, self.torch_gumbel, kind, sampled)
         return super()._noise(request, False)
 
     def outside(self) -> bool:
@@ -87,7 +89,7 @@ class CategoricalRun(Run):
             gumbel = self.torch_gumbel
         if m.data_ptr() == self.model_in.data_ptr():
             m = m.clone()  # a model that returns its input, which the step writes
-        seeded = self._seeds() if (readout == "sample" and gumbel is None) or self.noise_in_kernel else None
+        seeded = seeds_of(self.noise) if (readout == "sample" and gumbel is None) or self.noise_in_kernel else None
         w = None if u is None else self.weight
         if self.compiled is None or not self.compiled(readout, row, m, u, seeded, noise, gumbel):
             ops.categorical_step(
@@ -97,74 +99,28 @@ class CategoricalRun(Run):
             )  # fmt: skip
         self.watch(row, m)
 
-    def _seeds(self) -> PhiloxNoise:
-        noise = self.noise.philox if isinstance(self.noise, CallableNoise) else self.noise
-        assert isinstance(noise, PhiloxNoise)
-        return noise
-
-
-class _TorchNoise(TorchNoise):
-    """torch's own stream: a sampled row draws its Gumbel (K = 2: logistic) numbers first, into `gumbel`."""
-
-    def __init__(self, run: CategoricalRun, generators: Sequence[torch.Generator], gumbel: Tensor) -> None:
-        super().__init__(run.plan, run.x, generators)
-        self.gumbel, self.sampled = gumbel, [run.readout(k) == "sample" for k in range(run.plan.nfe)]
-
-    def row(self, k: int) -> Tensor | None:
-        if self.sampled[k]:
-            torch.neg(self._log_exponential(), out=self.gumbel)
-            if self.gumbel.shape[-1] == 1:
-                self.gumbel.add_(self._log_exponential())
-        return super().row(k)
-
-    def _log_exponential(self) -> Tensor:
-        if len(self.generators) == 1:
-            self.host.exponential_(generator=self.generators[0])
-        else:
-            for sample, generator in zip(self.host, self.generators, strict=True):
-                sample.exponential_(generator=generator)
-        return self.buffer.copy_(self.host).log_()
-
 
 class _Compiled:
-    """The step as loops that Inductor fuses: one compiled function a readout and dtype."""
+    """The step as loops that Inductor fuses, a chunk at a time: one compiled function a readout and dtype."""
 
     def __init__(self, run: CategoricalRun) -> None:
-        self.run = run
-        self.functions: dict[tuple[Any, ...], Callable[..., object] | None] = {}
+        self.run, width = run, run.shape[-1]
+        state = run.slab.view(run.slab.shape[0], run.shape[0], -1, width)
+        classes = run.x0.view(run.shape[0], -1)
+        model_in = run.model_in.view(run.model_in.shape[0], -1, width)
+        self.step = CompiledStep(state, model_in, classes, run.table, run.plan.slots)
 
     def __call__(
         self, readout: str, row: Tensor, m: Tensor, u: Tensor | None, seeded: PhiloxNoise | None,
         noise: Tensor | None, gumbel: Tensor | None,
     ) -> bool:  # fmt: skip
         """Runs a row; False if the compiler is not usable."""
-        run = self.run
-        given = {
-            "uncond": u, "guidance": None if u is None else run.weight, "noise": noise, "gumbel": gumbel,
-            "seeds": None if seeded is None else seeded.seeds, "index": None if seeded is None else seeded.index,
-        }  # fmt: skip
-        names = [name for name, value in given.items() if value is not None]
-        args = [run.slab, run.model_in, run.x0, m, run.table, row, *(given[name] for name in names)]
-        key = (readout, m.dtype, m.stride(), tuple(names))
-        if key not in self.functions:
-            kept = run.slab.clone()
-            self.functions[key] = compile_static(self._function(readout, names), args, elements=run.slab.numel())  # type: ignore[arg-type]
-            run.slab.copy_(kept)
-        fn = self.functions[key]
-        if fn is not None:
-            fn(*args)
-        return fn is not None
 
-    def _function(self, readout: str, names: list[str]) -> Callable[..., None]:
-        slots, batch = self.run.plan.slots, self.run.shape[0]
+        def flat(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.reshape(x.shape[0], -1, x.shape[-1])
 
-        def step(slab: Tensor, model_in: Tensor, classes: Tensor, m: Tensor, table: Tensor, row: Tensor,
-                 *rest: Tensor) -> None:  # fmt: skip
-            options: dict[str, Any] = dict(zip(names, rest, strict=True))
-            new, x, k = categorical_step_ref(slab, m, table, row, slots=slots, readout=readout, **options)
-            slab.copy_(new)
-            classes.copy_(k)
-            for half in model_in.split(batch):
-                half.copy_(x)
-
-        return step
+        return self.step(
+            readout, row, m.reshape(m.shape[0], -1, m.shape[-1]), uncond=flat(u), guidance=None if u is None else self.run.weight,
+            noise=flat(noise), gumbel=flat(gumbel), seeds=None if seeded is None else seeded.seeds,
+            index=None if seeded is None else seeded.index,
+        )  # fmt: skip

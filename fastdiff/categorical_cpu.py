@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
-from fastdiff.cpu import HostRow, host_rows
+from fastdiff.cpu import HostRow
 from fastdiff.gumbel import gumbel_of, logistic_of
 from fastdiff.inductor import compile_static
-from fastdiff.plan import ROW_HEADER, Plan
 
-__all__ = ["CategoricalStep", "Chunk", "chunks", "step_in_chunks"]
+__all__ = ["Chunk", "CompiledStep", "chunks", "step_in_chunks"]
 
-CHUNK = 1 << 17  # elements a pass: its temporaries stay in the caches
+CHUNK = 1 << 18  # elements a pass: its temporaries stay in the caches
 Draws = tuple[Tensor, Tensor]  # seeds and sample indices, int64 [b]
 
 
@@ -38,17 +37,21 @@ class Chunk(NamedTuple):
 
 
 def chunks(batch: int, tokens: int, width: int, *, single: bool = False) -> list[Chunk]:
-    """Cuts [batch, tokens, width] into chunks of about CHUNK elements, in at most three sizes.
+    """Cuts [batch, tokens, width] into chunks of about CHUNK elements, in one size or two.
 
     A chunk holds whole samples, or tokens of one sample from a whole Philox counter on. `single`: one sample a chunk.
     """
     if tokens * width <= CHUNK:
-        many = 1 if single else max(1, CHUNK // max(1, tokens * width))
+        many = 1 if single else _even(batch, max(1, CHUNK // max(1, tokens * width)))
         return [Chunk(b, min(batch, b + many), 0, tokens) for b in range(0, batch, many)]
     step = 1 if width % 4 == 0 else 4
-    pieces = max(1, -(-tokens * width // CHUNK))
-    many = max(step, -(-tokens // pieces // step) * step)
+    many = step * _even(-(-tokens // step), max(1, CHUNK // (step * width)))
     return [Chunk(b, b + 1, d, min(tokens, d + many)) for b in range(batch) for d in range(0, tokens, many)]
+
+
+def _even(n: int, most: int) -> int:
+    """The part of n, `most` at most, that leaves no rest, unless only one below half of that does."""
+    return next((k for k in range(most, most // 2, -1) if n % k == 0), min(n, most)) if n > most else max(1, n)
 
 
 def words(draws: Draws, row: Tensor, stream: int, first: int | Tensor, n: int) -> tuple[Tensor, ...]:
@@ -167,137 +170,73 @@ def step_in_chunks(
             classes[part.b0 : part.b1, part.d0 : part.d1].copy_(k)
 
 
-class _Structure(NamedTuple):
-    """What Inductor compiles for: everything about a row and its chunk but the numbers."""
+class CompiledStep:
+    """Rows of a plan on categorical data as Inductor's loops, a chunk at a time: no [.., K] temporary.
 
-    size: tuple[int, int]
-    dtype: torch.dtype
-    guided: bool
-    noisy: bool
-    classes: bool
-    targets: tuple[tuple[int, int, tuple[tuple[int, int], ...], bool, bool], ...]  # place, logical, (from, j), b, s
-
-
-class CategoricalStep:
-    """Rows of a plan on categorical data, on a CPU: compiled a chunk at a time, else eager, in place either way.
-
-    Args: plan; state: [P, B, D, K'] fp32, slot 0 first; copies: [B, D, K'] buffers for the network's next input, in
-    their own dtypes; readout: "sample", "argmax" or "mean"; compiled: use Inductor for structures of two rows or more
-    (compiled once, kept; where it does not work: eager).
+    Args: state [P, B, D, K'] fp32; model_in [B or 2B, D, K'] of any float dtype; classes int64 [B, D] or None: the
+    buffers a step writes; table: packed plan; slots: logical. Coefficients are read from the table, so one function
+    serves all rows of a readout.
     """
 
-    def __init__(
-        self, plan: Plan, state: Tensor, copies: Sequence[Tensor], *, readout: str = "sample", compiled: bool = True
-    ) -> None:
-        self.state, self.copies, self.readout, self.compiled = state, list(copies), readout, compiled
-        self.slots, self.rows = plan.slots, host_rows(plan)
-        self.table = list(plan.pack("cpu").unbind(0))
-        self.numbers = [torch.tensor([k]) for k in range(plan.nfe)]
-        batch, self.tokens, self.width = state.shape[1:]
-        self.parts = chunks(batch, self.tokens, self.width)
-        self.firsts = [torch.tensor(p.d0 * self.width // 4) for p in self.parts]
-        self.functions: dict[_Structure, Callable[..., object] | None] = {}
+    def __init__(self, state: Tensor, model_in: Tensor, classes: Tensor | None, table: Tensor, slots: int) -> None:
+        batch, tokens, width = state.shape[1:]
+        self.state, self.table, self.slots, self.classes = state, table, slots, classes
+        self.copies = model_in.split(batch)
+        self.parts = [(p, torch.tensor(p.d0 * width // 4)) for p in chunks(batch, tokens, width)]
+        self.functions: dict[tuple[object, ...], Callable[..., object] | None] = {}
 
-    def __call__(
-        self,
-        k: int,
-        m: Tensor,
-        *,
-        uncond: Tensor | None = None,
-        w: Tensor | None = None,
-        draws: Draws | None = None,
-        noise: Tensor | None = None,
-        gumbel: Tensor | None = None,
-        classes: Tensor | None = None,
-    ) -> None:
-        """Runs row k on logits m [B, D, K'].
+    def __call__(self, readout: str, row: Tensor, m: Tensor, **given: Tensor | None) -> bool:
+        """Runs the row of number `row` [1] on logits m [B, D, K']; False, with nothing written, if nothing compiles.
 
-        Args: uncond like m, with w fp32 [1 or B, 1, 1]; draws: (seeds, index) int64 [B]; noise, gumbel: those numbers
-        themselves, [B, D, K'] (then eager); classes: int64 [B, D], receives k.
+        given: uncond like m, guidance as in categorical_step, seeds and index int64 [B], noise and gumbel like m.
         """
-        row, alike = self.rows[k], self._structure(k, m, uncond, classes, (0, 0))
-        common = sum(self._structure(j, m, uncond, classes, (0, 0)) == alike for j in range(len(self.rows)))
-        eager = not self.compiled or noise is not None or gumbel is not None or common < 2
-        if not eager and draws is not None:
-            for part, first in zip(self.parts, self.firsts, strict=True):
-                if not self._run(k, part, first, m, uncond, w, draws, classes):
-                    break
-            else:
-                return
-            self.compiled = False  # the first chunk says it: nothing has been written
-        step_in_chunks(
-            row, self.numbers[k], self.state, m, self.readout, uncond=uncond, w=w, draws=draws, noise=noise,
-            gumbel=gumbel, copies=self.copies, classes=classes, parts=self.parts,
-        )  # fmt: skip
-
-    def _structure(
-        self, k: int, m: Tensor, uncond: Tensor | None, classes: Tensor | None, size: tuple[int, int]
-    ) -> _Structure:
-        row = self.rows[k]
-        targets = tuple(
-            (t.place, t.logical, tuple((source, j) for source, j, _ in t.terms), t.b != 0, t.s != 0 and row.noisy)
-            for t in row.targets
-        )
-        return _Structure(size, m.dtype, uncond is not None, row.noisy, classes is not None, targets)
-
-    def _run(
-        self, k: int, part: Chunk, first: Tensor, m: Tensor, uncond: Tensor | None, w: Tensor | None, draws: Draws,
-        classes: Tensor | None,
-    ) -> bool:  # fmt: skip
-        cut = part.of
-        args = [part.of(self.state), *map(cut, self.copies), self.table[k], self.numbers[k], first]
-        args += [v[part.b0 : part.b1] for v in draws] + [cut(m)]
-        if uncond is not None and w is not None:
-            args += [cut(uncond), w if w.shape[0] == 1 else w[part.b0 : part.b1]]
-        if classes is not None:
-            args.append(classes[part.b0 : part.b1, part.d0 : part.d1])
-        it = self._structure(k, m, uncond, classes, part.size)
-        if it not in self.functions:
-            kept = [v.clone() for v in args]
-            self.functions[it] = compile_static(self._function(it), args, elements=args[0][0].numel())
-            for v, before in zip(args, kept, strict=True):
-                v.copy_(before)
-        fn = self.functions[it]
-        if fn is None:
-            return False
-        fn(*args)
+        present = {name: value for name, value in given.items() if value is not None}
+        for part, first in self.parts:
+            args = [part.of(self.state), *map(part.of, self.copies), part.of(m)]
+            if self.classes is not None:
+                args.append(self.classes[part.b0 : part.b1, part.d0 : part.d1])
+            args += [self.table, row, first, *(self._cut(part, name, value) for name, value in present.items())]
+            key = (readout, part.size, m.dtype, m.stride(), tuple(present))
+            if key not in self.functions:
+                fn = self._function(readout, tuple(present))
+                kept = [v.clone() for v in args]
+                self.functions[key] = compile_static(fn, args, elements=part.of(m).numel())
+                for v, before in zip(args, kept, strict=True):
+                    v.copy_(before)
+            compiled = self.functions[key]
+            if compiled is None:
+                return False
+            compiled(*args)
         return True
 
-    def _function(self, it: _Structure) -> Callable[..., None]:
-        r, copies, readout, size = self.slots, len(self.copies), self.readout, (*it.size, self.width)
-        at_b, at_s = ROW_HEADER + r * r, ROW_HEADER + r * r + 2 * r
+    def _cut(self, part: Chunk, name: str, value: Tensor) -> Tensor:
+        if name in ("seeds", "index"):
+            return value[part.b0 : part.b1]
+        if name == "guidance":
+            return value[..., part.b0 : part.b1] if value.dim() and value.shape[-1] > 1 else value
+        return part.of(value)
+
+    def _function(self, readout: str, names: tuple[str, ...]) -> Callable[..., None]:
+        from fastdiff.ops.categorical_step import categorical_step_ref
+
+        copies, slots, classes = len(self.copies), self.slots, self.classes is not None
 
         def step(state: Tensor, *args: Tensor) -> None:
-            out, (c, at, first, seeds, index, m, *extra) = args[:copies], args[copies:]
-            rest = iter(extra)
-            m = weighted(m, next(rest), next(rest)) if it.guided else m.float()
-            v = m + gumbels((seeds, index), at, first, size) if readout == "sample" else m
-            each = torch.arange(size[2])
-            if size[2] == 1:
-                top, k = v, (v > 0).long()
-            else:
-                top = v.amax(-1, keepdim=True)
-                k = torch.where(v < top, size[2], each).amin(-1, keepdim=True)
-            if readout == "mean":
-                p = torch.tanh(0.5 * m) if size[2] == 1 else torch.softmax(m, -1)
-            elif size[2] == 1:
-                p = torch.where(v > 0, 1.0, torch.where(v.isnan(), v, -1.0))
-            else:
-                p = torch.where(each == k, 1.0, 0.0) + torch.where(top.isnan(), top, 0.0)
-            n = normals((seeds, index), at, first, size) if it.noisy else None
-            values = []
-            for _, i, sources, has_b, has_s in it.targets:
-                terms = [c[ROW_HEADER + i * r + j] * state[source] for source, j in sources]
-                terms += [c[at_b + i] * p] if has_b else []
-                terms += [c[at_s + i] * n] if has_s and n is not None else []
-                values.append(sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(m))
-            for (place, *_), value in zip(it.targets, values, strict=True):
-                state[place].copy_(value)
-                if place == 0 and out:
-                    x = torch.tanh(0.5 * value) if size[2] == 1 else 2 * torch.softmax(value, -1) - 1
-                    for copy in out:
-                        copy.copy_(x)
-            if it.classes:
-                next(rest).copy_(k[..., 0])
+            out, (m, *more) = args[:copies], args[copies:]
+            hits = more.pop(0) if classes else None
+            table, row, first, *rest = more
+            options = dict(zip(names, rest, strict=True))
+            seeds, index = options.pop("seeds", None), options.pop("index", None)
+            if seeds is not None:
+                draws = (seeds, torch.zeros_like(seeds) if index is None else index)
+                options.setdefault("noise", normals(draws, row, first, m.shape))
+                if readout == "sample":
+                    options.setdefault("gumbel", gumbels(draws, row, first, m.shape))
+            new, x, k = categorical_step_ref(state, m, table, row, slots=slots, readout=readout, **options)
+            state.copy_(new)
+            for copy in out:
+                copy.copy_(x)
+            if hits is not None:
+                hits.copy_(k)
 
         return step

@@ -135,14 +135,17 @@ def categorical_step_ref(
             gumbel = gumbels(seeds, which, row.long(), sample.numel(), logistic=binary).view(batch, *sample)
         v = m + gumbel.to(dtype)
     if binary:
-        lost, k = v.isnan(), (v > 0)[..., 0].long()
-        p = torch.tanh(0.5 * m) if readout == "mean" else (2 * k - 1).to(dtype)[..., None]
+        top, k = v, (v > 0).long()
+        p = (2 * k - 1).to(dtype)
     else:
-        lost = v.isnan().any(-1, keepdim=True)
-        k = torch.where(lost[..., 0], 0, v.argmax(-1))
-        named = k[..., None] == torch.arange(sample[-1], device=k.device)  # one_hot, which would look at the values
-        p = torch.softmax(m, -1) if readout == "mean" else named.to(dtype)
-    p = torch.where(lost, torch.nan, p)
+        each = torch.arange(sample[-1], device=m.device)
+        top = v.amax(-1, keepdim=True)
+        # the first class that is not below the largest, and class 0 where that is NaN; as a minimum it vectorises
+        k = torch.where(v < top, sample[-1], each).amin(-1, keepdim=True)
+        p = (each == k).to(dtype)
+    if readout == "mean":
+        p = torch.tanh(0.5 * m) if binary else torch.softmax(m, -1)
+    p = torch.where(top.isnan(), torch.nan, p)
     plain = table.to(dtype).clone()  # p as the model's output, taken as x0
     for i, value in enumerate((0.0, 1.0, -torch.inf, torch.inf)):
         plain[:, i] = value
@@ -150,7 +153,7 @@ def categorical_step_ref(
     new, _, _ = affine_step_ref(
         state, p, plain, row, slots=slots, seeds=None if noise is not None else seeds, index=index, noise=noise
     )
-    return new, belief(new[0]), k
+    return new, belief(new[0]), k[..., 0]
 
 
 @torch.no_grad()
