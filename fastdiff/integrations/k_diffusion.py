@@ -1,0 +1,176 @@
+"""k-diffusion's samplers with its signatures, callbacks and noise: one row of a plan a model call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastdiff import solvers
+from fastdiff.integrations.brownian import BrownianTreeNoiseSampler
+from fastdiff.integrations.levels import Loop, Maker, checked, churned, philox
+from fastdiff.plan import Plan
+from fastdiff.schedules import EDM
+
+__all__ = [
+    "SAMPLERS",
+    "BrownianTreeNoiseSampler",
+    "philox",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpmpp_2m",
+    "sample_dpmpp_2m_sde",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_3m_sde",
+    "sample_dpmpp_sde",
+    "sample_euler",
+    "sample_euler_ancestral",
+    "sample_heun",
+    "sample_lms",
+]
+
+Model = Callable[..., Tensor]
+Extra = Mapping[str, Any] | None
+Callback = Callable[[dict[str, Any]], Any] | None
+Sampler = Callable[[Any, Any], Tensor] | None
+
+
+def _plan(solver: Callable[..., Plan], s_noise: float = 1.0, **options: Any) -> Maker:
+    """sigmas -> the plan of a denoiser model from the first to the last of them."""
+
+    def make(sigmas: np.ndarray) -> Plan:
+        clean = sigmas[-1] == 0
+        levels = sigmas[:-1] if clean else sigmas
+        top, low = float(levels[0]), float(levels[-1])
+        edm = EDM(low if len(levels) > 1 else 0.5 * top, top)
+        ends = {"final": "zero"} if clean else {"final": "min"}
+        plan = solver(edm, len(sigmas) - 1, prediction="x0", sigmas=levels, **ends, **options)
+        return plan if s_noise == 1 else replace(plan, s=s_noise * plan.s, _device_tables={})
+
+    return make
+
+
+def sample_euler(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Euler steps, with churn (Karras et al. 2022, arXiv:2206.00364, algorithm 2).
+
+    Args, as for every sampler here: model: denoiser(x, sigma [B], **extra_args) -> x0; x: noise times sigmas[0];
+        sigmas: [n + 1], decreasing, as a rule ending in 0; callback: called with x, i, sigma, sigma_hat, denoised;
+        disable: no progress bar.
+    Returns: the sample, x's shape and dtype.   Raises: ValueError: sigmas that rise, repeat or are not finite.
+    """
+    hat = checked(sigmas), s_churn, s_tmin, s_tmax
+    return churned(_plan(solvers.euler), 1, hat, s_noise, model, x, sigmas, extra_args, callback, disable)
+
+
+def sample_heun(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Heun steps, with churn (Karras et al. 2022, algorithm 2)."""
+    hat = checked(sigmas), s_churn, s_tmin, s_tmax
+    return churned(_plan(solvers.heun), 2, hat, s_noise, model, x, sigmas, extra_args, callback, disable)
+
+
+def sample_dpm_2(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver-2 steps with a geometric midpoint, with churn."""
+    hat = checked(sigmas), s_churn, s_tmin, s_tmax
+    return churned(_plan(solvers.dpm2), 2, hat, s_noise, model, x, sigmas, extra_args, callback, disable)
+
+
+def sample_lms(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, order: int = 4,
+) -> Tensor:  # fmt: skip
+    """Linear multistep in sigma, up to four derivatives, their polynomial integrated exactly."""
+    loop = Loop(_plan(solvers.lms, order=order), 1, checked(sigmas), model, x, sigmas, extra_args)
+    return loop.run(callback, disable)
+
+
+def sample_dpmpp_2m(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2M)."""
+    make = _plan(solvers.dpmpp_2m, lower_order_final=False)
+    return Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args).run(callback, disable)
+
+
+def sample_euler_ancestral(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
+) -> Tensor:  # fmt: skip
+    """Euler steps to sigma_down, then noise up to the next sigma."""
+    make = _plan(solvers.euler_ancestral, s_noise, eta=eta)
+    loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
+    return loop.run(callback, disable, loop.once(noise_sampler))
+
+
+def sample_dpm_2_ancestral(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver-2 steps to sigma_down, then noise up to the next sigma."""
+    make = _plan(solvers.dpm2_ancestral, eta=eta, s_noise=s_noise)
+    loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
+    return loop.run(callback, disable, loop.once(noise_sampler))
+
+
+def sample_dpmpp_2s_ancestral(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2S) steps to sigma_down, then noise up to the next sigma."""
+    make = _plan(solvers.dpmpp_2s_ancestral, eta=eta, s_noise=s_noise)
+    loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
+    return loop.run(callback, disable, loop.once(noise_sampler))
+
+
+def sample_dpmpp_sde(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
+    r: float = 1 / 2,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++ for the SDE: two calls a step, two increments of one Brownian path."""
+    make = _plan(solvers.dpmpp_sde, eta=eta, s_noise=s_noise, r=r)
+    loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
+    return loop.run(callback, disable, loop.twice(noise_sampler, r))
+
+
+def sample_dpmpp_2m_sde(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
+    solver_type: str = "midpoint",
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2M) for the SDE; solver_type: "midpoint" or "heun"."""
+    if solver_type not in ("heun", "midpoint"):
+        raise ValueError(f"solver_type must be 'heun' or 'midpoint', got {solver_type!r}")
+    make = _plan(solvers.dpmpp_2m_sde, eta=eta, s_noise=s_noise, kind=solver_type, lower_order_final=False)
+    loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
+    return loop.run(callback, disable, loop.once(noise_sampler, tree=True, used=eta != 0))
+
+
+def sample_dpmpp_3m_sde(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(3M) for the SDE."""
+    make = _plan(solvers.dpmpp_3m_sde, eta=eta, s_noise=s_noise)
+    loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
+    return loop.run(callback, disable, loop.once(noise_sampler, tree=True, used=eta != 0))
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    name.removeprefix("sample_"): value for name, value in list(globals().items()) if name.startswith("sample_")
+}
