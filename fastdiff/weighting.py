@@ -47,7 +47,7 @@ WEIGHTINGS: dict[str, Callable[[_Level, WeightOptions], Tensor]] = {
 
 
 def target_weight(
-    name: str | None, target: str, schedule: Schedule, t: Tensor, options: WeightOptions = WeightOptions()
+    name: str | None, target: str, schedule: Schedule, t: Tensor, options: WeightOptions
 ) -> Tensor:
     """The weight of a target's squared error at times t, [B] float64.
 

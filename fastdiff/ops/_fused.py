@@ -1,4 +1,8 @@
-"""Noising and loss on a CPU as one compiled loop each: one function per signature, made at its first call."""
+"""Noising and loss on a CPU as compiled loops: the noise into the output's own memory, then the rest in place.
+
+One function per signature, made at its first call; both operations share the function that draws the noise, so the
+noise they use is the same bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import rng
 from fastdiff.inductor import compile_static
 from fastdiff.ops import _dispatch
 
@@ -45,13 +50,14 @@ def wanted(tensors: Sequence[Tensor], elements: int) -> bool:
 def run(name: str, fn: Callable[..., None], args: Sequence[Tensor], key: Hashable) -> bool:
     """Runs fn(*args), which writes into some of its contiguous arguments, as a compiled loop; False if it cannot.
 
-    The first call of a signature (name, key, shapes, dtypes) compiles: some 5 to 10 seconds, said in the log.
+    The first call of a signature (name, key, shapes, dtypes) compiles: some 5 seconds, said in the log.
     """
     signature = (name, key, torch.get_num_threads(), *((a.shape, a.dtype) for a in args))
     args = [a.detach() for a in args]
     if signature not in _cache:
-        log.warning("compiling %s for shape %s (once, 5 to 10 s)", name, tuple(args[0].shape))
-        _cache[signature] = compile_static(fn, args, elements=args[0].numel())
+        log.warning("compiling %s for shape %s (once, about 5 s)", name, tuple(args[0].shape))
+        # compiling runs fn, which may update in place: on copies
+        _cache[signature] = compile_static(fn, [a.clone() for a in args], elements=args[0].numel())
         while len(_cache) > MOST_CACHED:
             _cache.popitem(last=False)
     compiled = _cache[signature]
@@ -61,3 +67,16 @@ def run(name: str, fn: Callable[..., None], args: Sequence[Tensor], key: Hashabl
     with torch.no_grad():
         compiled(*args)
     return True
+
+
+def noise_into(out: Tensor, seeds: Tensor, index: Tensor, row: int, stream: int) -> Tensor:
+    """Fills out [B, n], fp32 and contiguous, with rng.normal(seeds, (n,), row=row, stream=stream, index=index)."""
+    batch, n = out.shape
+
+    def fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor) -> None:
+        out.copy_(rng.normals(seeds, index, rows, stream, n)[0])
+
+    rows = torch.full((1,), row, dtype=torch.int64)
+    if not wanted([out], out.numel()) or not run("noise", fill, [out, seeds, index, rows], stream):
+        rng.normal(seeds, (n,), row=row, stream=stream, index=index, out=out)
+    return out

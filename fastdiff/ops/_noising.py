@@ -146,21 +146,8 @@ class Noised(torch.autograd.Function):
             x_t, target = run_kernel(x, coef, t, seeds, index, row, stream, noise, dtype, with_target)
             return (x_t,) if target is None else (x_t, target)
         assert seeds is not None and index is not None
-        batch, n = x.shape[0], x.shape[1:].numel()
-        coef = (coef if t is None else coef[t]).expand(batch, 4).contiguous()
         outs = [torch.empty(x.shape, dtype=dtype) for _ in range(1 + with_target)]
-        rows = torch.full((1,), row, dtype=torch.int64)
-
-        def fn(x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, *outs: Tensor) -> None:
-            z = rng.normals(seeds, index, rows, stream, n)[0]
-            for i, out in enumerate(outs):
-                out.copy_(coef[:, 2 * i, None] * x.float() + coef[:, 2 * i + 1, None] * z)
-
-        args = [x.reshape(batch, n).contiguous(), coef, seeds, index, rows, *(o.view(batch, n) for o in outs)]
-        if not _fused.run("add_noise", fn, args, stream):
-            z = noise_of(x, seeds, index, row, stream, None, torch.float32)
-            for i, out in enumerate(outs):
-                out.copy_(affine(x, z, coef[:, 2 * i], coef[:, 2 * i + 1]))
+        _on_cpu(x, coef if t is None else coef[t], seeds, index, row, stream, outs)
         return tuple(outs)
 
     @staticmethod
@@ -176,6 +163,26 @@ class Noised(torch.autograd.Function):
         (coef,) = ctx.saved_tensors
         parts = [spread(coef[:, 2 * i], g) * g for i, g in enumerate(grads) if g is not None]
         return (sum(parts[1:], start=parts[0]).to(ctx.dtype) if parts else None, *(None,) * 10)
+
+
+def _on_cpu(
+    x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor, row: int, stream: int, outs: Sequence[Tensor]
+) -> None:
+    """Writes outs from compiled loops; fp32 outputs receive the noise itself first, in the last one's memory."""
+    batch, n = x.shape[0], x.shape[1:].numel()
+    flat = [o.view(batch, n) for o in outs]
+    in_place = flat[-1].dtype == torch.float32
+    z = _fused.noise_into(flat.pop() if in_place else torch.empty(batch, n), seeds, index, row, stream)
+
+    def fn(x: Tensor, coef: Tensor, z: Tensor, *others: Tensor) -> None:
+        written = (*others, z) if in_place else others
+        values = [coef[:, 2 * i, None] * x.float() + coef[:, 2 * i + 1, None] * z for i in range(len(written))]
+        for out, value in zip(written, values, strict=True):
+            out.copy_(value)
+
+    args = [x.reshape(batch, n).contiguous(), coef.expand(batch, 4).contiguous(), z, *flat]
+    if not _fused.run("add_noise", fn, args, in_place):
+        fn(*args)
 
 
 def run_kernel(

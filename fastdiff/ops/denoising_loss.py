@@ -19,7 +19,7 @@ from fastdiff.weighting import WEIGHTINGS, WeightOptions, target_weight
 LOSSES = ("l2", "l1", "huber")
 NOISE_TARGETS = ("eps", "score")  # need no x0
 GROUP = 256  # elements summed at a time: the order of a sample's sum is a function of its size alone
-CHUNK = 8192  # elements of one program of the kernel
+CHUNK = 4096  # elements of one program of the kernel
 
 
 def denoising_loss(
@@ -148,9 +148,9 @@ def _fill(
     if x0 is not None:
         goal = goal + coef[:, :1] * x0.to(wide)
     value, slope = _rho(model_out.to(wide) - goal, kind, delta)
-    scale = coef[:, 2] * (1.0 / max(noise.shape[1], 1))
-    loss.copy_(scale * _sum(value))
-    grad.copy_(scale[:, None] * slope)
+    n, weight = noise.shape[1], coef[:, 2]
+    loss.copy_(weight * (_sum(value) / n))  # of an empty sample: NaN, as torch has it
+    grad.copy_((weight / max(n, 1))[:, None] * slope)
 
 
 def _on_cpu(
@@ -163,21 +163,22 @@ def _on_cpu(
     loss = torch.empty(batch, dtype=wide, device=model_out.device)
     grad = torch.empty_like(model_out, memory_format=torch.contiguous_format)
     m, flat = model_out.reshape(batch, n).contiguous(), grad.view(batch, n)
-    clean = None if x0 is None else x0.reshape(batch, n).contiguous()
+    clean = [] if x0 is None else [x0.reshape(batch, n).contiguous()]
     coef = coef.expand(batch, 4).contiguous()
-    if wide == torch.float32 and _fused.wanted([m, *([] if clean is None else [clean])], m.numel()):
-        rows = torch.full((1,), row, dtype=torch.int64, device=m.device)
+    if wide == torch.float32 and _fused.wanted([m, *clean], m.numel()):
+        in_place = grad.dtype == torch.float32
+        z = _fused.noise_into(flat if in_place else torch.empty(batch, n), seeds, index, row, stream)
 
-        def fn(m: Tensor, loss: Tensor, grad: Tensor, coef: Tensor, seeds: Tensor, index: Tensor, rows: Tensor,
-               *rest: Tensor) -> None:  # fmt: skip
-            z = rng.normals(seeds, index, rows, stream, n)[0]
-            _fill(loss, grad, m, rest[0] if rest else None, coef, z, kind, delta)
+        def fn(z: Tensor, m: Tensor, coef: Tensor, loss: Tensor, *rest: Tensor) -> None:
+            out, *clean = (z, *rest) if in_place else rest
+            _fill(loss, out, m, clean[0] if clean else None, coef, z, kind, delta)
 
-        args = [m, loss, flat, coef, seeds, index, rows, *([] if clean is None else [clean])]
-        if _fused.run("denoising_loss", fn, args, (stream, kind, delta)):
-            return loss, grad
+        args = [z, m, coef, loss, *([] if in_place else [flat]), *clean]
+        if not _fused.run("denoising_loss", fn, args, (in_place, kind, delta)):
+            fn(*args)
+        return loss, grad
     z = rng.normal(seeds, (n,), row=row, stream=stream, index=index).to(wide)
-    _fill(loss, flat, m, clean, coef, z, kind, delta)
+    _fill(loss, flat, m, clean[0] if clean else None, coef, z, kind, delta)
     return loss, grad
 
 
@@ -198,7 +199,7 @@ class _DenoisingLoss(torch.autograd.Function):
                 model_out, x0, coef, rows, seeds, index, row, stream, kind, delta, loss, grad
             )
         else:
-            loss.fill_(math.nan)  # the mean of nothing, as torch has it
+            loss.fill_(math.nan)
         return loss, grad
 
     @staticmethod
@@ -291,17 +292,15 @@ def _launch(
         _dispatch.FIRST, coef.shape[0], int(per_sample), row, stream, tiles, 1.0 / n, delta,
     )  # fmt: skip
     module = _dispatch.kernels("denoising_loss")
-    _dispatch.launch(module.denoising_loss_kernel, args, n, batch, tile=loss_tile(n), KIND=kind)
+    _dispatch.launch(module.denoising_loss_kernel, args, n, batch, tile=loss_tile(), KIND=kind)
     if tiles > 1:
         one = {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
         _dispatch.launch(module.sum_kernel, (parts, loss, tiles, _dispatch.FIRST), 1, batch, tile=one)
 
 
-def loss_tile(n: int) -> dict[str, int]:
-    """BLOCK = CHUNK elements a program in PARTS pieces; a function of the sample's size alone, as are the sums then."""
-    if n <= 512:
-        return {"BLOCK": 512, "PARTS": 4, "num_warps": 1}
-    return {"BLOCK": CHUNK, "PARTS": CHUNK // 1024, "num_warps": 4}
+def loss_tile() -> dict[str, int]:
+    """One warp a program, always the same pieces: no shared memory, and sums that depend on the sample alone."""
+    return {"BLOCK": CHUNK, "PARTS": 16, "num_warps": 1}
 
 
 _dispatch.register(
