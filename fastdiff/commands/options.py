@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.grid import SPACINGS
+from fastdiff.names import assignments, make_schedule, pick, schedule_names, solver_names
 from fastdiff.prediction import PREDICTIONS
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
 BAD_INPUT = 2
 MODEL_FAILED = 1
 INTERRUPTED = 130
-CHAIN_LENGTH = 1000
 
 
 class UsageError(Exception):
@@ -53,77 +52,11 @@ class ModelError(Exception):
     """The user's own model raised."""
 
 
-def solver_names() -> list[str]:
-    """The solvers the command line knows: fastdiff.solvers.__all__."""
-    return list(fd.solvers.__all__)
-
-
-def _schedule_makers() -> dict[str, Callable[..., Any]]:
-    """Names of the command line -> makers: schedule classes in lower case, and the functions that give betas."""
-    makers: dict[str, Callable[..., Any]] = {}
-    for name in fd.schedules.__all__:
-        thing = getattr(fd.schedules, name)
-        if not inspect.isclass(thing):
-            if "T" in inspect.signature(thing).parameters:
-                makers[name] = thing
-        elif issubclass(thing, fd.schedules.Schedule) and thing not in (fd.schedules.Schedule, fd.schedules.Betas):
-            makers[name.lower()] = thing
-    return makers
-
-
-def schedule_names() -> list[str]:
-    """The schedules the command line knows, made from fastdiff.schedules.__all__."""
-    return sorted(_schedule_makers())
-
-
-def pick(kind: str, name: str, valid: Sequence[str]) -> str:
-    if name not in valid:
-        raise UsageError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
-    return name
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _assignments(kind: str, texts: Sequence[str], valid: Sequence[str]) -> dict[str, Any]:
-    out = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"{kind}: expected KEY=VALUE, got {text!r}")
-        pick(kind, name.strip(), valid)
-        out[name.strip()] = _value(value.strip())
-    return out
-
-
-def make_schedule(text: str) -> fd.schedules.Schedule:
-    """A schedule from NAME or NAME:KEY=VALUE,..., e.g. "vp:beta_max=12" or "linear_betas:T=100" (T defaults to 1000).
-
-    Raises: UsageError for unknown names and keys; ValueError for values the schedule refuses.
-    """
-    makers = _schedule_makers()
-    name, _, rest = text.partition(":")
-    make = makers[pick("schedule", name, sorted(makers))]
-    parameters = inspect.signature(make).parameters
-    given = _assignments(f"option of schedule {name}", [p for p in rest.split(",") if p], list(parameters))
-    if not inspect.isclass(make):
-        given.setdefault("T", CHAIN_LENGTH)
-    lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in given]
-    if lacking:
-        raise UsageError(f"schedule {name} needs {', '.join(lacking)}: write {name}:{lacking[0]}=...")
-    made = make(**given)
-    return made if inspect.isclass(make) else fd.schedules.Betas(made)
-
-
 def make_plan(args: argparse.Namespace) -> fd.Plan:
     schedule = make_schedule(args.schedule)
     solve = getattr(fd.solvers, pick("solver", args.solver, solver_names()))
     own = [n for n, p in inspect.signature(solve).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    options = _assignments(
+    options = assignments(
         f"option of solver {args.solver}",
         args.set,
         [*own, "t_start", "t_end", "sign", "sigma_data", "rho", "steps_offset", "sigmas"],

@@ -1,0 +1,82 @@
+"""Schedules and solvers by name: "vp:beta_max=12", "linear_betas:T=100", "dpmpp_2m"."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import fastdiff as fd
+
+__all__ = ["assignments", "make_schedule", "pick", "schedule_names", "solver_names"]
+
+CHAIN_LENGTH = 1000
+
+
+def solver_names() -> list[str]:
+    """The solvers the command line knows: fastdiff.solvers.__all__."""
+    return list(fd.solvers.__all__)
+
+
+def _schedule_makers() -> dict[str, Callable[..., Any]]:
+    """Names of the command line -> makers: schedule classes in lower case, and the functions that give betas."""
+    makers: dict[str, Callable[..., Any]] = {}
+    for name in fd.schedules.__all__:
+        thing = getattr(fd.schedules, name)
+        if not inspect.isclass(thing):
+            if "T" in inspect.signature(thing).parameters:
+                makers[name] = thing
+        elif issubclass(thing, fd.schedules.Schedule) and thing not in (fd.schedules.Schedule, fd.schedules.Betas):
+            makers[name.lower()] = thing
+    return makers
+
+
+def schedule_names() -> list[str]:
+    """The schedules the command line knows, made from fastdiff.schedules.__all__."""
+    return sorted(_schedule_makers())
+
+
+def pick(kind: str, name: str, valid: Sequence[str]) -> str:
+    """The name, if it is valid; else ValueError with the valid ones."""
+    if name not in valid:
+        raise ValueError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
+    return name
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def assignments(kind: str, texts: Sequence[str], valid: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE texts as a dictionary; values are Python literals, else text."""
+    out = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{kind}: expected KEY=VALUE, got {text!r}")
+        pick(kind, name.strip(), valid)
+        out[name.strip()] = _value(value.strip())
+    return out
+
+
+def make_schedule(text: str) -> fd.schedules.Schedule:
+    """A schedule from NAME or NAME:KEY=VALUE,..., e.g. "vp:beta_max=12" or "linear_betas:T=100" (T defaults to 1000).
+
+    Raises: ValueError for unknown names and keys, and for values the schedule refuses.
+    """
+    makers = _schedule_makers()
+    name, _, rest = text.partition(":")
+    make = makers[pick("schedule", name, sorted(makers))]
+    parameters = inspect.signature(make).parameters
+    given = assignments(f"option of schedule {name}", [p for p in rest.split(",") if p], list(parameters))
+    if not inspect.isclass(make):
+        given.setdefault("T", CHAIN_LENGTH)
+    lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in given]
+    if lacking:
+        raise ValueError(f"schedule {name} needs {', '.join(lacking)}: write {name}:{lacking[0]}=...")
+    made = make(**given)
+    return made if inspect.isclass(make) else fd.schedules.Betas(made)
