@@ -11,7 +11,7 @@ from fastdiff import rng
 from fastdiff.inductor import compile_static
 from fastdiff.plan import Plan
 
-__all__ = ["CallableNoise", "Noise", "NoiseFunction", "PhiloxNoise", "TorchNoise"]
+__all__ = ["CallableNoise", "Noise", "NoiseFunction", "PhiloxNoise", "ReadoutNoise", "TorchNoise"]
 
 NoiseFunction = Callable[[int, Tensor], Tensor]
 BLOCK_ELEMENTS = 1 << 20
@@ -108,12 +108,12 @@ class TorchNoise(Noise):
         device = generators[0].device
         self.host = self.buffer if device.type == like.device.type else torch.empty_like(like, device=device)
 
-    def _draw(self) -> Tensor:
+    def _draw(self, fill: Callable[..., Tensor] = torch.Tensor.normal_) -> Tensor:
         if len(self.generators) == 1:
-            self.host.normal_(generator=self.generators[0])
+            fill(self.host, generator=self.generators[0])
         else:
             for sample, generator in zip(self.host, self.generators, strict=True):
-                sample.normal_(generator=generator)
+                fill(sample, generator=generator)
         return self.host if self.host is self.buffer else self.buffer.copy_(self.host)
 
     def start(self, row: int) -> Tensor:
@@ -123,6 +123,34 @@ class TorchNoise(Noise):
         for _ in range(self.draws[k]):
             self._draw()
         return self.buffer if self.draws[k] else None
+
+
+class ReadoutNoise(TorchNoise):
+    """torch's own stream for rows that sample a readout: their numbers first, into `drawn`, then n.
+
+    Args: drawn: [B, *], receives Gumbel numbers (of two classes in one channel: logistic ones) or normals.
+        kind: "gumbel" | "logistic" | "normal". sampled: which rows draw them.
+    """
+
+    def __init__(
+        self, plan: Plan, like: Tensor, generators: Sequence[torch.Generator], drawn: Tensor, kind: str,
+        sampled: Sequence[bool],
+    ) -> None:  # fmt: skip
+        super().__init__(plan, like, generators)
+        self.drawn, self.kind, self.sampled = drawn, kind, sampled
+
+    def row(self, k: int) -> Tensor | None:
+        if self.sampled[k]:
+            if self.kind == "normal":
+                self.drawn.copy_(self._draw())
+            else:
+                torch.neg(self._log_exponential(), out=self.drawn)
+            if self.kind == "logistic":
+                self.drawn.add_(self._log_exponential())
+        return super().row(k)
+
+    def _log_exponential(self) -> Tensor:
+        return self._draw(torch.Tensor.exponential_).log_()
 
 
 class CallableNoise(Noise):

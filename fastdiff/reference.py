@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.plan import Plan
-from fastdiff.readout import CATEGORICAL
+from fastdiff.readout import BINNED, CATEGORICAL
 
 __all__ = ["reference_sample"]
 
@@ -31,7 +31,7 @@ def reference_sample(
         model: model(c_in x, t) with t [B]. x_T: the state at row 0, [B, *].
         noise: (row, like) -> Tensor, called plan.draws[row] times a row; the last draw is n.
         edit: applied to the state after each row. gumbel: (row, like) -> Tensor, the Gumbel (two classes: logistic)
-        numbers of a sampled row.
+        numbers of a sampled row; of a row that samples bins, its normals.
     Returns: the final state, [B, *] of x_T's dtype; of a plan of classes, whose x_T is logits [B, *D, K'], the classes
         int64 [B, *D].
     """
@@ -46,6 +46,8 @@ def reference_sample(
             n = noise(k, x)
         if plan.readout in CATEGORICAL:
             classes, p = _read(plan, k, m, gumbel)
+        elif plan.readout in BINNED:
+            p = _read_bins(plan, k, x, m, gumbel)
         else:
             p = torch.clamp(float(plan.c_skip[k]) * x + float(plan.c_out[k]) * m, float(plan.lo[k]), float(plan.hi[k]))
         new: list[Tensor | None] = []
@@ -83,3 +85,17 @@ def _read(plan: Plan, k: int, m: Tensor, gumbel: Callable[[int, Tensor], Tensor]
     classes = drawn.argmax(-1)
     p = torch.softmax(full, -1) if readout == "mean" else torch.nn.functional.one_hot(classes, plan.classes).to(m.dtype)
     return classes, p[..., 1:] - p[..., :1] if plan.classes == 2 else p
+
+
+def _read_bins(plan: Plan, k: int, x: Tensor, m: Tensor, normal: Callable[[int, Tensor], Tensor] | None) -> Tensor:
+    """p of a mean and a log-std: the bin of a draw, or every bin by its probability."""
+    m0, m1 = m.chunk(2, 1)
+    mean, std = float(plan.c_skip[k]) * x + float(plan.c_out[k]) * m0, abs(float(plan.c_out[k])) * m1.exp()
+    centres = (2 * torch.arange(plan.classes, dtype=x.dtype) + 1) / plan.classes - 1
+    if plan.readout == "binned":
+        assert normal is not None
+        return centres[(mean + std * normal(k, x))[..., None].sub(centres).abs().argmin(-1)]
+    edges = (centres[1:] + centres[:-1]) / 2
+    below = torch.special.ndtr((edges - mean[..., None]) / std[..., None])
+    mass = torch.diff(below, prepend=torch.zeros_like(mean)[..., None], append=torch.ones_like(mean)[..., None])
+    return (mass * centres).sum(-1)

@@ -15,7 +15,7 @@ from fastdiff.noise import NoiseFunction
 from fastdiff.ops._categorical import channels
 from fastdiff.ops.guide import RULES
 from fastdiff.plan import Plan
-from fastdiff.readout import CATEGORICAL
+from fastdiff.readout import BINNED, CATEGORICAL
 
 __all__ = ["CHECK_FINITE", "MODES", "Options", "Request", "resolve"]
 
@@ -119,16 +119,21 @@ def _state(name: str, value: object, shape: tuple[int, ...], device: torch.devic
         raise ValueError(f"{name} must be on {device}, got {value.device}")
 
 
+def _plain(o: Options, plan: Plan) -> None:
+    """Readouts of classes and bins take plain guidance of the model's outputs and no threshold."""
+    if o.guide != "cfg" or o.guide_options:
+        raise ValueError(f"plan {plan.name!r} is guided on the model's outputs by guide='cfg' only, got {o.guide!r}")
+    if o.threshold is not None:
+        raise ValueError(f"plan {plan.name!r} predicts classes or bins, which have no threshold; got {o.threshold!r}")
+
+
 def _categorical(o: Options, plan: Plan, shape: tuple[int, ...], device: torch.device) -> None:
     """What a plan of classes takes otherwise than a plan of numbers."""
     if len(shape) < 2:
         raise ValueError(f"shape must be (B, *D), the classes asked for, without an axis of K logits; got {shape}")
+    _plain(o, plan)
     if o.out_dtype not in (None, torch.int64):
         raise TypeError(f"plan {plan.name!r} gives classes, int64; got out_dtype={o.out_dtype}")
-    if o.guide != "cfg" or o.guide_options:
-        raise ValueError(f"plan {plan.name!r} is guided on its logits by guide='cfg' only, got {o.guide!r}")
-    if o.threshold is not None:
-        raise ValueError(f"plan {plan.name!r} predicts classes, which have no threshold; got {o.threshold!r}")
     x = o.x_init
     if x is None:
         return
@@ -245,6 +250,10 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
         state = (*size, channels(plan.classes))
         _categorical(o, plan, size, device)
     else:
+        if plan.readout in BINNED:
+            _plain(o, plan)
+            if len(size) < 2:
+                raise ValueError(f"shape must be (B, C, *): the model returns 2 C channels; got {size}")
         _state("x_init", o.x_init, size, device)
     _state("x_T", o.x_T, state, device)
     if o.x_init is not None and not np.isfinite(plan.alpha[0]):

@@ -28,6 +28,7 @@ class Run:
 
     input_is_state = True  # may the model see slot 0 itself?
     draws_on_host = True  # does the host draw a row's noise, where rows run on the host?
+    output_says = "the shape of its input"
 
     def __init__(self, model: Callable[..., Any], plan: Plan, request: Request, *, compiled: bool) -> None:
         self.model, self.plan, self.shape, self.device = model, plan, request.state, request.device
@@ -135,7 +136,7 @@ class Run:
             if o.x_init is not None:
                 self._add_data(o.x_init, float(plan.alpha[0]))
             if plan.init_noise:
-                self.x.add_(self.noise.start(1), alpha=plan.init_noise)
+                self.x.add_(self._second(self.noise.start(1)), alpha=plan.init_noise)
         if self.weight is not None and request.weight is not None:
             self.weight.copy_(request.weight)
             if self.on_host:
@@ -143,6 +144,10 @@ class Run:
         if self.bad is not None:
             self.bad.fill_(plan.nfe)
         self.refresh(0)
+
+    def _second(self, n: Tensor) -> Tensor:
+        """What init_noise scales."""
+        return n
 
     def _add_data(self, x_init: Tensor, alpha: float) -> None:
         """x += alpha x_init."""
@@ -181,7 +186,7 @@ class Run:
             u, m = m.split(self.shape[0])
         elif self.guided:
             if self.first is None or self.first.dtype != m.dtype:
-                self.first = torch.empty(self.shape, dtype=m.dtype, device=self.device)
+                self.first = torch.empty(m.shape, dtype=m.dtype, device=self.device)
             m = self.first.copy_(m)  # the second call may reuse the first one's memory
             u = self.model(self.model_in, t, **self.uncond)
             self._check(u)
@@ -189,14 +194,18 @@ class Run:
             raise ValueError("the model changed its input x in place; x is the sampler's state: let the model copy it")
         return m, u
 
+    def output_shape(self) -> tuple[int, ...]:
+        """What the model must return."""
+        return self.model_in.shape
+
     def _check(self, m: object) -> None:
         if not isinstance(m, Tensor):
             raise TypeError(
                 f"the model must return a Tensor, got {type(m).__name__}; wrap it: lambda x, t: model(x, t)[0], say"
             )
-        if m.shape != self.model_in.shape:
+        if m.shape != self.output_shape():
             raise ValueError(
-                f"the model must return the shape of its input, {tuple(self.model_in.shape)}, got {tuple(m.shape)}"
+                f"the model must return {self.output_says}, {tuple(self.output_shape())}, got {tuple(m.shape)}"
             )
         if m.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"the model must return float32, bfloat16 or float16, got {m.dtype}")

@@ -176,7 +176,7 @@ def _keep_faster_step(run: Run, request: Request) -> None:
     run.start(request)
     k = run.plan.nfe // 2
     n = torch.zeros_like(run.x) if run.plan.s[k].any() and not run.noise_in_kernel else None
-    m = torch.zeros((*run.model_in.shape,), dtype=request.dtype)
+    m = torch.zeros(run.output_shape(), dtype=request.dtype)
     u, m = m.split(run.shape[0]) if run.doubled else (m if run.guided else None, m)
     best: dict[str, float] = {}
     compiled = run.compiled

@@ -5,6 +5,8 @@ from fastdiff.training.bfn import (
     bfn_continuous_reconstruction,
     bfn_discrete_loss,
     bfn_discrete_reconstruction,
+    bfn_discretised_loss,
+    bfn_discretised_reconstruction,
 )
 from fastdiff.training.noising import add_noise
 
@@ -14,4 +16,6 @@ __all__ = [
     "bfn_continuous_reconstruction",
     "bfn_discrete_loss",
     "bfn_discrete_reconstruction",
+    "bfn_discretised_loss",
+    "bfn_discretised_reconstruction",
 ]
