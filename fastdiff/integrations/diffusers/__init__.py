@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-__all__ = ["accelerate", "is_accelerated", "restore"]
+from fastdiff.integrations.diffusers.models import as_model, flux_arguments
+
+__all__ = ["accelerate", "as_model", "flux_arguments", "is_accelerated", "restore"]
 
 NOISES = ("torch", "philox")
 

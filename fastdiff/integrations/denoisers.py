@@ -1,0 +1,84 @@
+"""Between a model of this library, model(x, t), and k-diffusion's denoiser, denoiser(y, sigma) -> x0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.ops._dispatch import spread
+from fastdiff.prediction import Prediction, conversion
+from fastdiff.schedules import Schedule
+
+__all__ = ["from_denoiser", "to_denoiser"]
+
+
+class _At:
+    """alpha, model time and conversion at noise levels sigma / alpha, kept per level: a loop asks for few of them."""
+
+    def __init__(self, schedule: Schedule, prediction: Prediction, sign: int) -> None:
+        self.schedule, self.prediction, self.sign = schedule, prediction, sign
+        self.known: dict[tuple[float, ...], tuple[Tensor, ...]] = {}
+
+    def __call__(self, level: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """[B] each: model time, alpha, c_skip, c_out."""
+        values = tuple(level.detach().double().reshape(-1).tolist())
+        if values not in self.known:
+            t = np.clip(self.schedule.t_of(-2 * np.log(np.array(values))), 0, self.schedule.t_max)
+            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+            c = conversion(self.prediction, alpha, sigma, sigma_data=0.5, sign=self.sign)
+            time = np.asarray(self.schedule.model_time(t))
+            told = torch.from_numpy(time if np.issubdtype(time.dtype, np.integer) else time.astype(np.float32))
+            rest = (torch.from_numpy(np.asarray(v, np.float32)) for v in (alpha, c.c_skip, c.c_out))
+            self.known[values] = (told, *rest)
+        return tuple(v.to(device) for v in self.known[values])
+
+
+def to_denoiser(
+    model: Callable[..., Tensor], schedule: Schedule, *, prediction: Prediction = "eps", sign: int = 1
+) -> Callable[..., Tensor]:
+    """A k-diffusion denoiser made of model(x, t, **cond).
+
+        D(y, sigma) = c_skip alpha y + c_out model(alpha y, t),   sigma(t) / alpha(t) = sigma,   x = alpha y
+
+    Args: model: predicts `prediction` (not edm) at x = alpha x0 + sigma eps. sign: -1 where it returns minus that.
+    Returns: denoiser(y, sigma [B], **cond) -> x0. It reads sigma on the host in every call.
+    """
+    at = _At(schedule, prediction, sign)
+
+    def denoiser(y: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        t, alpha, c_skip, c_out = at(sigma.expand(y.shape[0]), y.device)
+        x = (spread(alpha, y) * y.float()).to(y.dtype)
+        m = model(x, t, **cond)
+        return (spread(c_skip, y) * x.float() + spread(c_out, y) * m.float()).to(y.dtype)
+
+    return denoiser
+
+
+def from_denoiser(
+    denoiser: Callable[..., Tensor], schedule: Schedule, *, prediction: Prediction = "eps", sign: int = 1
+) -> Callable[..., Tensor]:
+    """A model(x, t, **cond) of this library made of a k-diffusion denoiser.
+
+        model(x, t) = (D(x / alpha, sigma / alpha) - c_skip x) / c_out
+
+    Args: denoiser: D(y, sigma [B], **cond) -> x0. prediction: what the model is to predict.
+    Returns: model(x, t [B], **cond), t a time of the schedule (VP, VE, Betas, Flow with shift 1: what a plan passes).
+    Raises: ValueError: the prediction does not depend on the model's output there (alpha = 0 with x0 ...).
+    """
+
+    def model(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        times = t.detach().double().cpu().numpy()
+        alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+        if np.any(alpha == 0):
+            raise ValueError(f"a denoiser has no level without signal (alpha = 0 at t = {times[alpha == 0][0]:g})")
+        c = conversion(prediction, alpha, sigma, sigma_data=0.5, sign=sign)
+        values = (alpha, sigma / alpha, c.c_skip, c.c_out)
+        a, level, c_skip, c_out = (torch.from_numpy(np.asarray(v, np.float32)).to(x.device) for v in values)
+        x0 = denoiser((x.float() / spread(a, x)).to(x.dtype), level.to(x.dtype), **cond)
+        return ((x0.float() - spread(c_skip, x) * x.float()) / spread(c_out, x)).to(x.dtype)
+
+    return model
