@@ -35,7 +35,7 @@ def test_an_unconditional_unet_with_ddpm_noise_of_one_generator():
 @pytest.mark.parametrize(
     "scheduler", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
 )
-def test_stable_diffusion_with_guidance(scheduler):
+def test_stable_diffusion_with_guidance(name):
     pytest.importorskip("transformers")
     pipe = pipelines.stable_diffusion(getattr(diffusers, f"{name}Scheduler")(**SD))
     latents = torch.randn((2, 4, 16, 16), generator=torch.Generator().manual_seed(0))
