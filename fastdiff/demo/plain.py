@@ -123,7 +123,23 @@ def dpmpp_2m(model: Model, x: Tensor, go: Trip) -> Tensor:
     return x
 
 
+def bfn_continuous(model: Model, x: Tensor, go: Trip) -> Tensor:
+    """The update of a continuous Bayesian flow network: mean mu and precision rho, a noisy message y a step."""
+    rho = 1 / (1 - go.alpha[0])
+    for i in range(len(go.t)):
+        x0 = _clean(x, _call(model, x, go, i), go.alpha[i], go.sigma[i])
+        if go.alpha[i + 1] == 1:
+            return x0
+        accuracy = 1 / (1 - go.alpha[i + 1]) - rho
+        y = x0 + torch.randn_like(x) / math.sqrt(accuracy)
+        x = (rho * x + accuracy * y) / (rho + accuracy)
+        rho += accuracy
+    return x
+
+
 LOOPS: dict[str, Callable[[Model, Tensor, Trip], Tensor]] = {
+    "bfn_continuous": bfn_continuous,
+    "bfn_solver": dpmpp_2m,  # its flow of second order
     "ddim": ddim,
     "ddpm": ddpm,
     "dpmpp_2m": dpmpp_2m,
