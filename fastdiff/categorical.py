@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.binned import BinnedRun, seeds_of
 from fastdiff.categorical_cpu import CompiledStep
+from fastdiff.learned import LearnedVarianceRun
 from fastdiff.noise import Noise, PhiloxNoise, ReadoutNoise
 from fastdiff.plan import Plan
 from fastdiff.readout import BINNED, CATEGORICAL
@@ -22,6 +23,8 @@ __all__ = ["CategoricalRun", "make_run"]
 
 def make_run(model: Callable[..., Any], plan: Plan, request: Request, *, compiled: bool) -> Run:
     """The run of a plan: its readout decides which."""
+    if plan.learned_variance:
+        return LearnedVarianceRun(model, plan, request, compiled=compiled)
     kind = CategoricalRun if plan.readout in CATEGORICAL else BinnedRun if plan.readout in BINNED else Run
     return kind(model, plan, request, compiled=compiled)
 

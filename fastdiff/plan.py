@@ -14,9 +14,10 @@ from fastdiff.readout import BINNED, CATEGORICAL, check_readout, sentence
 
 __all__ = ["MAX_SLOTS", "ROW_HEADER", "Plan", "row_width"]
 
-ROW_HEADER = 8  # c_skip, c_out, lo, hi, c_in of the next row, has_noise, two unused
+ROW_HEADER = 8  # c_skip, c_out, lo, hi, c_in of the next row, has_noise, log_var_lo, log_var_hi
 MAX_SLOTS = 6
 END_TOLERANCE = 1e-9
+LEARNED = ("log_var_lo", "log_var_hi")
 
 
 def row_width(slots: int) -> int:
@@ -41,6 +42,8 @@ class Plan:
         guidance: None or [N], the weight w of a row, used where sampling gives none.
         readout: how p comes from the model's output, affine as above or fastdiff.readout.READOUTS: p of K classes or
         bins. classes: K, 0 for affine. last_readout: the last row's, default `readout`.
+        log_var_lo, log_var_hi: None, or [N] for models that return a second plane v: n is then scaled by
+        exp((f log_var_hi + (1 - f) log_var_lo) / 2), f = (v + 1) / 2.
     Raises: ValueError for wrong shapes, entries that are not finite, a start or end that is not clean where it must be.
     """
 
@@ -66,6 +69,8 @@ class Plan:
     readout: str = "affine"
     classes: int = 0
     last_readout: str = ""
+    log_var_lo: np.ndarray | None = None
+    log_var_hi: np.ndarray | None = None
     _device_tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,8 +81,11 @@ class Plan:
         put(self, "times", times.astype(np.int64 if np.issubdtype(times.dtype, np.integer) else np.float64))
         draws = np.any(self.s != 0, axis=-1) if self.draws is None else self.draws
         put(self, "draws", np.array(draws, np.int64))
-        if self.guidance is not None:
-            put(self, "guidance", np.array(self.guidance, np.float64))
+        for name in ("guidance", "log_var_lo", "log_var_hi"):
+            if getattr(self, name) is not None:
+                put(self, name, np.array(getattr(self, name), np.float64))
+        if (self.log_var_lo is None) != (self.log_var_hi is None):
+            raise ValueError(f"plan {self.name!r}: log_var_lo and log_var_hi go together")
         put(self, "last_readout", self.last_readout or self.readout)
         self._check_shapes()
         self._check_values()
@@ -92,7 +100,7 @@ class Plan:
         rows, slots = self.A.shape[:2]
         if not 1 <= slots <= MAX_SLOTS:
             raise ValueError(f"plan {self.name!r}: 1 to {MAX_SLOTS} slots are supported, got {slots}")
-        vectors = ("times", "t", "alpha", "sigma", "c_in", "c_skip", "c_out", "lo", "hi", "draws", "guidance")
+        vectors = ("times", "t", "alpha", "sigma", "c_in", "c_skip", "c_out", "lo", "hi", "draws", "guidance", *LEARNED)
         shapes = dict.fromkeys(vectors, (rows,)) | dict.fromkeys(("b", "d", "s"), (rows, slots))
         for name, shape in shapes.items():
             value = getattr(self, name)
@@ -100,7 +108,8 @@ class Plan:
                 raise ValueError(f"plan {self.name!r}: {name} must have shape {shape}, got {value.shape}")
 
     def _check_values(self) -> None:
-        finite = ("times", "c_in", "c_skip", "c_out", "A", "b", "d", "s", "init_scale", "init_noise", "guidance")
+        scalars = ("init_scale", "init_noise", "guidance", *LEARNED)
+        finite = ("times", "c_in", "c_skip", "c_out", "A", "b", "d", "s", *scalars)
         for name in finite:
             value = getattr(self, name)
             if value is not None and not np.all(np.isfinite(value)):
@@ -160,6 +169,11 @@ class Plan:
         return bool(np.any(self.s))
 
     @property
+    def learned_variance(self) -> bool:
+        """Does the model return a second plane that scales the noise?"""
+        return self.log_var_lo is not None
+
+    @property
     def clamped(self) -> bool:
         """Does any row clamp its prediction?"""
         return bool(np.any(np.isfinite(self.lo) | np.isfinite(self.hi)))
@@ -191,7 +205,8 @@ class Plan:
         uses_m = np.any(self.d != 0, axis=1) | (np.any(self.b != 0, axis=1) & (self.c_out != 0))
         slots = np.sum(a.read >= 0, axis=1) + np.sum(a.write >= 0, axis=1)
         own_input = np.arange(self.nfe) < self.nfe - 1 if self.readout in CATEGORICAL else np.zeros(self.nfe, bool)
-        return 4 * slots + model_bytes * (1 + guided) * (uses_m.astype(np.int64) + own_input)
+        second = self.learned_variance & np.any(self.s != 0, axis=1)
+        return 4 * slots + model_bytes * ((1 + guided) * (uses_m.astype(np.int64) + own_input) + second)
 
     def packed(self) -> np.ndarray:
         """The table the kernels read, [N, row_width(r)] float32, cast from float64 once."""
@@ -199,7 +214,8 @@ class Plan:
         noisy = np.any(self.s != 0, axis=1)
         c_in_next = np.append(self.c_in[1:], 1.0)
         c_skip, c_out = (0 * noisy, 1 + 0 * noisy) if self.readout in BINNED else (self.c_skip, self.c_out)
-        head = np.stack([c_skip, c_out, self.lo, self.hi, c_in_next, noisy, 0 * noisy, 0 * noisy], axis=1)
+        learned = [0 * noisy if v is None else v for v in (self.log_var_lo, self.log_var_hi)]
+        head = np.stack([c_skip, c_out, self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
         blocks = (head, self.A.reshape(n, r * r), self.b, self.d, self.s, a.read, a.write)
         table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)
         table = np.pad(table, ((0, 0), (0, row_width(r) - table.shape[1])))

@@ -41,9 +41,12 @@ def reference_sample(
         assert x is not None
         t = torch.full((len(x),), plan.times[k].item(), dtype=torch.int64 if plan.times.dtype == np.int64 else x.dtype)
         m = model(_seen(plan, float(plan.c_in[k]) * x), t)
+        m, scale = _noise_scale(plan, k, m)
         n: Tensor | None = None
         for _ in range(plan.draws[k]):  # type: ignore[index]
             n = noise(k, x)
+        if n is not None and scale is not None:
+            n = scale * n
         if plan.readout in CATEGORICAL:
             classes, p = _read(plan, k, m, gumbel)
         elif plan.readout in BINNED:
@@ -64,6 +67,15 @@ def reference_sample(
         S = [edit(k, new[0]), *new[1:]] if edit is not None else new
     assert S[0] is not None
     return classes if plan.readout in CATEGORICAL else S[0]
+
+
+def _noise_scale(plan: Plan, k: int, m: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The model's output without its second plane v, and what v makes of the noise."""
+    if plan.log_var_lo is None or plan.log_var_hi is None:
+        return m, None
+    m, v = m.chunk(2, 1)
+    f = (v + 1) / 2
+    return m, torch.exp(0.5 * (f * float(plan.log_var_hi[k]) + (1 - f) * float(plan.log_var_lo[k])))
 
 
 def _seen(plan: Plan, x: Tensor) -> Tensor:

@@ -278,7 +278,7 @@ def test_registration(kernel_device):
     table, state = make_table(2, 2).to(kernel_device), torch.randn(2, 3, 5, device=kernel_device)
     m, row = torch.randn(3, 5, device=kernel_device), torch.tensor([1], device=kernel_device)
     seeds, x = torch.arange(3, device=kernel_device), torch.empty(3, 5, device=kernel_device)
-    args = (state, m, table, row, 2, None, None, None, None, seeds, None, 1, None, x, torch.empty_like(x))
+    args = (state, m, table, row, 2, None, None, None, None, None, seeds, None, 1, None, x, torch.empty_like(x))
     torch.library.opcheck(torch.ops.fastdiff.affine_step.default, args, test_utils=("test_schema", "test_faketensor"))
 
 

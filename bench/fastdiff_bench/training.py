@@ -34,14 +34,14 @@ def _variants(shape: tuple[int, ...], target: str) -> dict[str, Callable[[], Ten
     """What is timed: each returns the gradient of the mean loss with respect to the model's output."""
     import diffusers
 
-    peer = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    peer: Any = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     chain = fd.schedules.Betas(fd.schedules.linear_betas(1000))
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(shape, generator=generator)
     m = torch.randn(shape, generator=generator).requires_grad_()
     t = torch.randint(1000, shape[:1], generator=generator)
     seeds = torch.arange(shape[0])
-    table = peer.alphas_cumprod
+    table: Tensor = peer.alphas_cumprod
 
     def done() -> Tensor:
         assert m.grad is not None
@@ -50,8 +50,8 @@ def _variants(shape: tuple[int, ...], target: str) -> dict[str, Callable[[], Ten
 
     def stock() -> Tensor:
         noise = torch.randn(shape)
-        peer.add_noise(x0, noise, t)  # type: ignore[arg-type]
-        goal = noise if target == "eps" else peer.get_velocity(x0, noise, t)  # type: ignore[arg-type]
+        peer.add_noise(x0, noise, t)
+        goal = noise if target == "eps" else peer.get_velocity(x0, noise, t)
         F.mse_loss(m, goal).backward()
         return done()
 

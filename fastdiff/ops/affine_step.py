@@ -10,7 +10,7 @@ from fastdiff.ops import _dispatch
 from fastdiff.ops._dispatch import FLOATS, INTS, check_tensor, spread
 from fastdiff.plan import MAX_SLOTS, ROW_HEADER, row_width
 
-FIELDS = ("c_skip", "c_out", "lo", "hi", "c_in_next", "has_noise")
+FIELDS = ("c_skip", "c_out", "lo", "hi", "c_in_next", "has_noise", "log_var_lo", "log_var_hi")
 
 
 def affine_step(
@@ -24,6 +24,7 @@ def affine_step(
     guidance: Tensor | None = None,
     scales: Tensor | None = None,
     bound: Tensor | None = None,
+    variance: Tensor | None = None,
     seeds: Tensor | None = None,
     index: Tensor | None = None,
     stream: int = rng.ROWS,
@@ -45,12 +46,14 @@ def affine_step(
         state: fp32 [P, B, *sample], contiguous: P physical slots. Logical slot j is read from slot read[j] and written
             to write[j] (-1: absent, taken as 0 or dropped); logical 0 is always physical 0.
         model_out: [B, *sample], fp32, bf16 or fp16 (made contiguous if it is not).
-        table: fp32 [N, W] of `Plan.pack()`, W = row_width(slots): c_skip, c_out, lo, hi, c_in_next, has_noise, 0, 0,
+        table: fp32 [N, W] of `Plan.pack()`, W = row_width(slots): c_skip, c_out, lo, hi, c_in_next, has_noise, log_var_lo, log_var_hi,
             A (row-major over logical slots), b, d, s, read, write, padding.
         row: int32 or int64, [1] or one row a sample [B], on the device. On CUDA its range is not looked at.
         slots: logical slots, 1 to 6.   uncond: like model_out.
         guidance: fp32 w, one number or [N or 1, B or 1]: per plan row, per sample.
         scales: fp32 [B, 2] of `guidance_scales`, in the place of guidance.   bound: fp32 [B] of `threshold_bound`.
+        variance: v [B, *sample] of a learned variance: n is scaled by exp((f log_var_hi + (1 - f) log_var_lo) / 2),
+            f = (v + 1) / 2.
         seeds, index: int64 [B]: n = rng.normal(seeds, sample, row=row, stream=stream, index=index), drawn in the kernel
             where has_noise is not 0 (index None is 0 each).   noise: n itself, [B, *sample]; not with seeds.
             With neither, column s is not used.
@@ -61,18 +64,34 @@ def affine_step(
         uncond or the reverse, both of them; seeds with noise; index without seeds; a row outside the table (on the CPU).
     Numerics: fp32 arithmetic with fused multiply-adds; equals affine_step_ref in float64 within 4e-6 relative.
     """
-    _check(state, model_out, table, row, slots, uncond, guidance, scales, bound, seeds, index, noise, model_in, x0)
+    _check(
+        state,
+        model_out,
+        table,
+        row,
+        slots,
+        uncond,
+        guidance,
+        scales,
+        bound,
+        variance,
+        seeds,
+        index,
+        noise,
+        model_in,
+        x0,
+    )
     if state[0].numel() == 0:
         return
     if _dispatch.kernels_for(state):
         torch.ops.fastdiff.affine_step(
-            state, model_out, table, row, slots, uncond, guidance, scales, bound, seeds, index, stream, noise, model_in,
+            state, model_out, table, row, slots, uncond, guidance, scales, bound, variance, seeds, index, stream, noise, model_in,
             x0,
         )  # fmt: skip
         return
     new, x, p = affine_step_ref(
         state, model_out, table, row, slots=slots, uncond=uncond, guidance=guidance, scales=scales, bound=bound,
-        seeds=seeds, index=index, stream=stream, noise=noise,
+        variance=variance, seeds=seeds, index=index, stream=stream, noise=noise,
     )  # fmt: skip
     state.copy_(new)
     if model_in is not None:
@@ -93,6 +112,7 @@ def affine_step_ref(
     guidance: Tensor | None = None,
     scales: Tensor | None = None,
     bound: Tensor | None = None,
+    variance: Tensor | None = None,
     seeds: Tensor | None = None,
     index: Tensor | None = None,
     stream: int = rng.ROWS,
@@ -126,6 +146,10 @@ def affine_step_ref(
         z = torch.where(drawn, noise.to(dtype), z)
     elif seeds is not None:
         z = torch.where(drawn, _row_noise(seeds, index, row, stream, sample).to(dtype), z)
+
+    if variance is not None:
+        low, high = column["log_var_lo"], column["log_var_hi"]
+        z = z * torch.exp(0.25 * (low + high) + 0.25 * (high - low) * variance.to(dtype))
 
     everyone = torch.arange(batch, device=state.device)
     old = [state[0]]
@@ -169,6 +193,7 @@ def _check(
     guidance: Tensor | None,
     scales: Tensor | None,
     bound: Tensor | None,
+    variance: Tensor | None,
     seeds: Tensor | None,
     index: Tensor | None,
     noise: Tensor | None,
@@ -221,6 +246,8 @@ def _check(
             check_tensor(name, x, shape=(batch,), dtypes=(torch.int64,), like=state)
     if noise is not None:
         check_tensor("noise", noise, shape=shape, like=state)
+    if variance is not None:
+        check_tensor("variance", variance, shape=shape, like=state)
     if model_in is not None:
         check_tensor("model_in", model_in, dtypes=FLOATS, like=state, contiguous=True)
         if tuple(model_in.shape) not in (shape, (2 * batch, *shape[1:])):
@@ -239,6 +266,7 @@ def _launch(
     guidance: Tensor | None,
     scales: Tensor | None,
     bound: Tensor | None,
+    variance: Tensor | None,
     seeds: Tensor | None,
     index: Tensor | None,
     stream: int,
@@ -266,6 +294,7 @@ def _launch(
         row.contiguous(),
         w,
         None if bound is None else bound.contiguous(),
+        None if variance is None else variance.contiguous(),
         None if seeds is None else seeds.contiguous(),
         None if index is None else index.contiguous(),
         n,
@@ -293,7 +322,7 @@ def _launch(
 
 _dispatch.register(
     "affine_step(Tensor(a!) state, Tensor model_out, Tensor table, Tensor row, int slots, Tensor? uncond, "
-    "Tensor? guidance, Tensor? scales, Tensor? bound, Tensor? seeds, Tensor? index, int stream, Tensor? noise, "
+    "Tensor? guidance, Tensor? scales, Tensor? bound, Tensor? variance, Tensor? seeds, Tensor? index, int stream, Tensor? noise, "
     "Tensor(b!)? model_in, Tensor(c!)? x0) -> ()",
     _launch,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Unpack
 
 import numpy as np
@@ -12,7 +13,7 @@ from fastdiff.schedules import Schedule
 
 __all__ = ["ddim", "ddpm", "euler", "euler_ancestral"]
 
-VARIANCES = ("fixed_small", "fixed_large")
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
 def _gaussian_rows(grid: Grid, eta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,20 +36,22 @@ def ddpm(schedule: Schedule, steps: int, *, variance: str = "fixed_small", **opt
 
         x' = (sigma'/sigma) e^-h x + alpha' (1 - e^-2h) p + s n,   h = ln(alpha'/sigma') - ln(alpha/sigma)
         s = sigma' sqrt(1 - e^-2h)  (fixed_small: beta~)   or   sigma sqrt(1 - e^-2h)  (fixed_large: beta)
+        ln s^2 = f ln beta + (1 - f) ln beta~,  f = (v + 1) / 2  (learned_range), both of the grid's own steps
 
-    Args: variance: "fixed_small" or "fixed_large"; the rest: fastdiff.grid.GridOptions.
+    Args: variance: learned_range: the model returns 2 C channels, v the second half (guided: the conditional
+        output's); the rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot, weak order 1. No noise on the row that ends clean.
-    Source: Ho et al. 2020, arXiv:2006.11239, eq. 6-7; diffusers' DDPM with fixed_large also adds noise in its last
-        row where the last time is not 0: this one never does.
+    Source: Ho et al. 2020, arXiv:2006.11239, eq. 6-7; Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15.
     """
     if variance not in VARIANCES:
         raise ValueError(f"unknown variance {variance!r}; valid: {', '.join(VARIANCES)}")
     grid = make_grid(schedule, steps, options)
-    A, b, s = _gaussian_rows(grid, 1.0)
-    if variance == "fixed_large":
-        s = grid.sigma[:-1] * np.sqrt(-np.expm1(-2 * grid.h))
-        s[-1] *= not grid.clean
-    return Plan.of(f"ddpm({variance})", grid.at, A, b, s=s, end=grid.end)
+    A, b, small = _gaussian_rows(grid, 1.0)
+    large = grid.sigma[:-1] * np.sqrt(-np.expm1(-2 * grid.h)) * (small > 0)
+    plan = Plan.of(f"ddpm({variance})", grid.at, A, b, s=large if variance == "fixed_large" else small, end=grid.end)
+    low, high = (2 * np.log(np.where(small > 0, s, 1.0)) for s in (small, large))
+    columns = {"s": (plan.s > 0).astype(np.float64), "log_var_lo": low, "log_var_hi": high}
+    return replace(plan, **columns) if variance == "learned_range" else plan  # type: ignore[arg-type]
 
 
 def ddim(

@@ -4,7 +4,7 @@
     m = uncond + w (cond - uncond), or k_c cond + k_d (cond - uncond);  p = clamp(c_skip S0 + c_out m, lo, hi)
     S'_i = sum_j A_ij S_j + b_i p + d_i m + s_i n;  model_in = c_in_next S'_0
 
-A row is [c_skip, c_out, lo, hi, c_in_next, has_noise, 0, 0, A, b, d, s, read, write], padded to a multiple of 4.
+A row is [c_skip, c_out, lo, hi, c_in_next, has_noise, log_var_lo, log_var_hi, A, b, d, s, read, write], padded to a multiple of 4.
 """
 
 import triton
@@ -26,6 +26,7 @@ def affine_step_kernel(
     row_ptr,  # [1] or [batch], int32 or int64
     w_ptr,  # guidance, fp32, read at row * w_row_stride + sample * w_batch_stride, or scales [batch, 2], or None
     bound_ptr,  # dynamic threshold [batch] fp32 or None
+    variance_ptr,  # v of a learned variance [batch, n] or None
     seed_ptr,  # [batch] int64 or None
     index_ptr,  # [batch] int64 or None
     n,
@@ -97,6 +98,11 @@ def affine_step_kernel(
         if NOISE == 2:
             drawn = lane < tl.where(c[5] != 0.0, left, 0)
             z = tl.load(noise_ptr + (b * n + start) + lane, mask=drawn, other=0.0).to(tl.float32)
+
+        if NOISE > 0:
+            if variance_ptr is not None:
+                v = load_float(variance_ptr + (b * n + start) + lane, inside)
+                z *= tl.exp(tl.fma(0.25 * (c[7] - c[6]), v, 0.25 * (c[6] + c[7])))
 
         if GUIDED == 1:
             m = tl.fma(w, m - u, u)
