@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastdiff.ops._categorical import check_classes, check_logits, classes_of
-from fastdiff.ops._dispatch import FLOATS64, check_tensor
+from fastdiff.categorical_cpu import chunks
+from fastdiff.ops import _dispatch
+from fastdiff.ops._categorical import (
+    check_classes,
+    check_logits,
+    classes_of,
+    row_stride,
+    rows_of,
+    vectors,
+    with_rows,
+)
+from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
+
+PAIRS = {"BLOCK": 1024, "PARTS": 4, "num_warps": 1}  # one warp: its sum needs no shared memory
 
 
 def categorical_loss(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) -> Tensor:
@@ -24,7 +39,11 @@ def categorical_loss(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) ->
     Source:  Graves et al. 2023, arXiv:2308.07037, eq. 205.
     """
     weight = _checked(logits, x, weight)
-    return categorical_loss_ref(logits, x, weight)
+    kernel = _dispatch.kernels_for(logits) and logits.dtype != torch.float64
+    if not kernel and (torch.compiler.is_compiling() or not logits.is_cpu) or logits.numel() == 0:
+        return categorical_loss_ref(logits, x, weight)
+    graded = torch.is_grad_enabled() and logits.requires_grad
+    return weight * (_Error.apply(logits, x) if graded else _error(logits, x, None))
 
 
 def categorical_loss_ref(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) -> Tensor:
@@ -37,6 +56,61 @@ def categorical_loss_ref(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0
         at = x[..., None] == torch.arange(m.shape[-1], device=x.device)
         error = ((torch.softmax(m, -1) - at.to(m.dtype)) ** 2).sum(-1)
     return weight * error.flatten(1).mean(1)
+
+
+class _Error(torch.autograd.Function):
+    """mean_d ||e_x - softmax(logits)||^2 [B], keeping nothing but its gradient, made in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        error = _error(logits, x, grad)
+        ctx.save_for_backward(grad)
+        return error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        scale = upstream[0] / grad.shape[1:-1].numel()
+        return torch.mul(grad, spread(scale, grad), out=torch.empty_like(grad)), None
+
+
+def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
+    """The error [B]; grad receives tokens times its gradient."""
+    batch, width = logits.shape[0], logits.shape[-1]
+    tokens = logits.shape[1:-1].numel()
+    if _dispatch.kernels_for(logits) and logits.dtype != torch.float64:
+        programs = _programs(width, tokens)
+        errors = torch.empty(batch, programs, dtype=torch.float32, device=logits.device)
+        torch.ops.fastdiff.categorical_loss(logits, x, errors, grad)
+        return errors.sum(1) / tokens
+    return _error_on_cpu(
+        logits.reshape(batch, tokens, width), x.reshape(batch, tokens, 1),
+        None if grad is None else grad.view(batch, tokens, width),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _error_on_cpu(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
+    """logits and grad [B, D, K'], x [B, D, 1], a chunk at a time."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    error = torch.zeros(logits.shape[0], dtype=dtype)
+    for part in chunks(*logits.shape):
+        m, at = part.of(logits).to(dtype), part.of(x)
+        if m.shape[-1] == 1:
+            p = torch.sigmoid(m)
+            r = p - at
+            error[part.b0 : part.b1] += 2 * (r * r).sum((1, 2))
+            slope = 4 * r * p * (1 - p)
+        else:
+            p = torch.softmax(m, -1)
+            r = p.scatter_add(-1, at, torch.full((), -1.0, dtype=dtype).expand(at.shape))
+            error[part.b0 : part.b1] += (r * r).sum((1, 2))
+            slope = r.sub_((p * r).sum(-1, keepdim=True)).mul_(p).mul_(2) if grad is not None else r
+        if grad is not None:
+            part.of(grad).copy_(slope)
+    return error / logits.shape[1]
 
 
 def _checked(logits: Tensor, x: Tensor, weight: float | Tensor) -> Tensor:
@@ -52,3 +126,37 @@ def _checked(logits: Tensor, x: Tensor, weight: float | Tensor) -> Tensor:
     if tuple(weight.shape) not in ((), (1,), (logits.shape[0],)):
         raise ValueError(f"weight must be a number or have shape ({logits.shape[0]},), got {tuple(weight.shape)}")
     return weight.reshape(-1).to(dtype)
+
+
+def _programs(width: int, tokens: int) -> int:
+    """Partial sums of a sample: they depend on nothing but its size."""
+    if width == 1:
+        return -(-tokens // PAIRS["BLOCK"])
+    rows = rows_of(width, tokens, lanes=64 if torch.version.hip else 32)
+    return -(-tokens // rows.rows) * rows.pieces
+
+
+def _launch(logits: Tensor, x: Tensor, errors: Tensor, grad: Tensor | None) -> None:
+    batch, width = logits.shape[0], logits.shape[-1]
+    tokens, programs = logits.shape[1:-1].numel(), errors.shape[1]
+    logits, x = with_rows(logits), x.contiguous()
+    kernels = _dispatch.kernels("categorical_loss")
+    if width == 1:
+        pairs = (logits, x, errors, grad, tokens, _dispatch.FIRST, programs)
+        _dispatch.launch(kernels.categorical_pair_loss_kernel, pairs, tokens, batch, tile=PAIRS)
+        return
+    rows, stride = rows_of(width, tokens, lanes=64 if torch.version.hip else 32), row_stride(logits) or width
+    plane = batch * programs
+    part = None if rows.pieces == 1 else torch.empty(3, plane, dtype=torch.float32, device=x.device)
+    shape: dict[str, Any] = {"ROWS": rows.rows, "COLS": rows.cols, "PIECES": rows.pieces, "WIDEST": rows.widest}
+    shape |= {"QUADS": width % 4 == 0, "VECTOR": vectors(width, tokens, [width, stride]), "num_warps": rows.num_warps}
+    shape["WIDE"] = tokens * max(width, stride) > 2**31 - 2 * rows.cols
+    args = (logits, x, errors, grad, part, width, tokens, _dispatch.FIRST, programs, plane, stride)
+    for phase in (0,) if rows.pieces == 1 else (1, 2):
+        _dispatch.run(kernels.categorical_loss_kernel, args, programs, batch, PHASE=phase, **shape)
+
+
+_dispatch.register(
+    "categorical_loss(Tensor logits, Tensor x, Tensor(a!) errors, Tensor(b!)? grad) -> ()",
+    _launch,
+)

@@ -57,6 +57,7 @@ def logistic(i, MATH: tl.constexpr):
 @triton.jit
 def key_of(row, STREAM: tl.constexpr, seed_ptr, index_ptr, b):
     """The Philox key of sample b in a stream: 1 for normals, 2 for Gumbel numbers."""
+    row = row.to(tl.int64)
     return sample_key(row, tl.full((), STREAM, tl.int32), tl.load(index_ptr + b), tl.load(seed_ptr + b))
 
 
