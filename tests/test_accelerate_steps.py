@@ -221,6 +221,27 @@ def test_robot_action_chunks_edited_in_place():
         assert far(results[1], results[0]) <= 5e-6
 
 
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_the_kernel_does_what_the_host_rows_do(name, noise, kernel_device):
+    """On a GPU, else in Triton's interpreter: one launch a step."""
+    if kernel_device.type == "cuda":
+        pytest.skip("the host's rows are compared with stock on the CPU")
+    from fastdiff.ops import _dispatch
+
+    case = ALL[name]
+    x = start(make(case, 5))
+    kernels = accelerated(case, 5, noise=noise)
+    got = loop(kernels, case, x)
+    assert kernels._fastdiff.run.kernel
+    _dispatch._forced = False
+    want = loop(accelerated(case, 5, noise=noise), case, x)
+    for a, b in zip(got.x, want.x, strict=True):
+        assert far(a, b) <= 1e-5
+    for a, b in zip(got.second, want.second, strict=True):
+        assert (a is None) == (b is None) and (a is None or far(a, b) <= 5e-5)
+
+
 class Reads(TorchDispatchMode):
     """Counts what would make a host wait for a device: values read, shapes that depend on values."""
 
@@ -265,3 +286,16 @@ def test_a_schedule_set_again_is_not_read_again():
     other.set_timesteps(10)
     other.step(x, other.timesteps[0], x)
     assert other._fastdiff.run.reading is not readings[0]
+
+
+def test_gradients_leave_the_kernel(kernel_device):
+    case, grads = ALL["dpmsolver++-2m"], []
+    for scheduler in (make(case, 5), accelerated(case, 5)):
+        first = start(scheduler).to(kernel_device)
+        y = scheduler.step(torch.tanh(first), scheduler.timesteps[0], first).prev_sample
+        x = y.detach().requires_grad_()
+        y = x
+        for t in scheduler.timesteps[1:]:
+            y = scheduler.step(torch.tanh(y), t, y).prev_sample
+        grads.append(torch.autograd.grad(y.square().sum(), x)[0])
+    assert far(grads[1], grads[0]) <= 1e-4

@@ -12,7 +12,9 @@ from fastdiff.ops.categorical_noise import categorical_noise, categorical_noise_
 from fastdiff.ops.categorical_step import categorical_step, categorical_step_ref
 from fastdiff.ops.denoising_loss import denoising_loss, denoising_loss_ref
 from fastdiff.ops.forward_step import forward_step, forward_step_ref
+from fastdiff.ops.gaussian_kl import decoder_nll, gaussian_kl
 from fastdiff.ops.guide import guidance_interval, guidance_scales, guidance_scales_ref, guide, guide_ref
+from fastdiff.ops.outer_step import outer_step, outer_step_ref
 from fastdiff.ops.posterior import posterior, posterior_ref
 from fastdiff.ops.threshold import threshold, threshold_bound, threshold_bound_ref, threshold_ref
 
@@ -33,15 +35,19 @@ __all__ = [
     "categorical_step",
     "categorical_step_ref",
     "cpu_compiler",
+    "decoder_nll",
     "denoising_loss",
     "denoising_loss_ref",
     "forward_step",
     "forward_step_ref",
+    "gaussian_kl",
     "guidance_interval",
     "guidance_scales",
     "guidance_scales_ref",
     "guide",
     "guide_ref",
+    "outer_step",
+    "outer_step_ref",
     "posterior",
     "posterior_ref",
     "threshold",

@@ -11,70 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import ops
+from fastdiff import ops, rng
+from fastdiff.integrations.diffusers.cached import Unsupported, cached_dialect, reading_of
 from fastdiff.integrations.diffusers.outputs import Second, lazy_output, lazy_tuple
-from fastdiff.integrations.diffusers.reading import Dialect, Reading, Setup, dialect_of, read
+from fastdiff.integrations.diffusers.reading import Setup
+from fastdiff.integrations.diffusers.timesteps import near, pointer, stranger, value_of, viewed
 from fastdiff.integrations.rows import History
 from fastdiff.noise import PhiloxNoise
+from fastdiff.ops import _dispatch
 
-__all__ = ["Run", "Unsupported", "key_of"]
+__all__ = ["Run"]
 
 PASSING = frozenset(("generator", "return_dict", "variance_noise"))  # of step, not part of its configuration
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-CACHED = 256
-NEAR = 1e-5
 LARGEST = 1 << 62  # of Philox's seeds here
-_readings: dict[Any, Reading | str] = {}
-_dialects: dict[Any, Dialect] = {}
-
-
-class Unsupported(Exception):
-    """The stock step has to run; the message says why."""
-
-
-def frozen(value: Any) -> Any:
-    """A hashable copy of an argument."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray):
-        return (value.shape, value.dtype.str, value.tobytes())
-    if isinstance(value, Mapping):
-        return tuple((k, frozen(v)) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(frozen(v) for v in value)
-    return (type(value).__name__, value)
-
-
-def key_of(setup: Setup, options: Mapping[str, Any]) -> Any:
-    """What a reading depends on, None where that cannot be told."""
-    if setup.own:
-        return None
-    call = setup.set_timesteps
-    given = None if call is None else (frozen(call[0]), frozen({k: v for k, v in call[1].items() if k != "device"}))
-    try:
-        key = (setup.stock, frozen(setup.live.config), given, setup.begin, setup.indexed, frozen(options))
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def reading_of(setup: Setup, options: Mapping[str, Any]) -> Reading:
-    """`read`, cached. Raises: Unsupported."""
-    key = key_of(setup, options)
-    found = None if key is None else _readings.get(key)
-    if found is None:
-        try:
-            found = read(setup, options)
-        except ValueError as error:
-            found = str(error)
-        if key is not None:
-            while len(_readings) >= CACHED:
-                _readings.pop(next(iter(_readings)))
-            _readings[key] = found
-    if isinstance(found, str):
-        raise Unsupported(found)
-    return found
 
 
 class Run:
@@ -100,17 +50,18 @@ class Run:
         self.history = History(self.reading.plan.allocate().physical - 1)
         self.shape: torch.Size | None = None
         self.signature: Any = None
-        self.pointer = _pointer(timesteps)
+        self.pointer = pointer(timesteps)
         self.itemsize = timesteps.element_size() * (timesteps.stride(0) if timesteps.dim() else 1)
         self.values: np.ndarray | None = None
         self.philox: PhiloxNoise | None = None
-        self.buffer: Tensor | None = None
+        self.slab: Tensor | None = None  # the history on a device
 
     def clone(self) -> Run:
         """The same loop at the same place, with a history of its own."""
         new = object.__new__(Run)
         new.__dict__.update(vars(self))
-        new.history, new.buffer = self.history.clone(), None
+        new.history = self.history.clone()
+        new.slab = None if self.slab is None else self.slab.clone()
         return new
 
     @staticmethod
@@ -139,35 +90,20 @@ class Run:
             matched += name in self.options
         return matched == len(self.options)
 
-    @staticmethod
-    def position_of(timestep: Any, timesteps: Tensor) -> int:
-        """Where in the schedule a timestep stands: the first place, or the second of several, as stock.
-
-        Raises: ValueError: it is not in the schedule.
-        """
-        at = _viewed(timestep, timesteps)
-        if at is not None:
-            return at
-        value = _value(timestep)
-        found = np.flatnonzero(_near(timesteps.detach().cpu().double().numpy(), value))
-        if not len(found):
-            raise ValueError(_stranger(value, timesteps))
-        return int(found[1 if len(found) > 1 else 0])
-
     def locate(self, timestep: Any) -> int:
         """The row of a call whose timestep is not the expected one."""
-        at = _viewed(timestep, self.timesteps)
+        at = viewed(timestep, self.timesteps)
         if at is None:
             if self.values is None:
                 self.values = self.timesteps.detach().cpu().double().numpy()
             if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and not self.addressed:
                 return self.next  # reading it would stall the device, and stock does not look at it either
-            value = _value(timestep)
-            if self.next < self.count and bool(_near(self.values[self.base + self.next], value)):
+            value = value_of(timestep)
+            if self.next < self.count and bool(near(self.values[self.base + self.next], value)):
                 return self.next
-            found = np.flatnonzero(_near(self.values, value))
+            found = np.flatnonzero(near(self.values, value))
             if not len(found):
-                raise ValueError(_stranger(value, self.timesteps))
+                raise ValueError(stranger(value, self.timesteps))
             at = int(found[0])
         return at - self.base if self.addressed else self.next
 
@@ -206,16 +142,7 @@ class Run:
             raise ValueError(f"model_output has shape {tuple(m.shape)}, sample {tuple(x.shape)}; they must be the same")
         if self.started and not self.reading.memoryless and self.shape is not None and x.shape != self.shape:
             raise ValueError(f"the sample changed its shape from {tuple(self.shape)} to {tuple(x.shape)} in a loop")
-        key = (key_of(self.setup, self.options), x.dtype, m.dtype, x.dim())
-        dialect = _dialects.get(key) if key[0] is not None else None
-        if dialect is None:
-            try:
-                dialect = dialect_of(self.setup, self.options, x, m)
-            except Exception as error:  # stock fails on these tensors: let it say so itself
-                raise Unsupported(f"a trial step failed with {type(error).__name__}: {error}") from error
-            while len(_dialects) >= CACHED:
-                _dialects.pop(next(iter(_dialects)))
-            _dialects[key] = dialect
+        dialect = cached_dialect(self.setup, self.options, x, m)
         second = self.reading.second
         if second is None and dialect.pair:
             raise Unsupported("its second result is not a combination of the sample, the output and the noise")
@@ -227,8 +154,13 @@ class Run:
             quantile, most = self.reading.threshold
             self.threshold = functools.partial(ops.threshold, quantile=quantile, maximum=most)
         self.make = lazy_output(dialect.output) if second is not None else None
-        self.buffer = None
-        self.signature = (x.dtype, m.dtype, x.device)
+        # one kernel a step on CUDA; dynamic thresholding and float64 take the same rows through torch
+        self.kernel = _dispatch.kernels_for(x) and not wide and self.threshold is None
+        if self.kernel:
+            places = self.reading.plan.allocate().physical - 1
+            if places and (self.slab is None or self.slab.shape[1:] != x.shape):
+                self.slab = torch.empty(places, *x.shape, device=x.device)
+            self.table = self.reading.plan.pack(x.device)
         self.x_dtype, self.m_dtype, self.device, self.shape = x.dtype, m.dtype, x.device, x.shape
 
     def step(self, owner: Any, m: Tensor, timestep: Any, x: Tensor, kwargs: dict[str, Any], kept: Any) -> Any:
@@ -247,6 +179,11 @@ class Run:
             self.adopt(x, m)
         row, reading, dialect = self.rows[k], self.reading, self.dialect
         compute = self.compute
+        graded = torch.is_grad_enabled() and (x.requires_grad or m.requires_grad)
+        if self.kernel and graded:
+            self.unload()
+        if self.kernel:
+            return self.launch(owner, k, m, x, kwargs, kept)
         x_in, m_in = x, m
         if self.x_dtype is not compute:
             x_in = x.to(compute)
@@ -257,22 +194,58 @@ class Run:
             n = self.noise(k, m, kwargs, kept)
             if n is not None and n.dtype is not compute:
                 n = n.to(compute)
-        graded = torch.is_grad_enabled() and (x.requires_grad or m.requires_grad)
         y, p = self.history.step(row, x_in, m_in, n, graded=graded, threshold=self.threshold)
-        self.next = k + 1
-        self.started = True
-        after = reading.after[k]
-        if after is not None:
-            owner._step_index = after
         given = y
         if dialect.result is not compute:
             given = y.to(dialect.result)
         later = None
         if self.second is not None:
-            noise = n.clone() if n is not None and n is self.buffer else n
-            later = Second(row, self.second[k], x_in, m_in, p, noise, y if given is y else given, dialect.second)
+            later = Second(row, self.second[k], x_in, m_in, p, n, given, dialect.second)
             if graded or later.versions is None:
                 later.get()
+        return self.answer(owner, k, given, later, kwargs)
+
+    def launch(self, owner: Any, k: int, m: Tensor, x: Tensor, kwargs: dict[str, Any], kept: Any) -> Any:
+        """One call of step as one kernel."""
+        row, dialect, plan = self.rows[k], self.dialect, self.reading.plan
+        source: dict[str, Any] = {}
+        n = None
+        if self.reading.draws[k]:
+            if kept.noise == "philox" and kwargs.get("variance_noise") is None:
+                philox = self._philox(m, kwargs.get("generator"), kept)
+                source = {"seeds": philox.seeds, "index": philox.index} if row.noisy else {}
+            else:
+                n = self.noise(k, m, kwargs, kept)
+                source = {"noise": n} if row.noisy else {}
+        terms = () if self.second is None else self.second[k]
+        p = torch.empty(x.shape, device=x.device) if row.cut and any(at == 2 for at, _ in terms) else None
+        y = ops.outer_step(
+            x, m, self.table, k, slots=plan.slots, slab=self.slab, x0=p, out_dtype=dialect.result, **source
+        )  # fmt: skip
+        later = None
+        if self.second is not None:
+            x_in, m_in = (v if v.dtype is torch.float32 else v.float() for v in (x, m))
+            if any(at == 3 for at, _ in terms) and n is None and source:
+                n = rng.normal(philox.seeds, x.shape[1:], row=k, stream=rng.ROWS, index=philox.index)
+            later = Second(row, terms, x_in, m_in, p, n, y, dialect.second)
+            if later.versions is None:
+                later.get()
+        return self.answer(owner, k, y, later, kwargs)
+
+    def unload(self) -> None:
+        """From the kernel to the host's rows, which autograd understands, for the rest of the loop."""
+        self.kernel = False
+        if self.slab is not None:
+            self.history.slots = list(self.slab.clone().unbind(0))
+
+    def answer(self, owner: Any, k: int, given: Tensor, later: Second | None, kwargs: dict[str, Any]) -> Any:
+        """Moves on, and wraps what a step returns."""
+        dialect = self.dialect
+        self.next = k + 1
+        self.started = True
+        after = self.reading.after[k]
+        if after is not None:
+            owner._step_index = after
         if kwargs.get("return_dict", True):
             if self.make is not None:
                 return self.make(given, later)
@@ -328,42 +301,3 @@ def _single(output: Any, y: Tensor) -> Any:
     OrderedDict.__setitem__(out, "prev_sample", y)
     out.__dict__["prev_sample"] = y
     return out
-
-
-def _pointer(t: Tensor) -> int:
-    try:
-        return t.data_ptr()
-    except RuntimeError:  # a tensor without memory of its own
-        return 0
-
-
-def _viewed(timestep: Any, timesteps: Tensor) -> int | None:
-    """The index of a timestep that is an entry of the schedule's own tensor: no value is read, nothing waits."""
-    if not isinstance(timestep, Tensor) or timestep.dtype != timesteps.dtype or timestep.device != timesteps.device:
-        return None
-    base, mine = _pointer(timesteps), _pointer(timestep)
-    if not base or not mine:
-        return None
-    at, rest = divmod(mine - base, timesteps.element_size())
-    inside = rest == 0 and 0 <= at < len(timesteps)
-    alone = timestep.numel() == 1 or not any(timestep.stride())
-    return at if inside and alone else None
-
-
-def _value(timestep: Any) -> float:
-    if isinstance(timestep, Tensor):
-        if timestep.numel() != 1 and timestep.numel() and bool((timestep != timestep.reshape(-1)[0]).any()):
-            raise Unsupported("each sample has a timestep of its own")
-        timestep = timestep.reshape(-1)[0].item()
-    return float(timestep)
-
-
-def _near(values: np.ndarray, value: float) -> np.ndarray:
-    return np.abs(values - value) <= NEAR * max(1e-3, abs(value))
-
-
-def _stranger(value: float, timesteps: Tensor) -> str:
-    shown = [f"{v:g}" for v in timesteps.tolist()]
-    if len(shown) > 8:
-        shown = [*shown[:4], "...", *shown[-2:]]
-    return f"timestep {value:g} is not in the schedule ({', '.join(shown)}); pass an entry of scheduler.timesteps"

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fastdiff.integrations.diffusers.cached import Unsupported, key_of
 from fastdiff.integrations.diffusers.reading import Setup, refusal
-from fastdiff.integrations.diffusers.running import Run, Unsupported
+from fastdiff.integrations.diffusers.running import Run
+from fastdiff.integrations.diffusers.timesteps import position_of
 
 __all__ = ["Accelerated", "Settings", "accelerated_class"]
 
@@ -92,7 +94,7 @@ class Accelerated:
             raise RuntimeError(f"{stock.__name__}.step was called before set_timesteps: call set_timesteps(n) first")
         setup = Setup(stock, self, kept.call, 0, False, False)
         begin = getattr(self, "_begin_index", None)
-        at = Run.position_of(timestep, self.timesteps) if begin is None else int(begin)
+        at = position_of(timestep, self.timesteps) if begin is None else int(begin)
         if not 0 <= at < setup.calls:
             raise ValueError(f"begin_index {at} is outside the schedule of {setup.calls} steps")
         return setup._replace(begin=at, indexed=begin is not None, own=_edited(setup))
@@ -195,8 +197,6 @@ _TABLES: dict[Any, dict[str, np.ndarray]] = {}
 
 
 def _tables(setup: Setup) -> dict[str, np.ndarray]:
-    from fastdiff.integrations.diffusers.running import key_of
-
     key = key_of(setup, {})
     if key is None or key not in _TABLES:
         s = setup._replace(own=False, begin=0, indexed=False).make()
