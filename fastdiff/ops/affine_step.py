@@ -46,8 +46,8 @@ def affine_step(
         state: fp32 [P, B, *sample], contiguous: P physical slots. Logical slot j is read from slot read[j] and written
             to write[j] (-1: absent, taken as 0 or dropped); logical 0 is always physical 0.
         model_out: [B, *sample], fp32, bf16 or fp16 (made contiguous if it is not).
-        table: fp32 [N, W] of `Plan.pack()`, W = row_width(slots): c_skip, c_out, lo, hi, c_in_next, has_noise, log_var_lo, log_var_hi,
-            A (row-major over logical slots), b, d, s, read, write, padding.
+        table: fp32 [N, W] of `Plan.pack()`, W = row_width(slots): c_skip, c_out, lo, hi, c_in_next, has_noise,
+            log_var_lo, log_var_hi, A (row-major over logical slots), b, d, s, read, write, padding.
         row: int32 or int64, [1] or one row a sample [B], on the device. On CUDA its range is not looked at.
         slots: logical slots, 1 to 6.   uncond: like model_out.
         guidance: fp32 w, one number or [N or 1, B or 1]: per plan row, per sample.
@@ -61,7 +61,7 @@ def affine_step(
         x0: fp32 output [B, *sample].
     Returns: None; state, model_in and x0 are written.
     Raises:  TypeError, ValueError: a tensor of another dtype, shape, device or layout; guidance or scales without
-        uncond or the reverse, both of them; seeds with noise; index without seeds; a row outside the table (on the CPU).
+        uncond or the reverse, both of them; seeds with noise; index without seeds; a row outside the table (CPU).
     Numerics: fp32 arithmetic with fused multiply-adds; equals affine_step_ref in float64 within 4e-6 relative.
     """
     _check(
@@ -85,8 +85,8 @@ def affine_step(
         return
     if _dispatch.kernels_for(state):
         torch.ops.fastdiff.affine_step(
-            state, model_out, table, row, slots, uncond, guidance, scales, bound, variance, seeds, index, stream, noise, model_in,
-            x0,
+            state, model_out, table, row, slots, uncond, guidance, scales, bound, variance, seeds, index, stream, noise,
+            model_in, x0,
         )  # fmt: skip
         return
     new, x, p = affine_step_ref(
@@ -322,8 +322,8 @@ def _launch(
 
 _dispatch.register(
     "affine_step(Tensor(a!) state, Tensor model_out, Tensor table, Tensor row, int slots, Tensor? uncond, "
-    "Tensor? guidance, Tensor? scales, Tensor? bound, Tensor? variance, Tensor? seeds, Tensor? index, int stream, Tensor? noise, "
-    "Tensor(b!)? model_in, Tensor(c!)? x0) -> ()",
+    "Tensor? guidance, Tensor? scales, Tensor? bound, Tensor? variance, Tensor? seeds, Tensor? index, int stream, "
+    "Tensor? noise, Tensor(b!)? model_in, Tensor(c!)? x0) -> ()",
     _launch,
 )
 

@@ -8,9 +8,19 @@ from fastdiff.training.bfn import (
     bfn_discretised_loss,
     bfn_discretised_reconstruction,
 )
+from fastdiff.training.bound import BitsPerDim, bits_per_dim, hybrid_loss, prior_kl, vlb_loss
 from fastdiff.training.noising import add_noise
+from fastdiff.training.times import (
+    ImportanceTimes,
+    log_normal_times,
+    logit_normal_times,
+    low_discrepancy_times,
+    uniform_times,
+)
 
 __all__ = [
+    "BitsPerDim",
+    "ImportanceTimes",
     "add_noise",
     "bfn_continuous_loss",
     "bfn_continuous_reconstruction",
@@ -18,4 +28,12 @@ __all__ = [
     "bfn_discrete_reconstruction",
     "bfn_discretised_loss",
     "bfn_discretised_reconstruction",
+    "bits_per_dim",
+    "hybrid_loss",
+    "log_normal_times",
+    "logit_normal_times",
+    "low_discrepancy_times",
+    "prior_kl",
+    "uniform_times",
+    "vlb_loss",
 ]

@@ -67,7 +67,7 @@ def log_normal_times(
         ln(sigma / alpha) ~ N(mean, std^2), kept in the schedule's range
 
     Args:    mean, std: Karras et al.'s P_mean and P_std.   The rest: as `uniform_times`.
-    Returns: t [B], float32, or int64 for Betas (the nearest index).   Numerics: t interpolated in a float64 table of the levels.
+    Returns: t [B], float32, or int64 for Betas (the nearest index), from a float64 table of levels.
     Source:  Karras et al. 2022, arXiv:2206.00364, table 1.
     """
     if not (math.isfinite(mean) and 0 <= std < math.inf):
@@ -221,7 +221,7 @@ def _rounded(t: Tensor, schedule: Schedule) -> Tensor:
 
 
 def _time_of_level(level: Tensor, schedule: Schedule) -> Tensor:
-    """t [B] float64 with ln(sigma / alpha) = level, which grows with t: interpolated in a table made on the host once."""
+    """t [B] float64 with ln(sigma / alpha) = level, from a table made on the host once."""
     _check_schedule(schedule)
     table = schedule.__dict__.setdefault("_level_tables", {})
     if level.device not in table:

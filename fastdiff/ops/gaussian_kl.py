@@ -1,0 +1,85 @@
+"""The terms of a variational bound: KL of diagonal Gaussians, and a Gaussian's probability of a bin."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
+
+
+def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1, variance1) || N(mean2, variance2)) of diagonal Gaussians, the mean over each sample's elements.
+
+        kl = (expm1(d) - d + (mean1 - mean2)^2 / variance2) / 2,   d = ln variance1 - ln variance2
+
+    Args:    mean1, mean2: [B, *sample], fp32, bf16, fp16 or float64.   log_variance1, log_variance2: of a shape that
+             broadcasts to it.
+    Returns: [B] float32 (float64 where an argument is), in nats; differentiable.
+    Raises:  TypeError, ValueError for another dtype, shape or device.
+    Numerics: exactly 0 for equal Gaussians, no cancellation near it.   Source: Ho et al. 2020, arXiv:2006.11239, eq. 5.
+    """
+    check_tensor("mean1", mean1, dtypes=FLOATS64)
+    check_batched("mean1", mean1)
+    check_tensor("mean2", mean2, shape=mean1.shape, dtypes=FLOATS64, like=mean1)
+    for name, value in (("log_variance1", log_variance1), ("log_variance2", log_variance2)):
+        _broadcasts(name, value, mean1)
+    values = (mean1, log_variance1, mean2, log_variance2)
+    dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+    mean1, log_variance1, mean2, log_variance2 = (v.to(dtype) for v in values)
+    d = log_variance1 - log_variance2
+    kl = 0.5 * (torch.expm1(d) - d + (mean1 - mean2).square() * torch.exp(-log_variance2))
+    return kl.expand_as(mean1).reshape(len(mean1), mean1.shape[1:].numel()).mean(1)
+
+
+def decoder_nll(x: Tensor, mean: Tensor, log_scale: Tensor, *, bins: int = 256) -> Tensor:
+    """-ln p of data on a grid of bins under a Gaussian, the mean over each sample's elements.
+
+        p(x) = Phi((x + w - mean) / s) - Phi((x - w - mean) / s),   w = 1 / (bins - 1),  s = e^log_scale
+
+    The lowest bin reaches to -inf, the highest to +inf, so p sums to 1 over the bins -1, -1 + 2 w, ..., 1.
+    Args:    x: [B, *sample] in [-1, 1].   mean: like x.   log_scale: ln of the std, of a shape that broadcasts to x.
+             bins: >= 2, or 0 for continuous data: -ln of the density.
+    Returns: [B] float32 (float64 where an argument is), in nats; differentiable in mean and log_scale.
+    Raises:  TypeError, ValueError for another dtype, shape, device or number of bins.
+    Numerics: in float64 by ln Phi on the side of the smaller tail: finite, with a gradient, however far x lies.
+    Source:  Ho et al. 2020, arXiv:2006.11239, eq. 13.
+    """
+    check_tensor("x", x, dtypes=FLOATS64)
+    check_batched("x", x)
+    check_tensor("mean", mean, shape=x.shape, dtypes=FLOATS64, like=x)
+    _broadcasts("log_scale", log_scale, x)
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 0 or bins == 1:
+        raise ValueError(f"bins must be an int >= 2, or 0 for continuous data, got {bins!r}")
+    dtype = torch.float64 if torch.float64 in (x.dtype, mean.dtype, log_scale.dtype) else torch.float32
+    x, mean, log_scale = (v.double() for v in (x, mean, log_scale))
+    z = (x - mean) * torch.exp(-log_scale)
+    if bins == 0:
+        nll = 0.5 * z.square() + log_scale + 0.5 * math.log(2 * math.pi)
+    else:
+        nll = -_log_bin(x, z, torch.exp(-log_scale) / (bins - 1), 1.0 / (bins - 1))
+    return nll.expand_as(x).reshape(len(x), x.shape[1:].numel()).mean(1).to(dtype)
+
+
+def _log_bin(x: Tensor, z: Tensor, half: Tensor, width: float) -> Tensor:
+    """ln of the standard normal's mass between z - half and z + half, or beyond at the two ends of the grid."""
+    centre = -z.abs()  # the mass is symmetric: on the left neither ln Phi is near 0
+    above, below = torch.special.log_ndtr(centre + half), torch.special.log_ndtr(centre - half)
+    inside = above + torch.log(-torch.expm1(below - above))
+    # an end's mass is one Phi: of the near edge, seen from its side
+    lowest = torch.special.log_ndtr(z + half)
+    highest = torch.special.log_ndtr(half - z)
+    return torch.where(x < -1 + width, lowest, torch.where(x > 1 - width, highest, inside))
+
+
+def _broadcasts(name: str, value: object, x: Tensor) -> None:
+    check_tensor(name, value, dtypes=FLOATS64, like=x)
+    assert isinstance(value, Tensor)
+    try:
+        fits = torch.broadcast_shapes(value.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {tuple(x.shape)}, got {tuple(value.shape)}")

@@ -1,0 +1,205 @@
+"""The variational bound: its Gaussian terms against integrals, the learned variance, bits per dimension."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import norm
+
+import fastdiff as fd
+from fastdiff import ops
+from fastdiff.schedules import VP, Betas, cosine_betas, linear_betas
+from fastdiff.training import bound
+
+CHAIN = Betas(linear_betas(1000))
+STD = 0.6
+
+
+def data(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_kl_is_the_integral():
+    m1, v1, m2, v2 = 0.3, -1.2, -0.4, 0.5
+    p, q = norm(m1, math.exp(v1 / 2)), norm(m2, math.exp(v2 / 2))
+    want = quad(lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), -8, 8, epsabs=1e-13)[0]
+    one = [torch.full((2, 3), v, dtype=torch.float64) for v in (m1, v1, m2, v2)]
+    got = ops.gaussian_kl(*one)
+    assert got.shape == (2,) and abs(got[0] - want) < 1e-12
+    assert ops.gaussian_kl(one[0], one[1], one[0], one[1]).tolist() == [0, 0]
+    assert ops.gaussian_kl(*(v.float() for v in one)).dtype == torch.float32
+    near = ops.gaussian_kl(one[0].float(), one[1].float(), one[0].float(), one[1].float() + 1e-3)
+    assert abs(near[0] / (1e-6 / 4) - 1) < 2e-3  # d^2 / 4, which 1 + d - e^d would lose in fp32
+
+
+@pytest.mark.parametrize("log_scale", [-7.0, -5.0, -2.0, 0.0, 2.0])
+@pytest.mark.parametrize("mean", [-1.2, -0.013, 0.999, 1.7])
+def test_decoder_sums_to_one(log_scale, mean):
+    """Over the 256 bins, in float64 and from float32 arguments; finite with a gradient everywhere."""
+    x = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
+    m = torch.full_like(x, mean).requires_grad_()
+    s = torch.full((1,), log_scale, dtype=torch.float64, requires_grad=True)
+    nll = ops.decoder_nll(x, m, s)
+    assert abs(torch.exp(-nll).sum().item() - 1) < 1e-12
+    g = torch.autograd.grad(nll.sum(), (m, s))
+    assert all(torch.isfinite(v).all() for v in (nll, *g))
+    single = ops.decoder_nll(x.float(), m.detach().float(), s.detach().float())
+    assert abs(torch.exp(-single.double()).sum().item() - 1) < 2e-4 if log_scale == -7 else 2e-5
+
+
+def test_decoder_is_the_mass_of_a_bin():
+    """Against scipy in the middle, at both ends, and where the tanh approximation fails (log-scale -7, far away)."""
+    w = 1 / 255
+    for k, mean, log_scale in ((100, -0.2, -3.0), (0, -0.9, -2.0), (255, 0.7, -1.0)):
+        x, s = -1 + 2 * w * k, math.exp(log_scale)
+        low = -math.inf if k == 0 else x - w
+        high = math.inf if k == 255 else x + w
+        want = -math.log(norm.cdf(high, mean, s) - norm.cdf(low, mean, s))
+        one = (torch.tensor([[v]], dtype=torch.float64) for v in (x, mean, log_scale))
+        assert abs(ops.decoder_nll(*one).item() - want) < 1e-10
+    far = ops.decoder_nll(*(torch.tensor([[v]], dtype=torch.float64) for v in (0.0, 0.02, -7.0)))
+    want = -norm.logcdf((w - 0.02) * math.exp(7.0)) - math.log(
+        -math.expm1(norm.logcdf((-w - 0.02) * math.exp(7.0)) - norm.logcdf((w - 0.02) * math.exp(7.0)))
+    )
+    assert abs(far.item() - want) < 1e-8 and far.item() > 150
+    density = ops.decoder_nll(*(torch.tensor([[v]], dtype=torch.float64) for v in (0.1, -0.3, -0.5)), bins=0)
+    assert abs(density.item() + norm.logpdf(0.1, -0.3, math.exp(-0.5))) < 1e-13
+
+
+def test_decoder_gradcheck():
+    x = torch.tensor([[-1.0, -0.5, 0.25, 1.0]], dtype=torch.float64)
+    m, s = data(1, 4).requires_grad_(), (data(1, 4, seed=1) - 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda m, s: ops.decoder_nll(x, m, s), (m, s))
+
+
+def test_log_variance_range_of_a_respaced_chain():
+    """Respaced betas give their own beta~ and beta: 1 - ab_t / ab_prev."""
+    keep = np.arange(49, 1000, 50)
+    bar = CHAIN.alpha_bar[keep]
+    previous = np.append(1.0, bar[:-1])
+    betas = 1 - bar / previous
+    low, high = bound.log_variance_range(Betas(betas), torch.arange(20))
+    np.testing.assert_allclose(high.exp(), betas, rtol=1e-12)
+    want = betas * (1 - previous) / (1 - bar)
+    want[0] = want[1]
+    np.testing.assert_allclose(low.exp(), want, rtol=1e-10)
+
+
+@pytest.mark.parametrize("t", [1, 300, 999])
+def test_learned_bound_is_the_integrated_kl(t):
+    """The term of one pixel against a numerical integral of q ln(q / p), in bits."""
+    x0, x_t = torch.tensor([[[0.4]]], dtype=torch.float64), torch.tensor([[[-0.8]]], dtype=torch.float64)
+    out = torch.tensor([[[0.3], [0.2]]], dtype=torch.float64)
+    got = bound.vb_term(out, x0, x_t, t, CHAIN).item()
+    bar, before, beta = CHAIN.alpha_bar[t], CHAIN.alpha_bar[t - 1], CHAIN.betas[t]
+    small = beta * (1 - before) / (1 - bar)
+
+    def mean(x0):
+        return math.sqrt(before) * beta / (1 - bar) * x0 + math.sqrt(1 - beta) * (1 - before) / (1 - bar) * -0.8
+
+    hat = (-0.8 - math.sqrt(1 - bar) * 0.3) / math.sqrt(bar)
+    f = (0.2 + 1) / 2
+    q, p = (
+        norm(mean(0.4), math.sqrt(small)),
+        norm(mean(hat), math.exp(0.5 * (f * math.log(beta) + (1 - f) * math.log(small)))),
+    )
+    reach = 12 * q.std()
+    want = quad(
+        lambda x: q.pdf(x) * (q.logpdf(x) - p.logpdf(x)), q.mean() - reach, q.mean() + reach, epsabs=1e-13, limit=200
+    )[0]
+    assert abs(got - want / math.log(2)) < 1e-9 * max(1, abs(want))
+
+
+def test_hybrid_stops_the_gradient_of_the_mean():
+    """L_hybrid = L_simple + 0.001 L_vlb: d/d mean is L_simple's, d/d v is 0.001 L_vlb's; L_vlb = T times a term."""
+    x0, out = data(3, 2, 4).clamp(-1, 1), data(3, 4, 4, seed=1).requires_grad_()
+    t, seeds = torch.tensor([0, 400, 999]), torch.tensor([4, 5, 6])
+    hybrid = fd.training.hybrid_loss(out, x0, t, CHAIN, seeds)
+    simple = ops.denoising_loss(out[:, :2], x0, t, CHAIN, seeds)
+    vlb = fd.training.vlb_loss(out, x0, t, CHAIN, seeds)
+    x_t = ops.add_noise(x0, t, CHAIN, seeds=seeds)
+    torch.testing.assert_close(vlb, 1000 * bound.vb_term(out, x0, x_t, t, CHAIN))
+    torch.testing.assert_close(hybrid, simple + 0.001 * vlb)
+    (g,) = torch.autograd.grad(hybrid.sum(), out, retain_graph=True)
+    (gs,) = torch.autograd.grad(simple.sum(), out)
+    (gv,) = torch.autograd.grad(vlb.sum(), out)
+    torch.testing.assert_close(g[:, :2], gs[:, :2])
+    torch.testing.assert_close(g[:, 2:], 0.001 * gv[:, 2:])
+    assert gv[:, :2].abs().sum() > 0
+
+
+def exact(schedule):
+    """eps and the exact reverse variance of N(0, STD^2) data, as a learned_range model."""
+
+    def model(x, t):
+        a, s = (torch.as_tensor(f(t.numpy()))[:, None, None] for f in (schedule.alpha, schedule.sigma))
+        r2 = (a * STD) ** 2 + s**2
+        low, high = (c[:, None, None] for c in bound.log_variance_range(schedule, t))
+        # x_{t-1} | x_t of Gaussian data: variance r'^2 beta / r^2, r'^2 = alpha'^2 STD^2 + sigma'^2
+        beta = torch.from_numpy(schedule.betas.copy())[t][:, None, None]
+        before = (a**2 / (1 - beta)) * STD**2 + 1 - a**2 / (1 - beta)
+        f = (torch.log(before * beta / r2) - low) / (high - low).clamp(min=1e-12)
+        return torch.cat([s * x / r2, (2 * f - 1).expand_as(x)], 1)
+
+    return model
+
+
+def test_bits_per_dim_of_gaussian_data_is_its_entropy():
+    """Continuous data with the exact model: mean -ln p = ln(STD sqrt(2 pi e)), nearly."""
+    chain = Betas(cosine_betas(400))
+    x0 = STD * data(64, 1, 60)
+    got = fd.training.bits_per_dim(exact(chain), x0, chain, bins=0, clip=None, progress=False)
+    want = (0.5 * (x0.flatten(1) / STD).square().mean(1) + math.log(STD * math.sqrt(2 * math.pi))) / math.log(2)
+    assert got.terms.shape == (400, 64) and torch.equal(got.total, got.prior + got.terms.sum(0))
+    entropy = math.log(STD * math.sqrt(2 * math.pi * math.e)) / math.log(2)
+    assert abs(want.mean() - entropy) < 0.03
+    assert 0 <= got.total.mean() - want.mean() < 0.02  # the bound is above, by the discretisation of the chain
+    assert (got.mse >= 0).all() and got.mse[0].mean() < 1e-2
+
+
+def test_bits_per_dim_of_discrete_data():
+    """On 256 levels the bound is above the entropy of the rounded Gaussian, ln(255 / 2) more than the density's."""
+    chain = Betas(cosine_betas(400))
+    x0 = ((0.25 * data(64, 1, 60)).clamp(-1, 1) * 127.5).round() / 127.5
+    global STD
+    kept, STD = STD, 0.25
+    try:
+        got = fd.training.bits_per_dim(exact(chain), x0, chain, progress=False)
+    finally:
+        STD = kept
+    want = (math.log(0.25 * math.sqrt(2 * math.pi * math.e)) + math.log(255 / 2)) / math.log(2)
+    assert -0.03 < got.total.mean() - want < 0.1
+
+
+def test_prior_kl_and_progress(capsys):
+    x0 = torch.full((2, 1, 3), 0.5)
+    a2 = CHAIN.alpha_bar[-1]
+    want = 0.5 * (0.25 * a2 + (1 - a2) - 1 - math.log(1 - a2)) / math.log(2)
+    np.testing.assert_allclose(fd.training.prior_kl(x0.double(), CHAIN), want, rtol=1e-9)
+    short = Betas(linear_betas(5))
+    fd.training.bits_per_dim(lambda x, t: x, x0, short, variance="fixed_large")
+    assert "bits per dimension" in capsys.readouterr().err
+
+
+X = torch.zeros(2, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: ops.gaussian_kl(X, X, X[:1], X), ValueError, "mean2"),
+        (lambda: ops.gaussian_kl(X, torch.zeros(5), X, X), ValueError, "log_variance1 must broadcast"),
+        (lambda: ops.decoder_nll(X, X, X, bins=1), ValueError, "bins"),
+        (lambda: ops.decoder_nll(X.int(), X, X), TypeError, "int32"),
+        (lambda: fd.training.vlb_loss(X, X, 3, CHAIN, [1, 2]), ValueError, r"\(2, 2, 3\), got \(2, 1, 3\)"),
+        (lambda: fd.training.vlb_loss(X, X, 3, CHAIN, [1, 2], variance="learned"), ValueError, "learned_range"),
+        (lambda: fd.training.vlb_loss(X, X, 1000, CHAIN, [1, 2], variance="fixed_small"), ValueError, "0..999"),
+        (lambda: fd.training.bits_per_dim(lambda x, t: x, X, VP()), TypeError, "needs Betas"),
+        (lambda: fd.training.prior_kl(X, VP()), TypeError, "needs Betas"),
+    ],
+)
+def test_bad_input(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
