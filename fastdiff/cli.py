@@ -1,4 +1,4 @@
-"""The command line: fastdiff demo | plan | sample | doctor."""
+"""The command line: fastdiff demo | plan | sample | bench | doctor."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import fastdiff as fd
+from fastdiff.commands.bench import add_bench
 from fastdiff.commands.options import (
     BAD_INPUT,
     INTERRUPTED,
@@ -160,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what this installation has", description="Look at the installation.")
     doctor.set_defaults(run=run_doctor)
+    add_bench(commands)
     for command in (demo, plan, sample, doctor):
         command.add_argument("--json", action="store_true", help="report as JSON on stdout")
     return parser

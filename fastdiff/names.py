@@ -1,15 +1,18 @@
-"""Schedules and solvers by name: "vp:beta_max=12", "linear_betas:T=100", "dpmpp_2m"."""
+"""Schedules, solvers and models by name: "vp:beta_max=12", "linear_betas:T=100", "dpmpp_2m", "net.py:model"."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import fastdiff as fd
 
-__all__ = ["assignments", "make_schedule", "pick", "schedule_names", "solver_names"]
+__all__ = ["assignments", "load_model", "make_schedule", "pick", "schedule_names", "solver_names"]
 
 CHAIN_LENGTH = 1000
 
@@ -80,3 +83,27 @@ def make_schedule(text: str) -> fd.schedules.Schedule:
         raise ValueError(f"schedule {name} needs {', '.join(lacking)}: write {name}:{lacking[0]}=...")
     made = make(**given)
     return made if inspect.isclass(make) else fd.schedules.Betas(made)
+
+
+def load_model(text: str) -> Callable[..., Any]:
+    """The callable of "path.py:name"; ValueError where there is none."""
+    where, colon, name = text.rpartition(":")
+    if not colon or not where or not name:
+        raise ValueError(f"--model must be path.py:function, got {text!r}")
+    path = Path(where)
+    if not path.is_file():
+        raise ValueError(f"--model: there is no file {where!r}")
+    spec = importlib.util.spec_from_file_location(f"_model_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--model: {where!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--model: cannot import {where!r}: {type(error).__name__}: {error}") from error
+    model = getattr(module, name, None)
+    if not callable(model):
+        callables = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
+        raise ValueError(f"--model: {where!r} has no callable {name!r}; it has: {', '.join(callables) or 'none'}")
+    return model

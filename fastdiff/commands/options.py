@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import inspect
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.grid import SPACINGS
-from fastdiff.names import assignments, make_schedule, pick, schedule_names, solver_names
+from fastdiff.names import assignments, load_model, make_schedule, pick, schedule_names, solver_names
 from fastdiff.prediction import PREDICTIONS
 
 __all__ = [
@@ -102,29 +99,6 @@ def print_json(content: Any) -> None:
 def numbers(array: np.ndarray) -> Any:
     """A list for JSON, which has no infinity: an open clamp is null."""
     return np.where(np.isfinite(array), array.astype(object), None).tolist()  # type: ignore[call-overload]
-
-
-def load_model(text: str) -> Callable[..., Any]:
-    where, colon, name = text.rpartition(":")
-    if not colon or not where or not name:
-        raise UsageError(f"--model must be path.py:function, got {text!r}")
-    path = Path(where)
-    if not path.is_file():
-        raise UsageError(f"--model: there is no file {where!r}")
-    spec = importlib.util.spec_from_file_location(f"_model_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"--model: {where!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"--model: cannot import {where!r}: {type(error).__name__}: {error}") from error
-    model = getattr(module, name, None)
-    if not callable(model):
-        callables = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise UsageError(f"--model: {where!r} has no callable {name!r}; it has: {', '.join(callables) or 'none'}")
-    return model
 
 
 def guarded(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,165 @@
+"""What is benchmarked: schedules with solvers, shapes, and the options under which other libraries compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+import fastdiff as fd
+from fastdiff.names import make_schedule, pick, schedule_names, solver_names
+
+__all__ = [
+    "COLUMNS",
+    "DTYPES",
+    "FULL",
+    "GRAPHS",
+    "KERNELS",
+    "PEERS",
+    "QUICK",
+    "SHAPES",
+    "STEPS",
+    "TEXT",
+    "Case",
+    "Refused",
+    "default_cases",
+    "dtype_of",
+    "make_cases",
+    "parse_shape",
+]
+
+STEPS = 50
+PEERS = ("torch", "torch.compile", "diffusers", "k-diffusion")
+GRAPHS = ("step_graph", "loop_graph")
+COLUMNS = (*PEERS, *(f"fastdiff {mode}" for mode in ("eager", "compiled", *GRAPHS)))
+KERNELS = ("affine_step", "add_noise", "posterior", "categorical_step", "denoising_loss")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = {"policy": (1, 16, 7), "latent": (1, 4, 64, 64), "batch": (16, 4, 128, 128)}
+CLASSES = 27
+TEXT = (8, 256)  # tokens of a discrete flow: (B, D), K = 27
+
+# schedule -> solvers; the quick list is what most people run
+QUICK: dict[str, tuple[str, ...]] = {
+    "scaled_linear_betas": ("ddim", "ddpm", "dpmpp_2m", "unipc", "dpmpp_2m_sde", "deis"),
+    "edm": ("euler", "heun", "dpmpp_2m"),
+    "flow": ("euler",),
+    "vp": ("euler_maruyama",),
+    "bfndiscrete": ("bfn_discrete",),
+}
+FULL: dict[str, tuple[str, ...]] = {
+    "scaled_linear_betas": (
+        "ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpm2", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc",
+        "deis", "lms", "plms", "ipndm", "sa_solver", "lcm",
+    ),
+    "cosine_betas": ("ddpm", "ddim"),
+    "vp": ("euler_maruyama", "probability_flow", "dpmpp_2m"),
+    "subvp": ("euler_maruyama",),
+    "ve": ("ancestral", "reverse_diffusion"),
+    "cosine": ("ddim",),
+    "edm": (
+        "euler", "euler_ancestral", "heun", "dpm2", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde",
+        "lms",
+    ),
+    "flow": ("euler", "heun", "dpmpp_2m"),
+    "bfncontinuous": ("bfn_continuous",),
+    "bfndiscrete": ("bfn_discrete",),
+}  # fmt: skip
+SCHEDULES = {
+    "bfncontinuous": "bfncontinuous:sigma_1=0.02",
+    "bfndiscrete": f"bfndiscrete:beta_1=3.0,num_classes={CLASSES}",
+}
+PREDICTION = {"edm": "x0", "flow": "flow"}
+# options of the plan that say what the stock samplers do
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("scaled_linear_betas", "ddpm"): {"clip": (-1.0, 1.0)},
+    ("cosine_betas", "ddpm"): {"clip": (-1.0, 1.0)},
+    ("scaled_linear_betas", "unipc"): {"order": 2},
+    ("scaled_linear_betas", "deis"): {"order": 2, "final": "min"},
+    ("bfncontinuous", "bfn_discretised"): {"bins": 16},
+}
+
+
+class Case(NamedTuple):
+    """A plan to time."""
+
+    schedule: str  # as on the command line, "edm:sigma_max=20"
+    solver: str
+    steps: int = STEPS
+
+    @property
+    def kind(self) -> str:
+        return self.schedule.partition(":")[0]
+
+    def plan(self) -> fd.Plan:
+        """The plan of `steps` intervals; ValueError where the solver refuses the schedule."""
+        schedule = make_schedule(SCHEDULES.get(self.schedule, self.schedule))
+        solve = getattr(fd.solvers, self.solver)
+        prediction = {"prediction": PREDICTION[self.kind]} if self.kind in PREDICTION else {}
+        return solve(schedule, self.steps, **prediction, **OPTIONS.get((self.kind, self.solver), {}))
+
+    def state_shape(self, plan: fd.Plan, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the model's input: of a plan of classes [B, D, K], TEXT where no own shape was given."""
+        return (*shape, plan.classes) if plan.classes and plan.readout in ("sample", "argmax", "mean") else tuple(shape)
+
+
+class Refused(NamedTuple):
+    """A pair that does not exist, in the solver's words."""
+
+    case: Case
+    why: str
+
+
+def default_cases(quick: bool, steps: int = STEPS) -> list[Case]:
+    """The rows of the main table."""
+    return [Case(schedule, solver, steps) for schedule, names in (QUICK if quick else FULL).items() for solver in names]
+
+
+def make_cases(
+    schedules: Sequence[str] | None, solvers: Sequence[str] | None, *, quick: bool, steps: int = STEPS
+) -> Iterator[Case | Refused]:
+    """What was asked for: the default rows, those of a schedule or a solver, or all pairs of both that exist.
+
+    Yields: a Case, or Refused for a pair the solver refuses.
+    Raises: ValueError: an unknown schedule or solver.
+    """
+    for text in schedules or ():
+        make_schedule(SCHEDULES.get(text, text))
+    for name in solvers or ():
+        pick("solver", name, solver_names())
+    known = FULL if schedules or solvers else QUICK if quick else FULL
+    for schedule in schedules or known:
+        names = solvers or known.get(schedule.partition(":")[0]) or QUICK["scaled_linear_betas"]
+        for solver in names:
+            if not schedules and solvers and solver not in known[schedule]:
+                continue
+            case = Case(schedule, solver, steps)
+            try:
+                case.plan()
+            except (TypeError, ValueError) as error:
+                yield Refused(case, " ".join(str(error).split()))
+                continue
+            yield case
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of fp32, bf16 or fp16."""
+    return DTYPES[pick("dtype", name, list(DTYPES))]
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """A shape from its name (policy, latent, batch) or from "16x4x128x128"."""
+    if text in SHAPES:
+        return SHAPES[text]
+    try:
+        shape = tuple(int(n) for n in text.split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ValueError(f"unknown shape {text!r}; valid: {', '.join(SHAPES)}, or sizes >= 1 such as 16x4x128x128")
+    return shape
+
+
+def schedules_text() -> str:
+    """The schedules there are, for help texts."""
+    return ", ".join(schedule_names())

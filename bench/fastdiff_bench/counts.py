@@ -1,0 +1,78 @@
+"""What a loop does besides taking time: operations or kernels launched, synchronisations, peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["SYNCS", "counted", "events", "peak_bytes"]
+
+SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize",
+         "hipDeviceSynchronize")  # fmt: skip
+COPIES = ("aten::item", "aten::_local_scalar_dense")
+
+
+def activities(device: torch.device) -> list[ProfilerActivity]:
+    """What to record for a device."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+
+def events(prof: Any) -> list[Any]:  # noqa: ANN401 - torch.profiler.profile
+    """The events of a finished profile, those of the device included."""
+    return list(prof.profiler.kineto_results.events())
+
+
+def on_device(event: Any) -> bool:  # noqa: ANN401 - a kineto event
+    """Is this a kernel, copy or fill on the device (a name's range there is none)?"""
+    device = event.device_type() != torch.autograd.DeviceType.CPU
+    return device and not event.is_user_annotation() and not event.name().startswith(("gpu_", "ProfilerStep"))
+
+
+def _outermost(found: list[Any]) -> int:
+    """Operations not called by another operation, views and fastdiff's ranges not counted."""
+    count, until = 0, -1
+    for event in sorted(found, key=lambda e: (e.start_ns(), -e.duration_ns())):
+        if event.start_ns() >= until:
+            until = event.start_ns() + event.duration_ns()
+            count += 1
+    return count
+
+
+VIEWS = ("aten::view", "aten::expand", "aten::slice", "aten::select", "aten::unbind", "aten::reshape", "aten::t",
+         "aten::as_strided", "aten::detach", "aten::alias", "aten::unsqueeze", "aten::squeeze", "aten::split",
+         "aten::lift_fresh", "aten::detach_", "aten::transpose", "aten::permute")  # fmt: skip
+
+
+def counted(run: Callable[[], object], device: torch.device) -> dict[str, int]:
+    """Profiles one run (warm): launches (kernels on a GPU, outermost torch operations on a CPU) and host waits."""
+    with profile(activities=activities(device)) as prof:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    found = events(prof)
+    waits = sum(e.name() in (SYNCS if device.type == "cuda" else COPIES[:1]) for e in found)
+    if device.type == "cuda":
+        return {"launches": sum(on_device(e) for e in found), "syncs": max(0, waits - 1)}  # one is the line above
+    ops = [e for e in found if "::" in e.name() and e.name() not in VIEWS]
+    return {"launches": _outermost(ops), "syncs": waits}
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Most bytes held at once during a run beyond those held before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        run()
+    held = most = 0
+    for event in sorted((e for e in events(prof) if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

@@ -1,0 +1,156 @@
+"""The options of `fastdiff bench`, and the check of everything they name before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.files import write_atomic
+from fastdiff.names import pick
+from fastdiff_bench import cases
+from fastdiff_bench.cases import COLUMNS, KERNELS, PEERS
+
+__all__ = ["Request", "add_options", "as_arguments", "parser"]
+
+
+class Request:
+    """A checked request; ValueError says what is wrong with it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.quick, self.device = args.quick, torch.device(args.device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: no CUDA device was found")
+        peers = PEERS if args.peers is None else tuple(pick("peer", p, PEERS) for p in _listed(args.peers))
+        self.columns = tuple(c for c in COLUMNS if c.startswith("fastdiff") or c in peers)
+        if self.device.type == "cpu" and args.no_compile:
+            self.columns = tuple(c for c in self.columns if "compile" not in c)
+        self.dtypes = {name: cases.dtype_of(name) for name in _listed(args.dtype)}
+        given = _listed(args.shapes) if args.shapes else []
+        self.shapes = [cases.parse_shape(text) for text in given]
+        self.schedules, self.solvers = _listed(args.schedules), _listed(args.solvers)
+        self.steps = args.steps
+        if self.steps < 1:
+            raise ValueError(f"--steps must be >= 1, got {self.steps}")
+        asked = list(cases.make_cases(self.schedules, self.solvers, quick=args.quick, steps=args.steps))
+        self.cases = [c for c in asked if isinstance(c, cases.Case)]
+        self.refused = [c for c in asked if isinstance(c, cases.Refused)]
+        if not self.cases:
+            reasons = "; ".join(r.why for r in self.refused) or "none of these solvers is benchmarked with it"
+            raise ValueError(f"no case is left to run: {reasons}")
+        self.json, self.plot = _file("--json", args.json), _folder("--plot", args.plot)
+        self.kernels = [pick("kernel", name, KERNELS) for name in _listed(args.kernels)] or list(KERNELS)
+        self.stored = _stored(args.compare) if args.compare else None
+        self.model_text = args.model
+
+    def work(self) -> list[tuple[cases.Case, tuple[int, ...], str]]:
+        """What to measure: every case at the first shape, the quick ones at the others."""
+        shapes = self.shapes or ([cases.SHAPES["latent"]] if self.quick else [*cases.SHAPES.values()])
+        main = shapes if self.shapes else [cases.SHAPES["latent"]]
+        few = {(s, n) for s, names in cases.QUICK.items() for n in names}
+        out = []
+        for shape in shapes:
+            for case in self.cases:
+                discrete = case.kind == "bfndiscrete"
+                if shape not in main and ((case.schedule, case.solver) not in few or discrete):
+                    continue
+                size = cases.TEXT if discrete and not self.shapes else shape
+                out += [(case, size, dtype) for dtype in self.dtypes]
+        return out
+
+
+def _listed(text: str | Sequence[str] | None) -> list[str]:
+    """Names separated by spaces or commas; a schedule's own options keep their commas: "edm:sigma_min=1,rho=3"."""
+    words = text.split() if isinstance(text, str) else list(text or [])
+    out: list[str] = []
+    for word in words:
+        for part in word.split(","):
+            if out and "=" in part and ":" not in part:
+                out[-1] += f",{part}"
+            elif part:
+                out.append(part)
+    return out
+
+
+def _file(option: str, text: str | None) -> Path | None:
+    if text is None:
+        return None
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, path.read_bytes() if path.exists() else b"{}\n")
+    except OSError as error:
+        raise ValueError(f"{option}: {text!r} cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def _folder(option: str, text: str | None) -> Path | None:
+    if text is None:
+        return None
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / ".written", b"")
+        (path / ".written").unlink()
+    except OSError as error:
+        raise ValueError(f"{option}: {text!r} is not a folder that can be written: {error.strerror or error}") from None
+    return path
+
+
+def _stored(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(Path(text).read_text())
+    except OSError as error:
+        raise ValueError(f"--compare: {text!r} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"--compare: {text!r} is not JSON: {error}") from None
+    rows = data.get("rows") if isinstance(data, dict) else None
+    needed = {"us", "schedule", "solver", "shape", "dtype", "steps"}
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and needed <= set(r) for r in rows):
+        raise ValueError(f"--compare: {text!r} is not a result of fastdiff bench")
+    return data
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the main table."""
+    parser.add_argument("--roofline", action="store_true", help="us against elements, with the floors, of each kernel")
+    parser.add_argument("--codegen", action="store_true", help="what the kernels compile to; no GPU is needed")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help=f"of --roofline: {', '.join(KERNELS)}")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, one shape, shorter: under 2 minutes")
+    parser.add_argument("--schedules", nargs="+", metavar="NAME", help=f"default: a list; {cases.schedules_text()}")
+    parser.add_argument("--solvers", nargs="+", metavar="NAME", help="default: a list; names as in `fastdiff plan`")
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="policy, latent, batch, or 16x4x128x128")
+    parser.add_argument("--dtype", nargs="+", default=["fp32"], metavar="DTYPE", help="of the model: fp32, bf16, fp16")
+    parser.add_argument(
+        "--peers", nargs="+", metavar="NAME", help=f"who to compare with: {', '.join(PEERS)}; default all"
+    )
+    parser.add_argument("--steps", type=int, default=cases.STEPS, help="intervals of a loop; default %(default)s")
+    parser.add_argument("--model", metavar="FILE.py:NAME", help="your model(x, t) instead of one that does nothing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what a compiler must run for")
+    parser.add_argument("--json", metavar="FILE", help="write everything measured here, row by row")
+    parser.add_argument("--compare", metavar="FILE", help="flag what is slower than in these stored results")
+    parser.add_argument("--plot", metavar="DIR", help="write PNGs and report.html here")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The same options outside the command line of fastdiff."""
+    out = argparse.ArgumentParser(prog="fastdiff bench", description="What a step costs, beside what others cost.")
+    add_options(out)
+    return out
+
+
+def as_arguments(args: argparse.Namespace) -> list[str]:
+    """Parsed options as the arguments that give them, for another process."""
+    out: list[str] = []
+    for action in parser()._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest == "help" or value in (None, False, action.default):
+            continue
+        out.append(action.option_strings[0])
+        out += [] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return out

@@ -1,0 +1,106 @@
+"""Pictures of results: a step's time by schedule and solver, times faster, rooflines. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdiff_bench.tables import columns, label
+
+__all__ = ["plot_roofline", "plot_throughput", "pyplot"]
+
+COLORS = {
+    "torch": "#9a9a9a", "torch.compile": "#4c4c4c", "diffusers": "#d08b2c", "k-diffusion": "#a05a9c",
+    "fastdiff eager": "#9ccbe6", "fastdiff compiled": "#1f77b4", "fastdiff step_graph": "#2ca02c",
+    "fastdiff loop_graph": "#0b5d1e", "fastdiff": "#1f77b4", "kernel": "#0b5d1e",
+}  # fmt: skip
+INSTALL = "plots need matplotlib: pip install 'fastdiff-samplers[bench]'"
+
+
+def pyplot() -> Any:  # noqa: ANN401 - the module
+    """matplotlib.pyplot without a display; ValueError with the install line where it is missing."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ValueError(INSTALL) from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot_throughput(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """One chart a shape and dtype: us a step of every column, p10 to p90 as a line, schedules apart."""
+    plt, made = pyplot(), []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        own = row["schedule"].startswith("bfndiscrete")
+        shape = "classes " if own else ""
+        groups.setdefault((shape + "x".join(map(str, row["shape"])), row["dtype"]), []).append(row)
+    for (shape, dtype), some in groups.items():
+        names = columns(some)
+        height = 0.9 + len(some) * (0.14 * len(names) + 0.16)
+        fig, axis = plt.subplots(figsize=(9, max(2.4, height)), layout="constrained")
+        step = 0.86 / len(names)
+        for j, name in enumerate(names):
+            at = [i + (j - (len(names) - 1) / 2) * step for i, r in enumerate(some) if name in r["us"]]
+            found = [r["us"][name] for r in some if name in r["us"]]
+            axis.barh(at, [v["median"] for v in found], height=step * 0.92, color=COLORS[name], label=name)
+            for y, v in zip(at, found, strict=True):
+                axis.plot([v["p10"], v["p90"]], [y, y], color="black", linewidth=0.8)
+        axis.set_yticks(range(len(some)), [" ".join(label(r)[:2]) for r in some])
+        axis.set_ylim(len(some) - 0.5, -0.5)
+        axis.set_xscale("log")
+        axis.set_xlabel("us a step (log scale; the line is p10 to p90)")
+        axis.set_title(f"one step, {shape}, {dtype}", loc="left", fontsize=11)
+        axis.grid(axis="x", which="major", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        fig.legend(
+            *axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(names)), frameon=False
+        )
+        path = folder / f"step_{shape.replace(' ', '_')}_{dtype}.png"
+        fig.savefig(path, dpi=110)
+        plt.close(fig)
+        made.append(path)
+    return made
+
+
+def plot_roofline(points: Sequence[dict[str, Any]], folder: Path, *, copy_gb_s: float, floor_us: float) -> list[Path]:
+    """One panel a kernel and dtype: us against elements, the launch floor and the bandwidth floor drawn in."""
+    plt = pyplot()
+    kernels = sorted({p["kernel"] for p in points}, key=[p["kernel"] for p in points].index)
+    dtypes = sorted({p["dtype"] for p in points}, key=("fp32", "bf16", "fp16").index)
+    size = (4.6 * len(dtypes) + 0.6, 3.1 * len(kernels) + 0.5)
+    fig, axes = plt.subplots(len(kernels), len(dtypes), figsize=size, squeeze=False, sharex=True, layout="constrained")
+    handles: dict[str, Any] = {}
+    for i, kernel in enumerate(kernels):
+        for j, dtype in enumerate(dtypes):
+            axis, some = axes[i][j], [p for p in points if (p["kernel"], p["dtype"]) == (kernel, dtype)]
+            if not some:
+                axis.set_visible(False)
+                continue
+            names = sorted({p["column"] for p in some}, key=[p["column"] for p in some].index)
+            for name in names:
+                line = sorted((p["elements"], p["us"]["median"]) for p in some if p["column"] == name)
+                handles[name] = axis.plot(*zip(*line, strict=True), marker="o", markersize=3, color=COLORS[name])[0]
+            elements = sorted({p["elements"] for p in some})
+            floor = [some[0]["bytes_per_element"] * n / copy_gb_s / 1e3 for n in elements]
+            handles["bandwidth floor"] = axis.plot(elements, floor, color="#c0392b", linestyle="--", linewidth=1)[0]
+            handles["launch floor"] = axis.axhline(floor_us, color="#c0392b", linestyle=":", linewidth=1)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_ylim(bottom=min(floor_us, min(p["us"]["median"] for p in some)) / 2)
+            axis.set_title(f"{kernel}, {dtype}, {some[0]['bytes_per_element']:.0f} B/element", loc="left", fontsize=10)
+            axis.grid(color="#e4e4e4", linewidth=0.6)
+            if j == 0:
+                axis.set_ylabel("us")
+            if i == len(kernels) - 1:
+                axis.set_xlabel("elements")
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    path = folder / "roofline.png"
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return [path]

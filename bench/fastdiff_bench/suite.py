@@ -1,0 +1,130 @@
+"""Runs the main table and writes it down row by row, so that an interrupted run keeps what it has.
+
+python -m fastdiff_bench.suite ...        (fastdiff bench starts it in a process with glibc's thresholds set)
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdiff.files import write_atomic
+from fastdiff.names import load_model
+from fastdiff_bench import options, tables
+from fastdiff_bench.compare import compare, comparison_text
+from fastdiff_bench.energy import Meter
+from fastdiff_bench.environment import describe, environment
+from fastdiff_bench.options import Request
+from fastdiff_bench.throughput import ModelError, Settings, measure
+from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, malloc_is_set
+
+__all__ = ["main", "run"]
+
+BAD_INPUT, REGRESSED = 2, 1
+
+
+def run(request: Request, model: Callable[..., Any] | None = None, *, say: Callable[[str], object]) -> dict[str, Any]:
+    """Measures every row, keeping the JSON current.
+
+    Raises: ModelError where the given model fails; what was measured before it is in the file.
+    """
+    device = request.device
+    meter = Meter(device)
+    say("measuring the copy bandwidth and the launch floor")
+    copy, floor = copy_bandwidth(device), launch_floor_us(device)
+    if meter.nvml is not None:
+        meter.idle()
+    data: dict[str, Any] = {
+        "environment": environment(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "method": {"copy_gb_s": copy, "launch_floor_us": floor, "cache_bytes": cache_bytes(device),
+                   "malloc_thresholds": malloc_is_set(), "steps": request.steps, "quick": request.quick,
+                   "device": str(device), "model": request.model_text or "returns a fixed tensor"},
+        "state_before": meter.state(), "complete": False,
+        "refused": [{"schedule": c.schedule, "solver": c.solver, "why": why}
+                    for c, why in request.refused],
+        "rows": [],
+    }  # fmt: skip
+    settings = Settings(
+        device, request.columns, rounds=21 if request.quick else 41, seconds=1.0 if request.quick else 3.0,
+        model=model, copy_gb_s=copy, meter=meter,
+    )  # fmt: skip
+    work = request.work()
+    try:
+        for i, (case, shape, dtype) in enumerate(work, 1):
+            say(f"[{i}/{len(work)}] {case.schedule} {case.solver} {'x'.join(map(str, shape))} {dtype}")
+            data["rows"].append(measure(case, shape, dtype, request.dtypes[dtype], settings))
+            save(request.json, data)
+        data["complete"] = True
+    finally:
+        data["state_after"] = meter.state()
+        save(request.json, data)
+    return data
+
+
+def save(path: Path | None, data: dict[str, Any]) -> None:
+    """Writes the results so far, whole or not at all."""
+    if path is not None:
+        write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def text(data: dict[str, Any]) -> str:
+    """Everything for a terminal."""
+    rows = data["rows"]
+    null = data["method"]["model"].startswith("returns")
+    what = "the model does nothing" if null else f"the model {data['method']['model']} included"
+    lines = [f"us a step (one model evaluation), median; {what}", ""]
+    lines += [tables.throughput(rows, aligned=True), ""]
+    lines += ["fastdiff's fastest column / the first peer, a step:", "", tables.details(rows, aligned=True), ""]
+    lines += tables.footnotes(rows)
+    lines += [f"{r['schedule']} {r['solver']}: {r['why']}" for r in data["refused"]]
+    why = data["state_before"].get("nvml")
+    lines += [f"joules, clocks: {why}"] if why else []
+    copy = data["method"]["copy_gb_s"]
+    lines.append(f"copy bandwidth {copy:.1f} GB/s, out of cache: more than 100 % means the state stays in cache")
+    return "\n".join([*lines, describe(data["environment"])])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints, writes; 2 and a line for bad input or a failing model, 1 where --compare finds slower rows."""
+    args = options.parser().parse_args(argv)
+    logging.getLogger("fastdiff").setLevel(logging.ERROR)  # what compiles is known here
+    try:
+        request = Request(args)
+        model = load_model(args.model) if args.model else None
+        data = run(request, model, say=lambda line: print(line, file=sys.stderr, flush=True))
+    except ModelError as error:
+        kept = f"; the rows before it are in {args.json}" if args.json else ""
+        print(f"fastdiff bench: error: the model failed: {error}{kept}", file=sys.stderr)
+        return BAD_INPUT
+    except (ValueError, TypeError, OSError) as error:
+        print(f"fastdiff bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(
+            f"fastdiff bench: interrupted{f'; what was measured is in {args.json}' if args.json else ''}",
+            file=sys.stderr,
+        )
+        return 130
+    print(text(data))
+    code = 0
+    if request.stored is not None:
+        found = compare(request.stored, data)
+        print(comparison_text(found))
+        data["comparison"] = found
+        save(request.json, data)
+        code = REGRESSED if found["slower"] else 0
+    if request.plot is not None:
+        from fastdiff_bench.page import write_report
+
+        print(f"wrote {write_report(data, request.plot)}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The main table: what a step costs, one row a schedule and solver, one column each way to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff_bench.cases import COLUMNS, GRAPHS, PEERS, Case
+from fastdiff_bench.counts import counted, peak_bytes
+from fastdiff_bench.energy import Meter, throttled
+from fastdiff_bench.stock import diffusers_loop, k_diffusion_loop
+from fastdiff_bench.tables import best
+from fastdiff_bench.textbook import Textbook
+from fastdiff_bench.timing import interleave, paired, summary
+
+__all__ = ["ModelError", "Settings", "measure"]
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+ROUNDS = 41
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+class ModelError(Exception):
+    """The user's model raised."""
+
+
+class Settings(NamedTuple):
+    """What to measure and for how long."""
+
+    device: torch.device
+    columns: tuple[str, ...] = COLUMNS
+    rounds: int = ROUNDS
+    seconds: float = 4.0  # a row's timed part
+    model: Callable[..., Any] | None = None
+    copy_gb_s: float | None = None
+    details: bool = True  # launches, host time, memory
+    meter: Meter | None = None
+
+
+class Column(NamedTuple):
+    """One way to run a plan: run(x_T, generator) -> the end, what precedes a run, and a note for the reader."""
+
+    run: Callable[[Tensor, torch.Generator | None], Tensor]
+    prepare: Callable[[], object] = lambda: None
+    note: str = ""
+
+
+def _guarded(model: Callable[..., Any]) -> Model:
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        try:
+            return model(x, t)
+        except Exception as error:
+            raise ModelError(f"{type(error).__name__}: {error}") from error
+
+    return call
+
+
+def _ours(plan: fd.Plan, model: Model, mode: str, dtype: torch.dtype, device: torch.device) -> Column:
+    """fastdiff in one mode; `compiled` on a CPU is the default mode: compiled step and noise, the model as it is."""
+    modes = {"compiled": "auto" if device.type == "cpu" else "compile"}
+    sampler = fd.Sampler(model, plan, mode=modes.get(mode, mode), dtype=dtype, device=device)
+    shape_of = (lambda x: x.shape[:-1]) if plan.classes else (lambda x: x.shape)
+
+    def run(x: Tensor, generator: torch.Generator | None) -> Tensor:
+        shape = tuple(shape_of(x))
+        if generator is None:
+            return sampler(shape, x_T=x)
+        return sampler(shape, x_T=x, noise="torch", generator=generator, mode="eager")
+
+    return Column(run)
+
+
+def _column(name: str, case: Case, plan: fd.Plan, model: Model, dtype: torch.dtype, device: torch.device,
+            compiled_model: Model) -> Column | str:  # fmt: skip
+    """The column, or why there is none."""
+    if name == "torch":
+        return Column(Textbook(plan, model, dtype=dtype, device=device))
+    if name == "torch.compile":
+        return Column(Textbook(plan, compiled_model, compiled=True, dtype=dtype, device=device))
+    if name in ("diffusers", "k-diffusion"):
+        make = diffusers_loop if name == "diffusers" else k_diffusion_loop
+        try:
+            stock = make(case, plan, model, dtype, device)
+        except ModuleNotFoundError as error:
+            return str(error)
+        return Column(stock.loop, stock.prepare, stock.name) if stock else f"{name} has no sampler that does the same"
+    mode = name.removeprefix("fastdiff ")
+    if mode in GRAPHS and device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    return _ours(plan, model, mode, dtype, device)
+
+
+def _gap(got: Tensor, want: Tensor) -> float:
+    if not got.is_floating_point():
+        return float((got != want).float().mean())
+    scale = want.double().abs().max().clamp_min(1e-30)
+    return float((got.double() - want.double()).abs().max() / scale)
+
+
+def _probe(out: Tensor) -> Model:
+    """A model that looks at x: outputs of two loops agree only if every step does."""
+    return lambda x, t: (out + 0.01 * x).to(x.dtype)
+
+
+def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+                    names: Sequence[str]) -> dict[str, float]:  # fmt: skip
+    """Relative difference of every peer from fastdiff eager: whole loops, the same start and the same normals.
+
+    Compiled code draws other normals than its generator's, so torch.compile is compared on plans without noise only.
+    Where classes are drawn, no two libraries draw alike: those columns are not compared here.
+    """
+    out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    model, gaps = _probe(out), {}
+    x_T = _start(plan, shape, device)
+    want = _column("fastdiff eager", case, plan, model, dtype, device, model)
+    assert isinstance(want, Column)
+    sampled = plan.readout == "sample"
+    for name in names:
+        if name not in PEERS or sampled or (plan.stochastic and name == "torch.compile"):
+            continue
+        column = _column(name, case, plan, model, dtype, device, model)
+        if isinstance(column, str):
+            continue
+        column.prepare()
+        seeds = [torch.Generator(device).manual_seed(3) if plan.stochastic else None for _ in range(2)]
+        gaps[name] = _gap(column.run(x_T, seeds[0]), want.run(x_T, seeds[1]))
+    return gaps
+
+
+def _start(plan: fd.Plan, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * plan.init_scale).to(device)
+
+
+def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dtype, set_: Settings) -> dict[str, Any]:
+    """One row of the table: seconds of whole loops, a step's share, compared outputs, and what else a loop costs.
+
+    Raises: ModelError where the given model does; ValueError for a case that does not exist.
+    """
+    plan, device = case.plan(), set_.device
+    shape = case.state_shape(plan, shape)
+    row: dict[str, Any] = {
+        "schedule": case.schedule, "solver": case.solver, "shape": list(shape), "dtype": dtype_name,
+        "steps": case.steps, "nfe": plan.nfe, "slots": plan.slots, "stochastic": plan.stochastic, "skipped": {},
+    }  # fmt: skip
+    with torch.no_grad():
+        if set_.model is None:
+            out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+            model: Model = lambda x, t: out  # noqa: E731
+            compiled_model = model
+        else:
+            model = _guarded(set_.model)
+            compiled_model = torch.compile(set_.model, dynamic=False)
+        row["differs"] = compare_outputs(case, plan, shape, dtype, device, set_.columns)
+        columns: dict[str, Column] = {}
+        want: Tensor | None = None  # of fastdiff's first column: the others draw the same noise
+        x_T = _start(plan, shape, device)
+        for name in set_.columns:
+            column = _column(name, case, plan, model, dtype, device, compiled_model)
+            gap = row["differs"].get(name, 0.0)
+            if not isinstance(column, str) and gap > TOLERANCE[dtype]:
+                column = f"its result differs by {gap:.1e}: not the same computation, not timed"
+            if isinstance(column, str):
+                row["skipped"][name] = column
+                continue
+            column.prepare()
+            end = column.run(x_T, None)  # compiles, captures, allocates
+            if name.startswith("fastdiff"):
+                want = end if want is None else want
+                row["differs"][name] = _gap(end, want)
+            columns[name] = column
+            if column.note:
+                row.setdefault("names", {})[name] = column.note
+        for name, gap in row["differs"].items():
+            if name.startswith("fastdiff") and gap > TOLERANCE[dtype]:
+                raise RuntimeError(f"{case.schedule} {case.solver}: {name} differs from fastdiff's first by {gap:.1e}")
+        runs = {name: partial(column.run, x_T, None) for name, column in columns.items()}
+        prepare = {name: column.prepare for name, column in columns.items()}
+        times = interleave(runs, rounds=set_.rounds, seconds=set_.seconds, device=device, prepare=prepare)
+        row["rounds"] = len(next(iter(times.values()), ()))
+        row["us"] = {n: summary([1e6 * v / plan.nfe for v in values]) for n, values in times.items()}
+        row["steps_per_s"] = {n: 1e6 / v["median"] for n, v in row["us"].items()}
+        first = next((n for n in PEERS if n in times), None)
+        if first is not None:
+            row["against"] = first
+            row["times_faster"] = {n: paired(times[first], v) for n, v in times.items() if n != first}
+        _bandwidth(row, plan, x_T.numel(), dtype, set_.copy_gb_s)
+        if set_.details:
+            _details(row, plan, runs, prepare, set_)
+    return row
+
+
+def _bandwidth(row: dict[str, Any], plan: fd.Plan, n: int, dtype: torch.dtype, copy: float | None) -> None:
+    """GB/s of the bytes the plan must move, by fastdiff's fastest column."""
+    size = torch.finfo(dtype).bits // 8
+    copies = 0 if dtype == torch.float32 and (plan.c_in == 1).all() else size
+    per_element = float(plan.bytes_per_element(model_bytes=size).mean()) + (0 if plan.classes else copies)
+    row["bytes_per_element"] = per_element
+    fastest = best(row)
+    if fastest is not None:
+        row["gb_s"] = per_element * n / row["us"][fastest]["median"] / 1e3
+        row["of_copy"] = row["gb_s"] / copy if copy else None
+
+
+def _details(row: dict[str, Any], plan: fd.Plan, runs: Mapping[str, Callable[[], object]],
+             prepare: Mapping[str, Callable[[], object]], set_: Settings) -> None:  # fmt: skip
+    """Launches, waits and bytes of every column; joules of the best one and of the first peer, on a GPU."""
+    for key in ("launches", "syncs", "peak_mib", "host_us", "joules"):
+        row[key] = {}
+    for name, run in runs.items():
+        prepare[name]()
+        count = counted(run, set_.device)
+        row["launches"][name], row["syncs"][name] = (count[k] / plan.nfe for k in ("launches", "syncs"))
+        prepare[name]()
+        row["peak_mib"][name] = peak_bytes(run, set_.device) / 2**20
+        prepare[name]()
+        if set_.device.type == "cuda":
+            row["host_us"][name] = _host_us(run, plan.nfe)
+    if set_.meter is not None and set_.meter.nvml is not None:
+        for name in [n for n in {best(row), row.get("against")} if n is not None]:
+            prepare[name]()
+            with suppress(RuntimeError):
+                reading = set_.meter.energy(runs[name])
+                if reading is not None:
+                    row["joules"][name] = reading.joules / plan.nfe
+        row["state"] = set_.meter.state()
+        row["throttled"] = throttled(row["state"])
+
+
+def _host_us(run: Callable[[], object], rows: int) -> float:
+    """Microseconds of the host a step: until the loop returns, the device not waited for."""
+    import time
+
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    spent = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return 1e6 * spent / rows

@@ -1,0 +1,181 @@
+"""How times are taken, in one place: interleaved rounds, medians, rotated buffers, graph replays, the copy bandwidth.
+
+bench/README.md says why each of these is there.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = [
+    "MALLOC",
+    "cache_bytes",
+    "copy_bandwidth",
+    "graph_us",
+    "interleave",
+    "launch_floor_us",
+    "malloc_is_set",
+    "paired",
+    "rotation",
+    "summary",
+    "with_malloc",
+]
+
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+MIN_SAMPLE_S = 5e-4  # shorter runs are repeated inside one sample
+CACHES = 4
+MOST_CACHE = 64 << 20  # of a CPU: a shared last level of hundreds of MiB cannot be rotated out of
+GRAPH_REPLAYS = 9
+
+
+def with_malloc(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which glibc returns no memory to the system between allocations: it reads this at start."""
+    return {**env, **MALLOC}
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    ordered = sorted(values)
+    p10, p90 = (ordered[round(q * (len(ordered) - 1))] for q in (0.1, 0.9))
+    return {"median": statistics.median(ordered), "p10": p10, "p90": p90}
+
+
+def paired(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """Summary of theirs / ours of the same rounds: how many times faster ours is."""
+    return summary([a / b for a, b in zip(theirs, ours, strict=True)])
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _sample(run: Callable[[], object], prepare: Callable[[], object], count: int, device: torch.device) -> float:
+    spent = 0.0
+    for _ in range(count):
+        prepare()
+        _sync(device)
+        begin = time.perf_counter()
+        run()
+        _sync(device)
+        spent += time.perf_counter() - begin
+    return spent / count
+
+
+def _nothing() -> None:
+    pass
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every run in every round: A B C, C B A, A B C ... so that drift of the machine hits all alike.
+
+    Args:
+        runs: name -> what is timed (warm already: compiled, captured, allocated). prepare: called before a run, not
+        timed. rounds: at most this many; fewer, at least 5, when they would take longer than `seconds`.
+    """
+    ready = {name: (prepare or {}).get(name, _nothing) for name in runs}
+    counts, once = {}, 0.0
+    for name, run in runs.items():
+        _sample(run, ready[name], 1, device)
+        spent = min(_sample(run, ready[name], 1, device) for _ in range(2))
+        counts[name] = max(1, min(200, round(MIN_SAMPLE_S / max(spent, 1e-9))))
+        once += spent * counts[name]
+    rounds = max(5, min(rounds, int(seconds / max(once, 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for _ in range(rounds):
+        for name in order:
+            times[name].append(_sample(runs[name], ready[name], counts[name], device))
+        order.reverse()
+    return times
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache in bytes: of a CPU the largest one Linux names (32 MiB where it names none)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes, default=32 << 20)
+
+
+def rotation(bytes_each: int, device: torch.device) -> int:
+    """How many sets of buffers make a working set of several caches: at least 2, at most 200."""
+    cache = cache_bytes(device)
+    if device.type == "cpu":
+        cache = min(cache, MOST_CACHE)
+    return max(2, min(200, CACHES * cache // max(1, bytes_each) + 1))
+
+
+def graph_us(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLAYS) -> list[float]:
+    """Microseconds of one call, one number a replay of one CUDA graph that holds all the calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return times
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s, read + written, of copying a buffer far larger than the cache (256 MiB on a CPU, 1 GiB on a GPU)."""
+    n = (1 << 30 if device.type == "cuda" else 1 << 28) // 4
+    a, b = torch.randn(n, device=device), torch.empty(n, device=device)
+    if device.type == "cuda":
+        seconds = statistics.median(graph_us([lambda: b.copy_(a)] * 5)) / 1e6
+    else:
+        runs: dict[str, Any] = {"copy": lambda: b.copy_(a)}
+        seconds = statistics.median(interleave(runs, rounds=11, seconds=3, device=device)["copy"])
+    return 2 * 4 * n / seconds / 1e9
+
+
+def launch_floor_us(device: torch.device) -> float:
+    """Microseconds of the smallest operation: a replayed one-element kernel on a GPU, one call into torch on a CPU."""
+    x = torch.zeros(1, device=device)
+    if device.type == "cuda":
+        return statistics.median(graph_us([lambda: x.add_(1.0)] * 200))
+
+    def hundred() -> None:
+        for _ in range(100):
+            x.add_(1.0)
+
+    return statistics.median(interleave({"add": hundred}, rounds=41, seconds=1, device=device)["add"]) * 1e4
+
+
+def malloc_is_set() -> bool:
+    """Was this process started with the thresholds?"""
+    return all(os.environ.get(name) == value for name, value in MALLOC.items())

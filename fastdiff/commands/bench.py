@@ -1,0 +1,53 @@
+"""fastdiff bench: checks the request, then measures in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from typing import Any
+
+from fastdiff.commands.options import INTERRUPTED
+
+__all__ = ["add_bench", "run_bench"]
+
+TARGETS = ("--arch", "80", "89", "90", "100", "--hip", "gfx942")
+
+
+def add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse's own type is private
+    """The parser of the command."""
+    from fastdiff_bench.options import add_options
+
+    about = "What a step costs across schedules and solvers, beside what others cost (see bench/README.md)."
+    bench = commands.add_parser("bench", help="what a step costs, beside what others cost", description=about)
+    add_options(bench)
+    bench.set_defaults(run=run_bench)
+
+
+def measuring() -> dict[str, str]:
+    """For a measuring process: glibc's thresholds, no interpreter, no profiler chatter, the packages of this one."""
+    from fastdiff_bench.timing import with_malloc
+
+    env = with_malloc(os.environ)
+    env.pop("TRITON_INTERPRET", None)
+    env["KINETO_LOG_LEVEL"] = "99"
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    return env
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Bad input ends here, in a second; else the exit code is the measurement's."""
+    from fastdiff_bench.options import Request, as_arguments
+
+    if args.codegen:
+        command = ["fastdiff_bench.codegen", *TARGETS, *(["--json", args.json] if args.json else [])]
+    else:
+        Request(args)
+        command = ["fastdiff_bench.roofline" if args.roofline else "fastdiff_bench.suite", *as_arguments(args)]
+    process = subprocess.Popen([sys.executable, "-m", *command], env=measuring())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        return INTERRUPTED
