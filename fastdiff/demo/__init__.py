@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["PARTS", "MissingExtraError", "run_demo"]
 
-PARTS = ("schedules", "spiral", "digits", "bfn")
+PARTS = ("schedules", "spiral", "digits", "bfn", "bfn_levels", "bfn_text")
 EXTRAS = {"matplotlib": "matplotlib", "PIL": "pillow", "sklearn": "scikit-learn"}
 
 
@@ -46,9 +46,16 @@ def run_demo(
         raise ValueError(f"name at least one part of: {', '.join(PARTS)}")
     _require_extras()
     # these need the extras
-    from fastdiff.demo import bfn, digits, overview, report, spiral
+    from fastdiff.demo import bfn, bfn_levels, bfn_text, digits, overview, report, spiral
 
-    runners = {"schedules": overview.run, "spiral": spiral.run, "digits": digits.run, "bfn": bfn.run}
+    runners = {
+        "schedules": overview.run,
+        "spiral": spiral.run,
+        "digits": digits.run,
+        "bfn": bfn.run,
+        "bfn_levels": bfn_levels.run,
+        "bfn_text": bfn_text.run,
+    }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

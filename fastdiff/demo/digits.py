@@ -16,7 +16,7 @@ from fastdiff.demo.nets import DigitNet
 from fastdiff.demo.report import Part, Row, make_row
 from fastdiff.demo.train import Recipe, Say, fit_classifier, fit_denoiser
 
-__all__ = ["cases", "run"]
+__all__ = ["cases", "judged", "run"]
 
 SAMPLES = 500
 RECIPE = Recipe(steps=1000, batch=128, learning_rate=3e-3, level=(-0.4, 1.2), focus=0.8)
@@ -41,22 +41,29 @@ def cases() -> list[Case]:
     ]
 
 
-def _judge(case: Case, got: Sampled, data: Digits, classifier: nn.Module, real: float) -> Row:
-    p = classifier(got.x).softmax(dim=1)
+def judged(
+    label: str, x: torch.Tensor, data: Digits, classifier: nn.Module, real: float
+) -> tuple[dict[str, float], list[str]]:
+    """What the judge makes of images [B, 1, 8, 8], and the targets they miss."""
+    p = classifier(x).softmax(dim=1)
     share = torch.bincount(p.argmax(dim=1), minlength=10) / len(p)
     low, high = share.min().item(), share.max().item()
-    confidence, nearest = p.amax(dim=1).mean().item(), data.nearest(got.x).min().item()
+    confidence, nearest = p.amax(dim=1).mean().item(), data.nearest(x).min().item()
     missed = []
     if not confidence >= MIN_CONFIDENCE * real:
-        missed.append(f"digits: {case.label}: confidence {confidence:.3f} < {MIN_CONFIDENCE} x {real:.3f}")
+        missed.append(f"digits: {label}: confidence {confidence:.3f} < {MIN_CONFIDENCE} x {real:.3f}")
     if not (CLASS_SHARE[0] <= low and high <= CLASS_SHARE[1]):
-        missed.append(f"digits: {case.label}: class shares {low:.1%} to {high:.1%} leave 4 % to 18 %")
+        missed.append(f"digits: {label}: class shares {low:.1%} to {high:.1%} leave 4 % to 18 %")
     if not nearest > HALF_GRAY_LEVEL:
-        missed.append(f"digits: {case.label}: a sample copies a training image (distance {nearest:.3f})")
+        missed.append(f"digits: {label}: a sample copies a training image (distance {nearest:.3f})")
     metrics = {
         "confidence": confidence, "rarest_class": low, "commonest_class": high, "nearest_training_image": nearest,
     }  # fmt: skip
-    return make_row("digits", case, got, metrics, missed)
+    return metrics, missed
+
+
+def _judge(case: Case, got: Sampled, data: Digits, classifier: nn.Module, real: float) -> Row:
+    return make_row("digits", case, got, *judged(case.label, got.x, data, classifier, real))
 
 
 def run(out: Path, *, seed: int, say: Say) -> Part:

@@ -27,6 +27,9 @@ _SHOWN = {
     "rarest_class": ("rarest", ".1%"),
     "commonest_class": ("commonest", ".1%"),
     "nearest_training_image": ("nearest", ".3f"),
+    "known_words": ("known words", ".0%"),
+    "bits_per_character": ("bits/char", ".2f"),
+    "order_0": ("order 0", ".2f"),
 }
 
 
