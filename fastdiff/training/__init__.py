@@ -9,6 +9,7 @@ from fastdiff.training.bfn import (
     bfn_discretised_reconstruction,
 )
 from fastdiff.training.bound import BitsPerDim, bits_per_dim, hybrid_loss, prior_kl, vlb_loss
+from fastdiff.training.marginals import ideal_model, log_density, score
 from fastdiff.training.noising import add_noise
 from fastdiff.training.times import (
     ImportanceTimes,
@@ -30,10 +31,13 @@ __all__ = [
     "bfn_discretised_reconstruction",
     "bits_per_dim",
     "hybrid_loss",
+    "ideal_model",
+    "log_density",
     "log_normal_times",
     "logit_normal_times",
     "low_discrepancy_times",
     "prior_kl",
+    "score",
     "uniform_times",
     "vlb_loss",
 ]
