@@ -37,6 +37,7 @@ from fastdiff.commands.options import (
     shape,
     solver_names,
 )
+from fastdiff.demo import PARTS
 from fastdiff.files import write_atomic
 from fastdiff.request import MODES
 
@@ -138,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train on real data, sample by every solver, write pictures")
     demo.add_argument("--out", default="demo_out", metavar="DIR", help="folder of the results; default %(default)s")
-    demo.add_argument("--only", metavar="PART,...", help="parts to run: schedules, spiral, digits; default all")
+    demo.add_argument("--only", metavar="PART,...", help=f"parts to run: {', '.join(PARTS)}; default all")
     demo.add_argument("--seed", type=int, default=0, help="seed of training and sampling; default 0")
     demo.set_defaults(run=run_demo)
 
