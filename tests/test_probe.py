@@ -14,12 +14,17 @@ import torch
 import fastdiff as fd
 from fastdiff import schedules as S
 from fastdiff import solvers
+from fastdiff.reference import reference_sample
 from tests.probe_cases import (
     CASES,
     LINEAR,
+    NOCLIP,
+    SD,
     SHAPE,
     TOLERANCE,
+    Case,
     Table,
+    V,
     far,
     increments,
     model,
@@ -109,7 +114,13 @@ def lifted(name):
     return module
 
 
-def stock(case, steps, x, pool, edit=lambda k, x: x):
+def planes(x, t):
+    """A model with a second plane, inside and outside [-1, 1]."""
+    m = model(x, t)
+    return torch.cat([m, 1.4 * torch.sin(3 * x)], 1)
+
+
+def stock(case, steps, x, pool, edit=lambda k, x: x, model=model):
     """The scheduler's own loop in float64: the result and how many normals it drew."""
     module, drawn = lifted(case.module), []
     module.randn_tensor = draw = lambda *args, **kwargs: drawn.append(0) or pool[len(drawn) - 1]
@@ -151,6 +162,50 @@ def test_diffusers(name):
     source = iter(pool)
     ours = fd.sample(model, plan, SHAPE, x_T=x.float(), noise=lambda k, like: next(source).float())
     assert far(ours, want) <= 3e-6
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("ddpm", "DDPMScheduler", {**SD, "variance_type": "learned_range"}, 1),
+        Case("ddpm", "DDPMScheduler", {**LINEAR, **V, **NOCLIP, "variance_type": "learned_range",
+                                       "timestep_spacing": "trailing"}, 1),
+        Case("ddpm_parallel", "DDPMParallelScheduler", {**SD, **V, "variance_type": "learned_range"}, 1),
+        Case("unclip", "UnCLIPScheduler", {"variance_type": "learned_range"}, 1),
+    ],
+    ids=["ddpm", "ddpm-trailing", "ddpm-parallel-v", "unclip"],
+)  # fmt: skip
+def test_learned_variances(case):
+    pytest.importorskip("diffusers")
+    plan = fd.probe(shipped(case)(**case.config), steps=12)
+    assert plan.learned_variance and plan.slots == 1
+    pool, x = normals(), plan.init_scale * normals(1, seed=3)[0]
+    want, drawn = stock(case, 12, x, pool, model=planes)
+    source = iter(pool)
+    assert far(reference_sample(planes, plan, x, lambda k, like: next(source)), want) <= TOLERANCE
+    assert plan.draws.sum() == drawn
+    source = iter(pool)
+    ours = fd.sample(planes, plan, SHAPE, x_T=x.float(), noise=lambda k, like: next(source).float())
+    assert far(ours, want) <= 3e-6
+
+
+def test_a_second_plane_that_is_no_variance():
+    """Added to the state, or scaling the noise in another way: refused for its own reason."""
+
+    class Two(Table):
+        def __init__(self, use):
+            super().__init__(1, 6, seed=1)
+            self.use = use
+
+        def step(self, m, t, x):
+            m, v = m.chunk(2, 1)
+            return (self.use(x, m, v, torch.randn(x.shape)),)
+
+    for use in (lambda x, m, v, n: 0.5 * x + m + v, lambda x, m, v, n: 0.5 * x + m + (2 + v) * n):
+        with pytest.raises(ValueError, match="is not a plan"):
+            fd.probe(Two(use), steps=6)
+    with pytest.raises(ValueError, match="NoneType"):
+        fd.probe(shipped(CASES["ddpm-clip"])(variance_type="learned"), steps=6)
 
 
 def test_enough_configurations():

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastdiff.plan import Plan
 from fastdiff.probe.clamp import end_of, name_of, prediction_of, split
+from fastdiff.probe.learned import with_second_plane
 from fastdiff.probe.noise import correlated
 from fastdiff.probe.observe import RIDERS, Observation, Overflow, Recorder, Refused, globals_of, observe
 from fastdiff.probe.realise import realise
@@ -90,7 +92,14 @@ def probe(
         return _cache[key]
     try:
         if scheduler:
-            plan = _scheduler(target, steps, sigmas, step_options, options, edits, brownian, label)
+            read = partial(_scheduler, target, steps, sigmas, step_options, options, edits, brownian, label)
+            try:
+                plan = read(None)
+            except Refused as reason:
+                try:  # it may want a second plane, a learned variance
+                    plan = with_second_plane(read)
+                except (Refused, ValueError):
+                    raise reason from None
         else:
             plan = _function(target, sigmas, options, brownian, label)
     except Refused as reason:
@@ -169,7 +178,7 @@ def _width(rows: int, avoid: set[int]) -> int:
 
 def _scheduler(
     target: Any, steps: int | None, sigmas: np.ndarray | None, step_options: dict[str, Any], options: dict[str, Any],
-    edits: bool, brownian: bool, label: str,
+    edits: bool, brownian: bool, label: str, second: float | None,
 ) -> Plan:  # fmt: skip
     made: list[Any] = []
     if sigmas is not None:
@@ -187,6 +196,7 @@ def _scheduler(
             recorder.state.append(recorder.row(x, "the state"))
             seen = _guarded(s.scale_model_input, x, t) if hasattr(s, "scale_model_input") else x
             m = recorder.model(seen.clone(), t)
+            m = m if second is None else torch.cat([m, torch.full_like(m, second)], 1)
             try:
                 out = _step(s, m, t, x, step_options)
             except IndexError as error:
