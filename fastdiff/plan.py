@@ -199,11 +199,14 @@ class Plan:
         """[N] bytes a row must move per element of the sample.
 
         fp32 slots read and written plus the model's output (two of them when guided). The low-precision copy of the
-        next model input is not counted, but for classes, whose input 2 theta - 1 is never the state itself.
+        next model input is not counted, but for classes, whose input 2 theta - 1 is never the state itself. Bins are
+        read out before the step (and guided before that).
         """
         a = self._allocation
         uses_m = np.any(self.d != 0, axis=1) | (np.any(self.b != 0, axis=1) & (self.c_out != 0))
         slots = np.sum(a.read >= 0, axis=1) + np.sum(a.write >= 0, axis=1)
+        if self.readout in BINNED:  # the readout reads x and two planes and writes p, which the step reads
+            return 4 * slots + 12 + model_bytes * (2 + 6 * guided)
         own_input = np.arange(self.nfe) < self.nfe - 1 if self.readout in CATEGORICAL else np.zeros(self.nfe, bool)
         second = self.learned_variance & np.any(self.s != 0, axis=1)
         return 4 * slots + model_bytes * ((1 + guided) * (uses_m.astype(np.int64) + own_input) + second)

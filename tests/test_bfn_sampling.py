@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff import schedules as S
 from fastdiff import solvers
+from fastdiff.cli import main
 from fastdiff.reference import reference_sample
 from tests.bfn_oracle import chi_square, discrete_sample, one_hot, philox_numbers, posterior_logits
 from tests.test_graph import device_path  # noqa: F401 - a fixture
@@ -267,6 +269,19 @@ def test_empty() -> None:
     assert fd.sample(network, plan, (0, 4)).dtype == torch.int64
     x, seen = fd.sample(network, plan, (2, 0), trajectory=True)
     assert x.shape == (2, 0) and seen.x.shape == (6, 2, 0, 5) and seen.x0.shape == (5, 2, 0)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.py").write_text("def model(x, t):\n    return 4 * x\n")
+    plan = ["--solver", "bfn_discrete", "--schedule", "bfndiscrete:beta_1=3,num_classes=5", "--steps", "6"]
+    where = ["--model", f"{tmp_path}/model.py:model", "--shape", "4,3", "--out", str(tmp_path / "x.npy")]
+    assert main(["sample", *plan, *where, "--seed", "2"]) == 0
+    assert "(4, 3) int64, bfn_discrete(sample), 7 evaluations" in capsys.readouterr().out
+    x = np.load(tmp_path / "x.npy")
+    want = fd.sample(lambda x, t: 4 * x, solvers.bfn_discrete(S.BFNDiscrete(3, 5), 6), (4, 3), seed=2)
+    np.testing.assert_array_equal(x, want)
+    assert main(["plan", "bfn_discrete", "--schedule", "vp", "--steps", "3"]) == 2
+    assert "needs a schedule of type BFNDiscrete, got VP" in capsys.readouterr().err
 
 
 PLAN = solvers.bfn_discrete(S.BFNDiscrete(2.0, 5), 4)

@@ -228,6 +228,8 @@ def test_bytes_per_element() -> None:
     plan = solvers.bfn_discrete(D, 4)
     np.testing.assert_array_equal(plan.bytes_per_element(model_bytes=2), [8, 12, 12, 12, 6])
     np.testing.assert_array_equal(plan.bytes_per_element(model_bytes=2, guided=True), [12, 16, 16, 16, 8])
+    bins = solvers.bfn_discretised(C, 3)  # readout: x, two planes, p; step: x, p, x'; the last row reads p alone
+    np.testing.assert_array_equal(bins.bytes_per_element(model_bytes=2), [24, 24, 20])
 
 
 @pytest.mark.parametrize(
