@@ -48,8 +48,10 @@ class Setup(NamedTuple):
             new: Any = object.__new__(self.stock)
             new.__dict__.update({k: _lifted(v) for k, v in vars(self.live).items() if k != "_fastdiff"})
         else:
-            new = self.stock.from_config(self.live.config)  # type: ignore[attr-defined]
+            cls: Any = self.stock if self.set_timesteps is None else _lean(self.stock)
+            new = cls.from_config(self.live.config)
             if self.set_timesteps is not None:
+                new.__class__ = self.stock
                 args, kwargs = self.set_timesteps
                 new.set_timesteps(*args, **kwargs)
         if self.indexed:
@@ -60,6 +62,16 @@ class Setup(NamedTuple):
     def calls(self) -> int:
         """How often a whole loop calls step."""
         return len(self.live.timesteps) - (self.stock.__name__ in ONE_MORE_TIME)
+
+
+@functools.cache
+def _lean(stock: type) -> type:
+    """The class, but its constructor does not set the timesteps of all training steps before the ones asked for."""
+
+    def set_timesteps(self: Any, n: Any = None, *args: Any, **kwargs: Any) -> None:
+        stock.set_timesteps(self, 2 if isinstance(n, int) else n, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return type(stock.__name__, (stock,), {"set_timesteps": set_timesteps})
 
 
 def _lifted(v: Any) -> Any:

@@ -1,0 +1,38 @@
+"""The benchmark of accelerated schedulers runs, compares before it times, and reports what it says it does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastdiff_bench import dropin
+
+pytest.importorskip("diffusers")
+
+
+def test_a_row_and_the_table(tmp_path):
+    case = next(c for c in dropin.CASES if c.name == "Euler")
+    with torch.no_grad():
+        row = dropin.measure(case, 3)
+    assert row["gap"] <= 1e-5 and row["target"] == 1.5 and row["repeats"] == 3
+    assert 0 < row["ours_us_p10"] <= row["ours_us"] <= row["ours_us_p90"]
+    assert json.loads(json.dumps(row)) == row
+    text = dropin.table([row, {**row, "name": "slow", "ratio": 0.5, "target": None}])
+    assert text.count("\n") == 3 and "0.50 (missed) | not slower" in text
+
+
+def test_every_case_is_a_scheduler_of_diffusers():
+    import diffusers
+
+    assert all(hasattr(diffusers, c.scheduler) for c in dropin.CASES)
+    assert len({c.name for c in dropin.CASES}) == len(dropin.CASES)
+
+
+def test_unknown_rows_are_refused(monkeypatch, capsys):
+    for name, value in dropin.MALLOC.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        dropin.main(["--only", "Euler 3"])
+    assert "unknown rows ['Euler 3']; valid: DDPM" in capsys.readouterr().err
