@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastdiff import demo
 from fastdiff.cli import main
-from fastdiff.demo import data, digits, nets, plain, plots, report, spiral, train
+from fastdiff.demo import data, denoising, digits, nets, plain, plots, report, spiral, train
 from fastdiff.demo.measure import Case, sample_case
 
 VP = fd.schedules.VP()
@@ -50,6 +50,29 @@ def test_distance_and_coverage_judge():
     assert 0.45 < data.distance_to_spiral(noise).mean() < 0.6
     half = x[x[:, 0] > 0]  # perfect samples of half of the curve
     assert data.distance_to_spiral(half).mean() < 1e-3 and data.spiral_coverage(half) > 0.1
+
+
+def test_nearest_point_of_the_spiral():
+    """Newton's point is a minimum: closer than 80,000 points of the curve, orthogonal to it, ends included."""
+    x = 0.7 * torch.randn(300, 2, generator=generator(3), dtype=torch.float64)
+    points, distance = data.nearest_on_spiral(x)
+    t = torch.linspace(data.T_LOW, data.T_HIGH, 80_000, dtype=torch.float64)
+    want = torch.cdist(x, data._spiral_at(t)).amin(dim=1)
+    assert (distance <= want + 1e-12).all() and (want - distance).max() < 1e-5
+    assert torch.cdist(points, data._spiral_at(t)).amin(dim=1).max() < 2e-4
+    on, zero = data.nearest_on_spiral(data._spiral_at(t[::500]))
+    assert zero.max() < 1e-12 and on.shape == (160, 2)
+    assert data.nearest_on_spiral(x[:0])[1].shape == (0,)
+
+
+def test_ways_to_denoise():
+    """At low noise the straight line, the mean of the data and the exact posterior agree with each other."""
+    points = data.spiral(20_000, generator())
+    y, found = denoising.denoised(points, Gaussian(0.45), 0.01)
+    assert y.shape == (140, 2) and set(found) == {"straight line", "ideal", "network"}
+    assert (found["straight line"] - found["ideal"]).norm(dim=1).mean() < 0.005
+    level = torch.tensor(0.01)
+    torch.testing.assert_close(found["network"], y * 0.45**2 / (0.45**2 + level**2), rtol=1e-5, atol=1e-6)
 
 
 def test_digits_are_split_without_overlap():
@@ -196,7 +219,7 @@ def test_small_run_writes_everything_and_fails_its_targets(tmp_path, monkeypatch
     assert [r["part"] for r in content["rows"]] == ["spiral", "spiral", "digits", "digits"]
     assert content["missed"] and all(r["us_per_step"] > 0 for r in content["rows"])
     written = {p.name for p in tmp_path.iterdir()}
-    assert written == {"demo.json", *content["pictures"]} and len(content["pictures"]) == 11
+    assert written == {"demo.json", *content["pictures"]} and len(content["pictures"]) == 12
     for name in content["pictures"]:
         with Image.open(tmp_path / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5, name

@@ -74,7 +74,9 @@ def run(out: Path, *, seed: int, say: Say) -> Part:
     classifier, accuracy, real = fit_classifier(data, seed=seed)
     say(f"  accuracy {accuracy:.3f}, confidence {real:.3f} on {len(data.held_images)} held-out images")
     say("digits: training the denoiser")
-    net, loss = fit_denoiser(partial(DigitNet, DATA_STD["digits"]), data.images, RECIPE, seed=seed, say=say)
+    net, loss = fit_denoiser(
+        partial(DigitNet, DATA_STD["digits"]), data.images, RECIPE, seed=seed, say=say, held_out=data.held_images
+    )
     part.facts |= {"digits_loss": loss, "classifier_accuracy": accuracy, "real_confidence": real}
     part.facts["held_out_nearest_training_image"] = data.nearest(data.held_images).min().item()
     sampled: dict[str, Sampled] = {}

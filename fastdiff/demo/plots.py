@@ -17,6 +17,7 @@ from torch import nn
 
 import fastdiff as fd
 from fastdiff.demo.data import Digits
+from fastdiff.demo.denoising import denoising_figure
 from fastdiff.demo.measure import Sampled
 from fastdiff.files import write_atomic
 
@@ -66,9 +67,9 @@ def log_density(x: Tensor, data: Tensor, alpha: float, sigma: float) -> Tensor:
 
     q(x) = mean_i N(x; alpha x_i, sigma^2 I), summed in log space.
     """
-    constant = math.log(len(data)) + x.shape[1] * math.log(sigma * math.sqrt(2 * math.pi))
-    parts = [torch.logsumexp(-(torch.cdist(p, alpha * data) ** 2) / (2 * sigma**2), dim=1) for p in x.split(4096)]
-    return torch.cat(parts) - constant
+    # in y = x / alpha every level is one of VE with sigma / alpha
+    ve = fd.schedules.VE(sigma / alpha, 2 * sigma / alpha)
+    return (fd.training.log_density(x / alpha, data, 0.0, ve) - x.shape[1] * math.log(alpha)).to(x.dtype)
 
 
 def _levels(schedule: fd.schedules.Schedule, t: float) -> tuple[float, float]:
@@ -79,7 +80,9 @@ def _forward_figure(data: Tensor, schedule: fd.schedules.Schedule, copies: int =
     data = data[:2000]
     figure = Figure(figsize=(3 * len(FORWARD_TIMES), 8.6), layout="constrained")
     axes = figure.subplots(3, len(FORWARD_TIMES), squeeze=False)
-    figure.suptitle("Forward noising of the spiral (VP): histogram of noised points, and the exact density")
+    figure.suptitle(
+        "Forward noising of the spiral (VP): histogram of noised points, the exact density as lines over it"
+    )
     for column, t in enumerate(FORWARD_TIMES):
         alpha, sigma = _levels(schedule, t)
         half = 1.2 * alpha + 2.6 * sigma
@@ -95,12 +98,14 @@ def _forward_figure(data: Tensor, schedule: fd.schedules.Schedule, copies: int =
             axes[row][column].imshow(density.T, origin="lower", extent=box, cmap=COLOURS, norm=norm)
             axes[row][column].set_xticks([])
             axes[row][column].set_yticks([])
+        heights = exact.max().item() * np.array([0.03, 0.2, 0.6])
+        axes[0][column].contour(centres, centres, exact.T, levels=heights, colors="cyan", linewidths=0.6)
         axes[0][column].set_title(f"t = {t:g}, alpha {alpha:.2f}, sigma {sigma:.2f}", fontsize=10)
         line = log_density(centres[:, None], data[:, :1], alpha, sigma).exp()
         axes[2][column].hist(x[:, 0], bins=edges.tolist(), density=True, color="0.75", label="histogram of x[0]")
         axes[2][column].plot(centres, line, color="crimson", lw=1.3, label="exact density")
         axes[2][column].set_yticks([])
-    axes[0][0].set_ylabel("histogram")
+    axes[0][0].set_ylabel("histogram, density as lines")
     axes[1][0].set_ylabel("exact density")
     axes[2][0].set_ylabel("first coordinate")
     axes[2][0].legend(fontsize=8, loc="upper left")
@@ -177,14 +182,15 @@ def _window(alpha: float, sigma: float) -> float:
 
 
 def spiral_pictures(
-    out: Path, data: Tensor, sampled: Mapping[str, Sampled], judge: Callable[[Tensor], Tensor]
+    out: Path, data: Tensor, sampled: Mapping[str, Sampled], judge: Callable[[Tensor], Tensor], net: nn.Module
 ) -> list[str]:
-    """Forward density, samples, reverse trajectory, distance over time, and two GIFs; returns the files' names."""
+    """Forward density, denoising, samples, reverse trajectory, distance over time, two GIFs; returns the files' names."""
     schedule = fd.schedules.VP()
     label, got = next((k, v) for k, v in sampled.items() if k.startswith(SHOWN_REVERSE))
     title = "mean distance of x0-hat to the spiral"
     names = [
         save_figure(_forward_figure(data, schedule), out, "spiral_forward.png"),
+        save_figure(denoising_figure(data, net), out, "spiral_denoising.png"),
         save_figure(_samples_figure(data, sampled), out, "spiral_samples.png"),
         save_figure(_reverse_figure(label, got), out, "spiral_reverse.png"),
         save_figure(_over_time(sampled, judge, title, log=True), out, "spiral_distance.png"),

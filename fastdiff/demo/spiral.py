@@ -59,8 +59,11 @@ def run(out: Path, *, seed: int, say: Say) -> Part:
     """Train, sample every case, judge it, draw the pictures into `out`."""
     part = Part()
     data = spiral(20_000, torch.Generator().manual_seed(seed))
+    held_out = spiral(2000, torch.Generator().manual_seed(seed + 1))
     say(f"spiral: training on {len(data)} points")
-    net, loss = fit_denoiser(partial(SpiralNet, DATA_STD["spiral"]), data, RECIPE, seed=seed, say=say)
+    net, loss = fit_denoiser(
+        partial(SpiralNet, DATA_STD["spiral"]), data, RECIPE, seed=seed, say=say, held_out=held_out
+    )
     noise = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(seed))
     part.facts |= {"spiral_loss": loss, "spiral_noise_distance": distance_to_spiral(noise).mean().item()}
     sampled: dict[str, Sampled] = {}
@@ -72,5 +75,5 @@ def run(out: Path, *, seed: int, say: Say) -> Part:
         sampled[label] = got
         say(f"  {label}: distance {row.metrics['distance']:.4f}, {got.us:.0f} us a step")
     say("spiral: drawing")
-    part.pictures += plots.spiral_pictures(out, data, sampled, distance_to_spiral)
+    part.pictures += plots.spiral_pictures(out, data, sampled, distance_to_spiral, net)
     return part

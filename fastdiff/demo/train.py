@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import fastdiff as fd
+from fastdiff import training
 from fastdiff.demo.data import Digits
 from fastdiff.demo.nets import Classifier, Preconditioned
 
@@ -24,9 +26,10 @@ TRAINING = fd.schedules.VE(sigma_min=0.002, sigma_max=100.0)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: Adam with one warm-up and decay; `level` = (mean, std) of ln(sigma/alpha), in `focus` of the draws.
+    """How to train: AdamW with a warm-up and cosine decay, in whole epochs of `steps` altogether.
 
-    The other draws are uniform in ln(sigma/alpha) over the whole range.
+    `level` = (mean, std) of ln(sigma/alpha), in `focus` of the draws; the others are uniform in ln(sigma/alpha) over the
+    whole range.
     """
 
     steps: int
@@ -36,60 +39,59 @@ class Recipe:
     focus: float
 
 
-def _times(recipe: Recipe, generator: torch.Generator) -> Tensor:
-    uniform = torch.rand(recipe.batch, generator=generator)
+def _times(recipe: Recipe, batch: int, generator: torch.Generator) -> Tensor:
     mean, std = recipe.level
-    logsnr = -2 * (mean + std * torch.randn(recipe.batch, generator=generator))
-    focused = torch.from_numpy(TRAINING.t_of(logsnr.double().numpy())).float().clamp(0, 1)
-    return torch.where(torch.rand(recipe.batch, generator=generator) < recipe.focus, focused, uniform)
+    focused = training.log_normal_times(batch, TRAINING, mean=mean, std=std, generator=generator)
+    uniform = training.low_discrepancy_times(batch, TRAINING, generator=generator)
+    return torch.where(torch.rand(batch, generator=generator) < recipe.focus, focused, uniform)
 
 
 def fit_denoiser(
-    make: Callable[[], Preconditioned], data: Tensor, recipe: Recipe, *, seed: int, say: Say
+    make: Callable[[], Preconditioned],
+    data: Tensor,
+    recipe: Recipe,
+    *,
+    seed: int,
+    say: Say,
+    held_out: Tensor | None = None,
+    folder: Path | None = None,
 ) -> tuple[Preconditioned, float]:
     """Train a network on the eps loss and average its weights on the way.
 
-        loss = mean (1 + sigma^2 / (alpha std)^2) |eps - eps(x_t)|^2
+        loss = mean (1 + sigma^2 / (alpha std)^2) |eps - eps(x_t)|^2,   EDM's weight of x0 as one of eps
 
     The weight is 1 at low noise; at high noise, where eps is nearly x_t itself, it asks for x0 instead.
-    Args: make: builds the network. data: [N, ...] clean samples. seed: initial weights, order and noise.
+    Args: make: builds the network. data: [N, ...] clean samples. seed: initial weights, order and noise. held_out: for
+        the validation loss. folder: for checkpoints and history.json.
     Returns: the averaged network in eval mode, and the mean loss of the last tenth.
     """
-    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = make()
-    weights = list(net.parameters())
-    average = [p.detach().clone() for p in weights]
-    optimiser = torch.optim.Adam(weights, lr=recipe.learning_rate)
-    warmup = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
-    )
-    recent: list[float] = []
-    for step in range(recipe.steps):
-        x0 = data[torch.randint(len(data), (recipe.batch,), generator=generator)]
-        t = _times(recipe, generator)
-        seeds = torch.randint(2**62, (recipe.batch,), generator=generator)
-        x_t, eps = fd.training.add_noise(x0, t, TRAINING, seeds=seeds, target="eps")
-        alpha, sigma = TRAINING.alpha(t).float(), TRAINING.sigma(t).float()
-        weight = 1 + (sigma / alpha / net.data_std) ** 2
-        error = (net(x_t, alpha, sigma) - eps).square().flatten(1).mean(dim=1)
-        loss = (weight * error).mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        warmup.step()
-        keep = min(0.998, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - keep)
-        if step >= recipe.steps - math.ceil(recipe.steps / 10):
-            recent.append(loss.item())
-        if (step + 1) % math.ceil(recipe.steps / 5) == 0:
-            say(f"  step {step + 1}/{recipe.steps}, loss {loss.item():.3f}")
-    with torch.no_grad():
-        for p, mean in zip(weights, average, strict=True):
-            p.copy_(mean)
-    net.requires_grad_(False).eval()
-    return net, sum(recent) / len(recent)
+
+    def loss(net: Preconditioned, x0: Tensor, seeds: Tensor, generator: torch.Generator) -> Tensor:
+        t = _times(recipe, len(x0), generator)
+        x_t = fd.ops.add_noise(x0, t, TRAINING, seeds=seeds)
+        assert isinstance(x_t, Tensor)
+        eps = net(x_t, TRAINING.alpha(t).float(), TRAINING.sigma(t).float())
+        return fd.ops.denoising_loss(
+            eps, None, t, TRAINING, seeds, target="eps", weighting="edm", sigma_data=net.data_std
+        )
+
+    batch = min(recipe.batch, len(data))
+    epochs = math.ceil(recipe.steps / max(1, len(data) // batch))
+    trainer = training.Trainer(
+        net, loss, data, epochs=epochs, batch=batch, learning_rate=recipe.learning_rate, ema=0.998, seed=seed,
+        held_out=held_out, validate_every=math.ceil(epochs / 5), folder=folder,
+    )  # fmt: skip
+    for part in range(1, 6):
+        last = trainer.run(until=math.ceil(part * epochs / 5))[-1]
+        validation = "" if last["validation"] is None else f", validation {last['validation']:.3f}"
+        say(f"  epoch {last['epoch']}/{epochs}, loss {last['train']:.3f}{validation}")
+    recent = trainer.history[-math.ceil(epochs / 10) :]
+    averaged = trainer.averaged()
+    assert isinstance(averaged, Preconditioned)
+    return averaged, sum(entry["train"] for entry in recent) / len(recent)
 
 
 def fit_classifier(data: Digits, *, seed: int, steps: int = 400, batch: int = 128) -> tuple[nn.Module, float, float]:

@@ -18,10 +18,12 @@ from fastdiff.training.times import (
     low_discrepancy_times,
     uniform_times,
 )
+from fastdiff.training.trainer import Trainer
 
 __all__ = [
     "BitsPerDim",
     "ImportanceTimes",
+    "Trainer",
     "add_noise",
     "bfn_continuous_loss",
     "bfn_continuous_reconstruction",
