@@ -80,9 +80,7 @@ def _forward_figure(data: Tensor, schedule: fd.schedules.Schedule, copies: int =
     data = data[:2000]
     figure = Figure(figsize=(3 * len(FORWARD_TIMES), 8.6), layout="constrained")
     axes = figure.subplots(3, len(FORWARD_TIMES), squeeze=False)
-    figure.suptitle(
-        "Forward noising of the spiral (VP): histogram of noised points, the exact density as lines over it"
-    )
+    figure.suptitle("Forward noising of the spiral (VP): histogram of noised points, the exact density over it")
     for column, t in enumerate(FORWARD_TIMES):
         alpha, sigma = _levels(schedule, t)
         half = 1.2 * alpha + 2.6 * sigma
@@ -184,7 +182,7 @@ def _window(alpha: float, sigma: float) -> float:
 def spiral_pictures(
     out: Path, data: Tensor, sampled: Mapping[str, Sampled], judge: Callable[[Tensor], Tensor], net: nn.Module
 ) -> list[str]:
-    """Forward density, denoising, samples, reverse trajectory, distance over time, two GIFs; returns the files' names."""
+    """Forward density, denoising, samples, reverse trajectory, distances, two GIFs; returns the files' names."""
     schedule = fd.schedules.VP()
     label, got = next((k, v) for k, v in sampled.items() if k.startswith(SHOWN_REVERSE))
     title = "mean distance of x0-hat to the spiral"

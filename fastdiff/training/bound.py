@@ -212,8 +212,8 @@ def bits_per_dim(
             x_t = ops.add_noise(x0, t, schedule, seeds=found, row=k)
         assert isinstance(x_t, Tensor)
         out = model(x_t, t, **dict(cond or {}))
-        options = {"prediction": prediction, "clip": clip}
-        terms.append(vb_term(out, x0, x_t, t, schedule, variance=variance, bins=bins, **options))
+        term = vb_term(out, x0, x_t, t, schedule, prediction=prediction, variance=variance, clip=clip, bins=bins)
+        terms.append(term)
         hat = ops.posterior_ref(x_t, _planes(out, x0, variance)[0], t, schedule, prediction, clip)[3]
         errors.append((hat - x0).to(wide(x0)).square().flatten(1).mean(1))
     stacked, prior = torch.stack(terms[::-1]), prior_kl(x0, schedule)

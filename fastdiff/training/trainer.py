@@ -33,7 +33,8 @@ class Trainer:
         loss: loss(net, *batch, seeds, generator) -> [B]: seeds int64 [B], new ones every step, for add_noise and
             denoising_loss; generator (CPU) for times.
         epochs, batch: an epoch is N // batch steps over a new permutation (at least one).
-        learning_rate, weight_decay, betas: of AdamW.   warmup: share of all steps.   ema: largest decay.   clip_norm: of the gradient, or None.
+        learning_rate, weight_decay, betas: of AdamW.   warmup: share of all steps.   ema: largest decay.
+        clip_norm: of the gradient, or None.
         held_out: like data, for the validation loss of the averaged weights, every `validate_every` epochs and at the
             last, always with the same noise.
         folder: None, or where checkpoint.safetensors and history.json go after each epoch.   keep: also
