@@ -189,7 +189,12 @@ class Plan:
 
     @cached_property
     def _allocation(self) -> Allocation:
-        return allocate(self.A, self.b, self.d, self.s, self.c_skip, self._need)
+        return allocate(self.A, self.b, self.d, self.s, self._conversion[0], self._need)
+
+    @property
+    def _conversion(self) -> tuple[np.ndarray, np.ndarray]:
+        """c_skip and c_out of the step: a readout of bins gives it p itself."""
+        return (0 * self.c_skip, 1 + 0 * self.c_out) if self.readout in BINNED else (self.c_skip, self.c_out)
 
     def allocate(self) -> Allocation:
         """Liveness, slot renaming and physical indices: see fastdiff.allocate.Allocation."""
@@ -216,9 +221,8 @@ class Plan:
         n, r, a = self.nfe, self.slots, self._allocation
         noisy = np.any(self.s != 0, axis=1)
         c_in_next = np.append(self.c_in[1:], 1.0)
-        c_skip, c_out = (0 * noisy, 1 + 0 * noisy) if self.readout in BINNED else (self.c_skip, self.c_out)
         learned = [0 * noisy if v is None else v for v in (self.log_var_lo, self.log_var_hi)]
-        head = np.stack([c_skip, c_out, self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
+        head = np.stack([*self._conversion, self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
         blocks = (head, self.A.reshape(n, r * r), self.b, self.d, self.s, a.read, a.write)
         table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)
         table = np.pad(table, ((0, 0), (0, row_width(r) - table.shape[1])))
