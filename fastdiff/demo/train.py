@@ -28,7 +28,7 @@ TRAINING = fd.schedules.VE(sigma_min=0.002, sigma_max=100.0)
 class Recipe:
     """How to train: AdamW with a warm-up and cosine decay, in whole epochs of `steps` altogether.
 
-    `level` = (mean, std) of ln(sigma/alpha), in `focus` of the draws; the others are uniform in it over the whole range.
+    `level` = (mean, std) of ln(sigma/alpha), in `focus` of the draws; the others are uniform over the whole range.
     """
 
     steps: int
