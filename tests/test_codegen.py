@@ -25,8 +25,9 @@ def codegen(*args):
     [
         ["--arch", "90"],
         ["--arch", "80", "89", "100", "--only", "r4/noise+guidance/"],
+        ["--arch", "80", "89", "100", "--only", "categorical_step/k"],
     ],
-    ids=["sm_90", "sm_80, 89, 100: four slots"],
+    ids=["sm_90", "sm_80, 89, 100: four slots", "sm_80, 89, 100: classes"],
 )
 def test_budgets(args, tmp_path):
     """Registers, spills, shared memory, barriers, access widths, NaN clamps and instructions an element."""
@@ -34,7 +35,8 @@ def test_budgets(args, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads((tmp_path / "report.json").read_text())["reports"]
     assert reports and all(r["spills"] == 0 for r in reports)
-    reductions = ("guide/rescale", "guide/apg", "guide/zero_star", "threshold/bound")  # sums between warps
+    # sums between warps
+    reductions = ("guide/rescale", "guide/apg", "guide/zero_star", "threshold/bound", "categorical")
     assert all(r["shared"] == r["barriers"] == 0 for r in reports if not r["case"].startswith(reductions))
     assert all(r["fmnmx_nan"] > 0 for r in reports if r["case"].startswith(("affine_step", "posterior")))
 

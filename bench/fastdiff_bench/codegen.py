@@ -216,7 +216,11 @@ def cases(lanes: int = 32) -> Iterator[Case]:
     types = {"out_ptr": "*fp32", "rows_ptr": "*i64", **seeds}
     types |= dict.fromkeys(("n", "batch", "first", "stream"), "i32")
     yield Case("normal/fp32", "philox", "normal_kernel", types, tile, (), ("fp32",), num_warps=warps, lanes=lanes)
+    from fastdiff_bench.codegen_binned import binned_cases
     from fastdiff_bench.codegen_categorical import categorical_cases
+
+    for dtype in ("fp32", "bf16"):
+        yield from binned_cases(dtype, tile, warps, lanes)
 
     yield from categorical_cases(lanes)
 

@@ -59,6 +59,7 @@ def categorical_pair_kernel(
     S: tl.constexpr = B + 2 * SLOTS
     READ: tl.constexpr = B + 3 * SLOTS
     WRITE: tl.constexpr = B + 4 * SLOTS
+    N: tl.constexpr = BLOCK // PARTS // 4
     n = sample_size(n, ALIGNED)
     if ALIGNED:
         slot_stride = slot_stride // 4 * 4
@@ -72,7 +73,6 @@ def categorical_pair_kernel(
 
     for part in tl.static_range(PARTS):
         counter, start, lane = tile(part, BLOCK, PARTS, WIDE)
-        N: tl.constexpr = BLOCK // PARTS // 4
         left = n - start
         inside = lane < left
         at = b * n + start
