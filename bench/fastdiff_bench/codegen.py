@@ -153,25 +153,6 @@ def _threshold(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iter
     )  # fmt: skip
 
 
-def _loss(dtype: str, lanes: int) -> Iterator[Case]:
-    """The training loss and its gradient, one turn of its loop: 16 bytes an element (20 with x0) with the noising."""
-    from fastdiff.ops.denoising_loss import loss_tile
-
-    tile = {**loss_tile(), "ALIGNED": True, "WIDE": False}
-    warps = tile.pop("num_warps")
-    tile |= {"BLOCK": tile["BLOCK"] // tile["PARTS"], "PARTS": 1}
-    p = f"*{dtype}"
-    types = {"model_ptr": p, "grad_ptr": p, "coef_ptr": "*fp32", "t_ptr": "*i64", "loss_ptr": "*fp32"}
-    types |= {"seed_ptr": "*i64", "index_ptr": "*i64", "one_over_n": "fp32", "delta": "fp32"}
-    types |= dict.fromkeys(("n", "first", "rows", "t_stride", "row", "stream", "tiles"), "i32")
-    for name, kind, x0 in (("eps", 0, {}), ("v", 0, {"x0_ptr": p}), ("huber", 2, {"x0_ptr": p})):
-        yield Case(
-            f"denoising_loss/{name}/{dtype}", "denoising_loss", "denoising_loss_kernel", types | x0,
-            {"KIND": kind, **tile}, (dtype,) * (1 + len(x0)), (dtype,), clamps=kind == 2, scalars=1, num_warps=warps,
-            lanes=lanes,
-        )  # fmt: skip
-
-
 def cases(lanes: int = 32) -> Iterator[Case]:
     """The kernels of the package in the variants that matter, tiled for warps of `lanes` threads."""
     for model in ("fp32", "bf16"):
@@ -212,17 +193,18 @@ def cases(lanes: int = 32) -> Iterator[Case]:
         )  # fmt: skip
         yield from _guide(dtype, tile, warps, lanes)
         yield from _threshold(dtype, tile, warps, lanes)
-        yield from _loss(dtype, lanes)
     types = {"out_ptr": "*fp32", "rows_ptr": "*i64", **seeds}
     types |= dict.fromkeys(("n", "batch", "first", "stream"), "i32")
     yield Case("normal/fp32", "philox", "normal_kernel", types, tile, (), ("fp32",), num_warps=warps, lanes=lanes)
     from fastdiff_bench.codegen_binned import binned_cases
     from fastdiff_bench.codegen_categorical import categorical_cases
+    from fastdiff_bench.codegen_training import training_cases
 
     for dtype in ("fp32", "bf16"):
         yield from binned_cases(dtype, tile, warps, lanes)
 
     yield from categorical_cases(lanes)
+    yield from training_cases(lanes)
 
 
 def compile_case(case: Case, backend: str, arch: int | str) -> Any:

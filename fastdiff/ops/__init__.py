@@ -12,7 +12,7 @@ from fastdiff.ops.categorical_noise import categorical_noise, categorical_noise_
 from fastdiff.ops.categorical_step import categorical_step, categorical_step_ref
 from fastdiff.ops.denoising_loss import denoising_loss, denoising_loss_ref
 from fastdiff.ops.forward_step import forward_step, forward_step_ref
-from fastdiff.ops.gaussian_kl import decoder_nll, gaussian_kl
+from fastdiff.ops.gaussian_kl import decoder_nll, gaussian_kl, gaussian_kl_ref
 from fastdiff.ops.guide import guidance_interval, guidance_scales, guidance_scales_ref, guide, guide_ref
 from fastdiff.ops.outer_step import outer_step, outer_step_ref
 from fastdiff.ops.posterior import posterior, posterior_ref
@@ -41,6 +41,7 @@ __all__ = [
     "forward_step",
     "forward_step_ref",
     "gaussian_kl",
+    "gaussian_kl_ref",
     "guidance_interval",
     "guidance_scales",
     "guidance_scales_ref",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
+from fastdiff.ops import _dispatch
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
+from fastdiff.ops.denoising_loss import CHUNK, loss_tile
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -27,11 +30,59 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
     for name, value in (("log_variance1", log_variance1), ("log_variance2", log_variance2)):
         _broadcasts(name, value, mean1)
     values = (mean1, log_variance1, mean2, log_variance2)
+    graded = torch.is_grad_enabled() and (mean1.requires_grad or log_variance1.requires_grad)
+    wide = any(v.dtype == torch.float64 for v in values)
+    if _dispatch.kernels_for(mean1) and mean1.numel() and not graded and not wide:
+        out: Tensor = _KL.apply(*values)[0]
+        return out
+    return gaussian_kl_ref(*values)
+
+
+def gaussian_kl_ref(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """`gaussian_kl` in plain torch: float64 where an argument is, else float32; differentiable in everything."""
+    values = (mean1, log_variance1, mean2, log_variance2)
     dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
     mean1, log_variance1, mean2, log_variance2 = (v.to(dtype) for v in values)
     d = log_variance1 - log_variance2
     kl = 0.5 * (torch.expm1(d) - d + (mean1 - mean2).square() * torch.exp(-log_variance2))
     return kl.expand_as(mean1).reshape(len(mean1), mean1.shape[1:].numel()).mean(1)
+
+
+class _KL(torch.autograd.Function):
+    """(kl [B], d / d mean2, d / d log_variance2) from one kernel; backward scales the two gradients."""
+
+    @staticmethod
+    def forward(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> tuple[Tensor, ...]:
+        kl = torch.empty(mean1.shape[0], dtype=torch.float32, device=mean1.device)
+        slopes = [torch.empty_like(mean1, memory_format=torch.contiguous_format) for _ in range(2)]
+        full = [_per_sample_or_full(v, mean1) for v in (log_variance1, log_variance2)]
+        torch.ops.fastdiff.gaussian_kl(mean1, full[0], mean2, full[1], kl, *slopes)
+        return kl, *slopes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:])
+        ctx.about = [(v.shape, v.dtype) for v in inputs[2:]]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        if g is None:
+            return (None,) * 4
+        found: list[Tensor | None] = []
+        for slope, (shape, dtype), needed in zip(ctx.saved_tensors, ctx.about, ctx.needs_input_grad[2:], strict=True):
+            found.append((slope * spread(g, slope)).sum_to_size(shape).to(dtype) if needed else None)
+        return (None, None, *found)
+
+
+def _per_sample_or_full(value: Tensor, x: Tensor) -> Tensor:
+    """[B] where one number a sample (or one for all) is enough, else [B, *sample]."""
+    rest = value.shape[1:] if value.dim() == x.dim() else value.shape
+    if rest.numel() == 1 and value.dim() in (0, x.dim()):
+        return value.reshape(-1).expand(x.shape[0]).float().contiguous()
+    return value.expand_as(x)
 
 
 def decoder_nll(x: Tensor, mean: Tensor, log_scale: Tensor, *, bins: int = 256) -> Tensor:
@@ -83,3 +134,27 @@ def _broadcasts(name: str, value: object, x: Tensor) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{name} must broadcast to {tuple(x.shape)}, got {tuple(value.shape)}")
+
+
+def _launch(
+    mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor, kl: Tensor, of_mean: Tensor,
+    of_log_variance: Tensor,
+) -> None:  # fmt: skip
+    batch, n = mean1.shape[0], mean1.shape[1:].numel()
+    tiles = -(-n // CHUNK)
+    parts = kl if tiles == 1 else torch.empty(batch, tiles, dtype=torch.float32, device=kl.device)
+    values = [v.contiguous() for v in (mean1, log_variance1, mean2, log_variance2)]
+    full = {f"FULL{i + 1}": values[2 * i + 1].dim() > 1 for i in range(2)}
+    args = (*values, parts, of_mean, of_log_variance, n, _dispatch.FIRST, tiles, 1.0 / n)
+    _dispatch.launch(_dispatch.kernels("gaussian_kl").gaussian_kl_kernel, args, n, batch, tile=loss_tile(), **full)
+    if tiles > 1:
+        one = {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
+        sums = _dispatch.kernels("denoising_loss").sum_kernel
+        _dispatch.launch(sums, (parts, kl, tiles, _dispatch.FIRST), 1, batch, tile=one)
+
+
+_dispatch.register(
+    "gaussian_kl(Tensor mean1, Tensor log_variance1, Tensor mean2, Tensor log_variance2, Tensor(a!) kl, "
+    "Tensor(b!) of_mean, Tensor(c!) of_log_variance) -> ()",
+    _launch,
+)

@@ -4,7 +4,8 @@
     m = uncond + w (cond - uncond), or k_c cond + k_d (cond - uncond);  p = clamp(c_skip S0 + c_out m, lo, hi)
     S'_i = sum_j A_ij S_j + b_i p + d_i m + s_i n;  model_in = c_in_next S'_0
 
-A row is [c_skip, c_out, lo, hi, c_in_next, has_noise, log_var_lo, log_var_hi, A, b, d, s, read, write], padded to a multiple of 4.
+A row is [c_skip, c_out, lo, hi, c_in_next, has_noise, log_var_lo, log_var_hi, A, b, d, s, read, write], padded
+to a multiple of 4.
 """
 
 import triton

@@ -1,0 +1,45 @@
+"""The training kernels' cases for codegen: the loss by target and kind, the KL of two Gaussians, a learned variance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from fastdiff_bench.codegen import Case, _step
+
+
+def training_cases(lanes: int) -> Iterator[Case]:
+    """The kernels of training, and the step with a second output plane."""
+    for dtype in ("fp32", "bf16"):
+        yield from _sums(dtype, lanes)
+        plain = _step(1, dtype, lanes=lanes)
+        yield replace(
+            plain, name=f"affine_step/r1/noise+guidance+variance/{dtype}",
+            types=plain.types | {"variance_ptr": f"*{dtype}"}, loads=(*plain.loads, dtype),
+        )  # fmt: skip
+
+
+def _sums(dtype: str, lanes: int) -> Iterator[Case]:
+    """Loss and KL with their gradients, one turn of their loop: the loss moves 8 bytes an fp32 element, 12 with x0."""
+    from fastdiff.ops.denoising_loss import loss_tile
+
+    tile = {**loss_tile(), "ALIGNED": True, "WIDE": False}
+    warps = tile.pop("num_warps")
+    tile |= {"BLOCK": tile["BLOCK"] // tile["PARTS"], "PARTS": 1}
+    p = f"*{dtype}"
+    types = {"model_ptr": p, "grad_ptr": p, "coef_ptr": "*fp32", "t_ptr": "*i64", "loss_ptr": "*fp32"}
+    types |= {"seed_ptr": "*i64", "index_ptr": "*i64", "one_over_n": "fp32", "delta": "fp32"}
+    types |= dict.fromkeys(("n", "first", "rows", "t_stride", "row", "stream", "tiles"), "i32")
+    for name, kind, x0 in (("eps", 0, {}), ("v", 0, {"x0_ptr": p}), ("huber", 2, {"x0_ptr": p})):
+        yield Case(
+            f"denoising_loss/{name}/{dtype}", "denoising_loss", "denoising_loss_kernel", types | x0,
+            {"KIND": kind, **tile}, (dtype,) * (1 + len(x0)), (dtype,), clamps=kind == 2, scalars=1, num_warps=warps,
+            lanes=lanes,
+        )  # fmt: skip
+    names = ("mean1", "mean2", "log2", "of_mean", "of_log")
+    types = {f"{name}_ptr": p for name in names} | {"log1_ptr": "*fp32", "kl_ptr": "*fp32", "one_over_n": "fp32"}
+    types |= dict.fromkeys(("n", "first", "tiles"), "i32")
+    yield Case(
+        f"gaussian_kl/{dtype}", "gaussian_kl", "gaussian_kl_kernel", types, {"FULL1": False, "FULL2": True, **tile},
+        (dtype,) * 3, (dtype,) * 2, scalars=1, num_warps=warps, lanes=lanes,
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""KL of two diagonal Gaussians, summed over a sample, and its gradient to the second one, in one pass.
+
+kl = (e^d - 1 - d + (m1 - m2)^2 / v2) / 2,  d = ln v1 - ln v2
+"""
+
+import triton
+import triton.language as tl
+
+from fastdiff_kernels.tiles import load_float, sample_size
+
+
+@triton.jit
+def exp_minus_line(d):
+    """(e^d - 1 - d, e^d - 1), by the series where they cancel."""
+    e = tl.exp(d)
+    near = tl.fma(d, tl.fma(d, tl.fma(d, tl.fma(d, 1.0 / 720, 1.0 / 120), 1.0 / 24), 1.0 / 6), 0.5) * d
+    small = tl.abs(d) < 0.25
+    return tl.where(small, near * d, e - 1.0 - d), tl.where(small, tl.fma(near, 1.0, 1.0) * d, e - 1.0)
+
+
+@triton.jit(do_not_specialize=["first", "tiles"])
+def gaussian_kl_kernel(
+    mean1_ptr,  # [batch, n]
+    log1_ptr,  # [batch, n] with FULL1, else [batch] fp32
+    mean2_ptr,  # [batch, n]
+    log2_ptr,  # [batch, n] with FULL2, else [batch] fp32
+    kl_ptr,  # [batch, tiles] fp32
+    of_mean_ptr,  # [batch, n]: d / d mean2
+    of_log_ptr,  # [batch, n]: d / d log_variance2
+    n,
+    first,
+    tiles,
+    one_over_n,
+    FULL1: tl.constexpr,
+    FULL2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """Grid (programs of a sample, samples); the pieces depend on the sample's size alone."""
+    b = tl.program_id(1).to(tl.int64) + first
+    n = sample_size(n, ALIGNED)
+    PIECE: tl.constexpr = BLOCK // PARTS
+    lane = tl.arange(0, PIECE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    if not FULL1:
+        log1 = tl.load(log1_ptr + b)
+    if not FULL2:
+        log2 = tl.load(log2_ptr + b)
+    total = tl.zeros([PIECE // 4, 4], tl.float32)
+    for part in range(tl.minimum(PARTS, tl.cdiv(n - pid * BLOCK, PIECE)).to(tl.int32)):
+        start = pid * BLOCK + part * PIECE
+        inside = lane < n - start
+        at = b * n + start
+        m1 = load_float(mean1_ptr + at + lane, inside)
+        m2 = load_float(mean2_ptr + at + lane, inside)
+        if FULL1:
+            l1 = load_float(log1_ptr + at + lane, inside)
+        else:
+            l1 = log1
+        if FULL2:
+            l2 = load_float(log2_ptr + at + lane, inside)
+        else:
+            l2 = log2
+        bend, grown = exp_minus_line(l1 - l2)
+        apart = m2 - m1
+        pull = apart * tl.exp(-l2)
+        square = pull * apart
+        total += tl.where(inside, 0.5 * (bend + square), 0.0)
+        scale = one_over_n
+        tl.store(of_mean_ptr + at + lane, (scale * pull).to(of_mean_ptr.dtype.element_ty), mask=inside)
+        slope = (-0.5 * scale) * (grown + square)
+        tl.store(of_log_ptr + at + lane, slope.to(of_log_ptr.dtype.element_ty), mask=inside)
+    tl.store(kl_ptr + b * tiles + pid, one_over_n * tl.sum(tl.sum(total, axis=1), axis=0))
