@@ -41,8 +41,8 @@ TEXT = (8, 256)  # tokens of a discrete flow: (B, D), K = 27
 
 # schedule -> solvers; the quick list is what most people run
 QUICK: dict[str, tuple[str, ...]] = {
-    "scaled_linear_betas": ("ddim", "ddpm", "dpmpp_2m", "unipc", "dpmpp_2m_sde", "deis"),
-    "edm": ("euler", "heun", "dpmpp_2m"),
+    "scaled_linear_betas": ("ddim", "ddpm", "dpmpp_2m", "unipc", "dpmpp_2m_sde"),
+    "edm": ("euler", "heun"),
     "flow": ("euler",),
     "vp": ("euler_maruyama",),
     "bfndiscrete": ("bfn_discrete",),

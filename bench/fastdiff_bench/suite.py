@@ -28,6 +28,15 @@ __all__ = ["main", "run"]
 BAD_INPUT, REGRESSED = 2, 1
 
 
+def method(request: Request, copy: float, floor: float) -> dict[str, Any]:
+    """How a result was measured, to be stored with it."""
+    return {
+        "copy_gb_s": copy, "launch_floor_us": floor, "cache_bytes": cache_bytes(request.device),
+        "malloc_thresholds": malloc_is_set(), "steps": request.steps, "quick": request.quick,
+        "device": str(request.device), "model": request.model_text or "returns a fixed tensor",
+    }  # fmt: skip
+
+
 def run(request: Request, model: Callable[..., Any] | None = None, *, say: Callable[[str], object]) -> dict[str, Any]:
     """Measures every row, keeping the JSON current.
 
@@ -42,16 +51,14 @@ def run(request: Request, model: Callable[..., Any] | None = None, *, say: Calla
     data: dict[str, Any] = {
         "environment": environment(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "method": {"copy_gb_s": copy, "launch_floor_us": floor, "cache_bytes": cache_bytes(device),
-                   "malloc_thresholds": malloc_is_set(), "steps": request.steps, "quick": request.quick,
-                   "device": str(device), "model": request.model_text or "returns a fixed tensor"},
+        "method": method(request, copy, floor),
         "state_before": meter.state(), "complete": False,
         "refused": [{"schedule": c.schedule, "solver": c.solver, "why": why}
                     for c, why in request.refused],
         "rows": [],
     }  # fmt: skip
     settings = Settings(
-        device, request.columns, rounds=21 if request.quick else 41, seconds=1.0 if request.quick else 3.0,
+        device, request.columns, rounds=21 if request.quick else 41, seconds=0.7 if request.quick else 3.0,
         model=model, copy_gb_s=copy, meter=meter,
     )  # fmt: skip
     work = request.work()

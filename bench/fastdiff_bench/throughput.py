@@ -77,13 +77,17 @@ def _ours(plan: fd.Plan, model: Model, mode: str, dtype: torch.dtype, device: to
     return Column(run)
 
 
-def _column(name: str, case: Case, plan: fd.Plan, model: Model, dtype: torch.dtype, device: torch.device,
-            compiled_model: Model) -> Column | str:  # fmt: skip
+def column_of(name: str, case: Case, plan: fd.Plan, model: Model, dtype: torch.dtype, device: torch.device,
+            compiled_model: Model | None = None) -> Column | str:  # fmt: skip
     """The column, or why there is none."""
     if name == "torch":
         return Column(Textbook(plan, model, dtype=dtype, device=device))
     if name == "torch.compile":
-        return Column(Textbook(plan, compiled_model, compiled=True, dtype=dtype, device=device))
+        return Column(
+            Textbook(
+                plan, model if compiled_model is None else compiled_model, compiled=True, dtype=dtype, device=device
+            )
+        )
     if name in ("diffusers", "k-diffusion"):
         make = diffusers_loop if name == "diffusers" else k_diffusion_loop
         try:
@@ -119,13 +123,13 @@ def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: to
     out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     model, gaps = _probe(out), {}
     x_T = _start(plan, shape, device)
-    want = _column("fastdiff eager", case, plan, model, dtype, device, model)
+    want = column_of("fastdiff eager", case, plan, model, dtype, device, model)
     assert isinstance(want, Column)
     sampled = plan.readout == "sample"
     for name in names:
         if name not in PEERS or sampled or (plan.stochastic and name == "torch.compile"):
             continue
-        column = _column(name, case, plan, model, dtype, device, model)
+        column = column_of(name, case, plan, model, dtype, device, model)
         if isinstance(column, str):
             continue
         column.prepare()
@@ -162,7 +166,7 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
         want: Tensor | None = None  # of fastdiff's first column: the others draw the same noise
         x_T = _start(plan, shape, device)
         for name in set_.columns:
-            column = _column(name, case, plan, model, dtype, device, compiled_model)
+            column = column_of(name, case, plan, model, dtype, device, compiled_model)
             gap = row["differs"].get(name, 0.0)
             if not isinstance(column, str) and gap > TOLERANCE[dtype]:
                 column = f"its result differs by {gap:.1e}: not the same computation, not timed"

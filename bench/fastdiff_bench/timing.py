@@ -120,11 +120,11 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def rotation(bytes_each: int, device: torch.device) -> int:
-    """How many sets of buffers make a working set of several caches: at least 2, at most 200."""
-    cache = cache_bytes(device)
+    """How many sets of buffers make a working set of several caches: at least 2, at most 200 (16 on a CPU)."""
+    cache, most = cache_bytes(device), 200
     if device.type == "cpu":
-        cache = min(cache, MOST_CACHE)
-    return max(2, min(200, CACHES * cache // max(1, bytes_each) + 1))
+        cache, most = min(cache, MOST_CACHE), 16
+    return max(2, min(most, CACHES * cache // max(1, bytes_each) + 1))
 
 
 def graph_us(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLAYS) -> list[float]:

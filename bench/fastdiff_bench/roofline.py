@@ -1,0 +1,126 @@
+"""us against elements for every kernel, dtype and column, beside what the machine cannot go below.
+
+    python -m fastdiff_bench.roofline [--quick] [--kernels ...] [--dtype ...] [--json FILE] [--plot DIR]
+
+The bandwidth floor is bytes an element (from the plan, or what an operation must read and write) over the measured copy
+bandwidth; the launch floor is the smallest operation there is.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastdiff_bench import options, tables
+from fastdiff_bench.energy import Meter
+from fastdiff_bench.environment import describe, environment
+from fastdiff_bench.kernels import MAKERS, times
+from fastdiff_bench.options import Request
+from fastdiff_bench.suite import BAD_INPUT, method, save
+from fastdiff_bench.timing import copy_bandwidth, launch_floor_us
+
+__all__ = ["main", "points", "run"]
+
+SCHEDULE = {"categorical_step": "bfndiscrete"}
+GAP = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 3e-3}
+
+
+def exponents(request: Request) -> list[int]:
+    """log2 of the sizes: 2^10 to 2^28 on a GPU, to 2^24 on a CPU."""
+    last = 28 if request.device.type == "cuda" else 24
+    return list(range(10, last + 1, 2)) if not request.quick else [10, 16, last - 4]
+
+
+def points(
+    kernel: str, dtype_name: str, elements: int, request: Request
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """One point a column at one size, and why columns are missing."""
+    dtype, device = request.dtypes[dtype_name], request.device
+    chain = SCHEDULE.get(kernel, "scaled_linear_betas")
+    names = tuple(c for c in request.columns if not c.endswith("_graph"))
+    with torch.no_grad():
+        work = MAKERS[kernel](chain, elements, dtype, device, names)
+        for name, gap in work.differs.items():
+            if gap > GAP[dtype_name]:
+                raise RuntimeError(f"{kernel} {dtype_name} 2^{elements.bit_length() - 1}: {name} differs by {gap:.1e}")
+        found = times(work, device, rounds=9 if request.quick else 15, seconds=0.3 if request.quick else 0.8)
+    return [
+        {"kernel": kernel, "schedule": chain, "dtype": dtype_name, "elements": elements, "column": name, "us": us,
+         "bytes_per_element": work.bytes_per_element, "gb_s": work.bytes_per_element * elements / us["median"] / 1e3,
+         "sets": len(work.sets)}
+        for name, us in found.items()
+    ], work.skipped  # fmt: skip
+
+
+def run(request: Request, *, say: Callable[[str], object]) -> dict[str, Any]:
+    """Every kernel and dtype over all sizes, the JSON current after each size."""
+    device = request.device
+    meter = Meter(device)
+    say("measuring the copy bandwidth and the launch floor")
+    data: dict[str, Any] = {
+        "environment": environment(), "complete": False, "state_before": meter.state(), "rows": [], "roofline": [],
+        "skipped": {}, "method": method(request, copy_bandwidth(device), launch_floor_us(device)),
+    }  # fmt: skip
+    try:
+        for kernel in request.kernels:
+            for dtype in request.dtypes:
+                for exponent in exponents(request):
+                    say(f"{kernel} {dtype} 2^{exponent}")
+                    found, skipped = points(kernel, dtype, 1 << exponent, request)
+                    data["roofline"] += found
+                    data["skipped"].update({f"{kernel}, {name}": why for name, why in skipped.items()})
+                    save(request.json, data)
+        data["complete"] = True
+    finally:
+        data["state_after"] = meter.state()
+        save(request.json, data)
+    return data
+
+
+def table(found: Sequence[dict[str, Any]], copy_gb_s: float) -> str:
+    """us of every column at the sizes measured; GB/s and share of the copy bandwidth of fastdiff's fastest."""
+    keys = list(dict.fromkeys((p["kernel"], p["dtype"], p["elements"]) for p in found))
+    names = [c for c in dict.fromkeys(p["column"] for p in found)]
+    body = []
+    for key in keys:
+        some = {p["column"]: p for p in found if (p["kernel"], p["dtype"], p["elements"]) == key}
+        ours = [p for name, p in some.items() if name.startswith("fastdiff")]
+        fastest = min(ours, key=lambda p: p["us"]["median"], default=None)
+        cells = [tables.number(some[n]["us"]["median"]) if n in some else "" for n in names]
+        rate = [tables.number(fastest["gb_s"]), f"{100 * fastest['gb_s'] / copy_gb_s:.0f} %"] if fastest else ["", ""]
+        body.append([key[0], key[1], f"2^{key[2].bit_length() - 1}", *cells, *rate])
+    return tables.markdown(["kernel", "dtype", "elements", *names, "GB/s", "of copy"], body, aligned=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints, writes; 2 with one line for bad input."""
+    args = options.parser().parse_args(argv)
+    logging.getLogger("fastdiff").setLevel(logging.ERROR)  # what compiles is known here
+    try:
+        request = Request(args)
+        data = run(request, say=lambda line: print(line, file=sys.stderr, flush=True))
+    except (ValueError, TypeError, OSError) as error:
+        print(f"fastdiff bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("fastdiff bench: interrupted", file=sys.stderr)
+        return 130
+    copy, floor = data["method"]["copy_gb_s"], data["method"]["launch_floor_us"]
+    print(table(data["roofline"], copy))
+    for name, why in data["skipped"].items():
+        print(f"{name}: {why}")
+    print(f"copy bandwidth {copy:.1f} GB/s, launch floor {floor:.2f} us")
+    print(describe(data["environment"]))
+    if request.plot is not None:
+        from fastdiff_bench.page import write_report
+
+        print(f"wrote {write_report(data, request.plot)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
