@@ -123,7 +123,7 @@ class _Compiled:
             return None if x is None else x.reshape(x.shape[0], -1, x.shape[-1])
 
         return self.step(
-            readout, row, m.reshape(m.shape[0], -1, m.shape[-1]), uncond=flat(u), guidance=None if u is None else self.run.weight,
-            noise=flat(noise), gumbel=flat(gumbel), seeds=None if seeded is None else seeded.seeds,
+            readout, row, m.reshape(m.shape[0], -1, m.shape[-1]), uncond=flat(u),
+            guidance=None if u is None else self.run.weight, noise=flat(noise), gumbel=flat(gumbel), seeds=None if seeded is None else seeded.seeds,
             index=None if seeded is None else seeded.index,
         )  # fmt: skip

@@ -115,7 +115,7 @@ BAD = [
     ([], "COMMAND"),
     (["sing"], "choose from"),
     (["plan", "dimm", "--schedule", "vp", "--steps", "4"], "dpmpp_2m"),
-    (["plan", "ddim", "--schedule", "vpp", "--steps", "4"], "valid: bfncontinuous, bfndiscrete, constant_betas, cosine"),
+    (["plan", "ddim", "--schedule", "vpp", "--steps", "4"], "valid: bfncontinuous, bfndiscrete, constant_betas"),
     (["plan", "ddim", "--schedule", "vp:beta=3", "--steps", "4"], "valid: beta_min, beta_max"),
     (["plan", "ddim", "--schedule", "vp:beta_min", "--steps", "4"], "KEY=VALUE"),
     (["plan", "ddim", "--schedule", "vp:beta_min=-1", "--steps", "4"], "beta_min"),

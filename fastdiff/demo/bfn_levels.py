@@ -24,7 +24,7 @@ __all__ = ["cases", "run"]
 
 LEVELS = GRAY_LEVELS + 1
 SCHEDULE = fd.schedules.BFNDiscrete(1.0, LEVELS)
-TRAINING_STEPS = 700
+TRAINING_STEPS = 600
 BATCH = 64
 
 
