@@ -53,6 +53,8 @@ def run(name: str, fn: Callable[..., None], args: Sequence[Tensor], key: Hashabl
     The first call of a signature (name, key, shapes, dtypes) compiles: some 5 seconds, said in the log.
     """
     signature = (name, key, torch.get_num_threads(), *((a.shape, a.dtype) for a in args))
+    if not all(a.is_contiguous() for a in args):
+        raise ValueError(f"{name}: a compiled loop takes contiguous tensors, got strides {[a.stride() for a in args]}")
     args = [a.detach() for a in args]
     if signature not in _cache:
         log.warning("compiling %s for shape %s (once, about 5 s)", name, tuple(args[0].shape))
@@ -77,6 +79,8 @@ def noise_into(out: Tensor, seeds: Tensor, index: Tensor, row: int, stream: int)
         out.copy_(rng.normals(seeds, index, rows, stream, n)[0])
 
     rows = torch.full((1,), row, dtype=torch.int64)
-    if not wanted([out], out.numel()) or not run("noise", fill, [out, seeds, index, rows], stream):
+    if not wanted([out], out.numel()) or not run(
+        "noise", fill, [out, seeds.contiguous(), index.contiguous(), rows], stream
+    ):
         rng.normal(seeds, (n,), row=row, stream=stream, index=index, out=out)
     return out
