@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastdiff as fd
-from tests.accelerate_cases import ALL, STOCK_STEPS, accelerated, far, loop, make, start
+from tests.accelerate_cases import ALL, STOCK_STEPS, TOLERANCE, accelerated, far, float64, loop, make, start
 from tests.probe_cases import shipped
 
 diffusers = pytest.importorskip("diffusers")
@@ -238,18 +238,35 @@ def test_positional_and_unknown_arguments_of_step():
         ours.step(x, ours.timesteps[1], x, sigma=3)
 
 
-def test_learned_variance_runs_the_stock_step_or_equals_it():
-    config = {"variance_type": "learned_range"}
-    stock, ours = diffusers.DDPMScheduler(**config), fd.accelerate(diffusers.DDPMScheduler(**config))
-    results = []
-    for s in (stock, ours):
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"])
+def test_a_learned_variance(name):
+    """The model's second plane scales the noise, element by element."""
+    cls = getattr(diffusers, name)
+
+    def run(s, dtype=torch.float32):
         s.set_timesteps(4)
-        x = torch.ones(2, 3, 4, 4)
-        generator = torch.Generator().manual_seed(0)
+        x, generator = torch.linspace(-1, 1, 96, dtype=dtype).reshape(2, 3, 4, 4), torch.Generator().manual_seed(0)
         for t in s.timesteps:
             x = s.step(torch.tanh(torch.cat([x, 0.3 * x], dim=1)), t, x, generator=generator).prev_sample
-        results.append(x)
-    assert far(*results[::-1]) <= 1e-6
+        return x
+
+    ours = fd.accelerate(cls(variance_type="learned_range"))
+    got, old = run(ours), run(cls(variance_type="learned_range"))
+    with float64(cls()):
+        want = run(cls(variance_type="learned_range"), torch.float64)
+    assert far(got, want) <= max(TOLERANCE, far(old, want) + TOLERANCE) and ours._fastdiff.stock is None
+
+
+@pytest.mark.parametrize(("variance", "channels"), [("fixed_small", 6), ("learned_range", 3)])
+def test_a_variance_that_is_not_learned_meets_stocks_own_error(variance, channels):
+    scheduler = fd.accelerate(diffusers.DDPMScheduler(variance_type=variance))
+    scheduler.set_timesteps(4)
+    x, m = torch.ones(2, 3, 4, 4), torch.ones(2, channels, 4, 4)
+    with (
+        pytest.warns(RuntimeWarning, match="do not agree on a learned variance"),
+        pytest.raises((RuntimeError, TypeError)),
+    ):
+        scheduler.step(m, scheduler.timesteps[0], x)
 
 
 def test_one_schedule_after_another():

@@ -32,9 +32,7 @@ def test_an_unconditional_unet_with_ddpm_noise_of_one_generator():
     assert abs(got - want).max() <= 5e-5
 
 
-@pytest.mark.parametrize(
-    "scheduler", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
-)
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep"])
 def test_stable_diffusion_with_guidance(name):
     pytest.importorskip("transformers")
     pipe = pipelines.stable_diffusion(getattr(diffusers, f"{name}Scheduler")(**SD))

@@ -40,10 +40,10 @@ NOT: dict[str, str] = {  # the reason in words where trying only shows a symptom
     "PiflowScheduler": "the model returns a policy with more channels than the sample",
 }
 STOCK_RUNS: dict[str, str] = {  # what of an accelerated class still takes the stock step
-    "DDPMScheduler": "a learned variance (the model returns 2 C channels)",
-    "DDPMParallelScheduler": "a learned variance; batch_step_no_noise is stock's",
+    "DDPMScheduler": "variance_type learned (the variance itself)",
+    "DDPMParallelScheduler": "variance_type learned; batch_step_no_noise is stock's",
     "DDIMParallelScheduler": "batch_step_no_noise is stock's",
-    "UnCLIPScheduler": "a learned variance, prev_timestep given as a tensor",
+    "UnCLIPScheduler": "prev_timestep given as a tensor",
     "EDMEulerScheduler": "pred_original_sample given to step",
     "FlowMatchEulerDiscreteScheduler": "per_token_timesteps",
     "FlowMapEulerDiscreteScheduler": "r_timestep given as a tensor",

@@ -87,7 +87,8 @@ class Reading(NamedTuple):
 
     rows: for History. draws: normal tensors stock draws. second: terms of the second result, None where it has none or
     it is not a combination of x, m, p and n. after: stock's step_index after the step. c_in: [N] scale of the input.
-    times: [N] what stock's timesteps are, float. threshold: (quantile, maximum) or None.
+    times: [N] what stock's timesteps are, float. threshold: (quantile, maximum) or None. spread: [N] (a, b) where the
+    model's second plane v scales the noise by exp(a + b v), or None.
     """
 
     plan: Plan
@@ -98,6 +99,7 @@ class Reading(NamedTuple):
     c_in: list[float]
     times: list[float]
     threshold: tuple[float, float] | None
+    spread: list[tuple[float, float]] | None
 
     @property
     def memoryless(self) -> bool:
@@ -203,8 +205,15 @@ def read(setup: Setup, options: Mapping[str, Any]) -> Reading:
     second = None if any(t is None for t in watched.second) else watched.second
     return Reading(
         plan, rows_of(plan), draws, second, watched.after,  # type: ignore[arg-type]
-        plan.c_in.tolist(), plan.times.astype(np.float64).tolist(), threshold,
+        plan.c_in.tolist(), plan.times.astype(np.float64).tolist(), threshold, _spread(plan),
     )  # fmt: skip
+
+
+def _spread(plan: Plan) -> list[tuple[float, float]] | None:
+    """exp((f hi + (1 - f) lo) / 2) with f = (v + 1) / 2, as exp(a + b v)."""
+    if plan.log_var_lo is None or plan.log_var_hi is None:
+        return None
+    return [((hi + lo) / 4, (hi - lo) / 4) for lo, hi in zip(plan.log_var_lo, plan.log_var_hi, strict=True)]
 
 
 class Dialect(NamedTuple):
@@ -244,7 +253,8 @@ def dialect_of(setup: Setup, options: Mapping[str, Any], x: Tensor, m: Tensor) -
             t = s.timesteps[setup.begin]
             if setup.stock.__name__ in BATCHED_TIME:
                 t = t.reshape(1)
-            small, out = (torch.full(shape, 0.5, dtype=v.dtype) for v in (x, m))
+            small = torch.full(shape, 0.5, dtype=x.dtype)
+            out = torch.full((1, *m.shape[1:2], *shape[2:]), 0.5, dtype=m.dtype)
             if hasattr(s, "scale_model_input"):
                 s.scale_model_input(small, t)
             answers.append(s.step(out, t, small, **options, return_dict=return_dict))

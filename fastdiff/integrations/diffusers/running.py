@@ -136,9 +136,10 @@ class Run:
                 raise TypeError(f"{name} must be floating point, got {v.dtype}")
         if x.device != m.device:
             raise ValueError(f"sample is on {x.device}, model_output on {m.device}; they must be on one device")
-        if m.shape != x.shape:
-            if x.dim() > 1 and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
-                raise Unsupported("the model also predicts a variance")
+        doubled = x.dim() > 1 and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        if doubled != (self.reading.spread is not None) and (doubled or m.shape == x.shape):
+            raise Unsupported("the model's output and variance_type do not agree on a learned variance")
+        if m.shape != x.shape and not doubled:
             raise ValueError(f"model_output has shape {tuple(m.shape)}, sample {tuple(x.shape)}; they must be the same")
         if self.started and not self.reading.memoryless and self.shape is not None and x.shape != self.shape:
             raise ValueError(f"the sample changed its shape from {tuple(self.shape)} to {tuple(x.shape)} in a loop")
@@ -154,14 +155,15 @@ class Run:
             quantile, most = self.reading.threshold
             self.threshold = functools.partial(ops.threshold, quantile=quantile, maximum=most)
         self.make = lazy_output(dialect.output) if second is not None else None
-        # one kernel a step on CUDA; dynamic thresholding and float64 take the same rows through torch
-        self.kernel = _dispatch.kernels_for(x) and not wide and self.threshold is None
+        # one kernel a step on CUDA; what it does not know takes the same rows through torch
+        self.kernel = _dispatch.kernels_for(x) and not (wide or self.threshold or self.reading.spread)
         if self.kernel:
             places = self.reading.plan.allocate().physical - 1
             if places and (self.slab is None or self.slab.shape[1:] != x.shape):
                 self.slab = torch.empty(places, *x.shape, device=x.device)
             self.table = self.reading.plan.pack(x.device)
         self.x_dtype, self.m_dtype, self.device, self.shape = x.dtype, m.dtype, x.device, x.shape
+        self.m_shape = m.shape
 
     def step(self, owner: Any, m: Tensor, timestep: Any, x: Tensor, kwargs: dict[str, Any], kept: Any) -> Any:
         """One call of step."""
@@ -170,7 +172,7 @@ class Run:
             self.shape is None
             or not isinstance(x, Tensor)
             or x.shape != self.shape
-            or m.shape != self.shape
+            or m.shape != self.m_shape
             or x.dtype is not self.x_dtype
             or m.dtype is not self.m_dtype
             or x.device != self.device
@@ -184,6 +186,9 @@ class Run:
             self.unload()
         if self.kernel:
             return self.launch(owner, k, m, x, kwargs, kept)
+        v = None
+        if reading.spread is not None:
+            m, v = m.chunk(2, dim=1)
         x_in, m_in = x, m
         if self.x_dtype is not compute:
             x_in = x.to(compute)
@@ -194,6 +199,9 @@ class Run:
             n = self.noise(k, m, kwargs, kept)
             if n is not None and n.dtype is not compute:
                 n = n.to(compute)
+            if v is not None and n is not None:
+                a, b = reading.spread[k]  # type: ignore[index]
+                n = n * v.to(compute).mul(b).add_(a).exp_()
         y, p = self.history.step(row, x_in, m_in, n, graded=graded, threshold=self.threshold)
         given = y
         if dialect.result is not compute:
