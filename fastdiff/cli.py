@@ -1,4 +1,4 @@
-"""The command line: fastdiff demo | plan | sample | bench | doctor."""
+"""The command line: fastdiff demo | plan | sample | bench | profile | doctor."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from fastdiff.commands.options import (
     shape,
     solver_names,
 )
+from fastdiff.commands.profile import add_profile
 from fastdiff.demo import PARTS
 from fastdiff.files import write_atomic
 from fastdiff.request import MODES
@@ -53,6 +54,10 @@ class _Parser(argparse.ArgumentParser):
 def run_plan(args: argparse.Namespace) -> int:
     """fastdiff plan."""
     plan = make_plan(args)
+    if args.plot is not None:
+        from fastdiff_bench.plan_plot import plot_plan
+
+        plot_plan(plan, Path(args.plot))
     if not args.json:
         print(plan)
         return 0
@@ -146,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="print a solver's table", description="Print a solver's table.")
     plan.add_argument("solver", metavar="NAME", help=", ".join(solver_names()))
     add_plan_options(plan, required=False)
+    plan.add_argument("--plot", metavar="FILE.png", help="draw it too: noise levels, coefficients, times")
     plan.set_defaults(run=run_plan)
 
     sample = commands.add_parser("sample", help="sample a model of your own", description="Sample your own model.")
@@ -163,6 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this installation has", description="Look at the installation.")
     doctor.set_defaults(run=run_doctor)
     add_bench(commands)
+    add_profile(commands)
     for command in (demo, plan, sample, doctor):
         command.add_argument("--json", action="store_true", help="report as JSON on stdout")
     return parser

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["SYNCS", "counted", "events", "peak_bytes"]
+__all__ = ["SYNCS", "VIEWS", "activities", "counted", "events", "on_device", "outermost", "peak_bytes"]
 
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize",
          "hipDeviceSynchronize")  # fmt: skip
@@ -31,7 +31,7 @@ def on_device(event: Any) -> bool:  # noqa: ANN401 - a kineto event
     return device and not event.is_user_annotation() and not event.name().startswith(("gpu_", "ProfilerStep"))
 
 
-def _outermost(found: list[Any]) -> int:
+def outermost(found: list[Any]) -> int:
     """Operations not called by another operation, views and fastdiff's ranges not counted."""
     count, until = 0, -1
     for event in sorted(found, key=lambda e: (e.start_ns(), -e.duration_ns())):
@@ -57,7 +57,7 @@ def counted(run: Callable[[], object], device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         return {"launches": sum(on_device(e) for e in found), "syncs": max(0, waits - 1)}  # one is the line above
     ops = [e for e in found if "::" in e.name() and e.name() not in VIEWS]
-    return {"launches": _outermost(ops), "syncs": waits}
+    return {"launches": outermost(ops), "syncs": waits}
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

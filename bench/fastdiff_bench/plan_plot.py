@@ -1,0 +1,72 @@
+"""A plan as a picture: its noise levels, the model's times, the coefficients of its rows. Needs matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+import fastdiff as fd
+from fastdiff_bench.plots import pyplot
+
+__all__ = ["plot_plan"]
+
+MOST_MARKERS = 80
+
+
+def plot_plan(plan: fd.Plan, path: Path) -> Path:
+    """Draws a plan into a PNG, SVG or PDF (by the name's ending).
+
+    Four panels over the rows: alpha and sigma with the end; half the log-SNR, ln(alpha / sigma); the update of slot 0
+    (A, b, d, s); what the model receives as t.
+    Raises: ValueError where matplotlib is missing or does not know the ending.
+    """
+    plt = pyplot()
+    rows = np.arange(plan.nfe)
+    marker = "o" if plan.nfe <= MOST_MARKERS else None
+    style = {"marker": marker, "markersize": 3, "linewidth": 1.2}
+    fig, ((levels, snr), (update, times)) = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    fig.suptitle(f"{plan.name}: {plan.nfe} evaluations, {plan.slots} slot{'s' * (plan.slots > 1)}", fontsize=12)
+
+    ends = np.append(rows, plan.nfe)
+    for name, values, end in (("alpha", plan.alpha, plan.end[0]), ("sigma", plan.sigma, plan.end[1])):
+        levels.plot(ends, np.append(values, end), label=name, **style)
+    if np.nanmax(plan.sigma) > 20:
+        levels.set_yscale("symlog", linthresh=1e-2)
+    levels.set_title("noise level before each row, and the end", loc="left", fontsize=10)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(plan.alpha / plan.sigma)
+    finite = np.isfinite(ratio)
+    snr.plot(rows[finite], ratio[finite], color="#444444", **style)
+    snr.set_title("ln(alpha / sigma)", loc="left", fontsize=10)
+
+    terms = [(f"A{0}{j}  (S{j})", plan.A[:, 0, j]) for j in range(plan.slots)]
+    terms += [("b  (p)", plan.b[:, 0]), ("d  (m)", plan.d[:, 0]), ("s  (n)", plan.s[:, 0])]
+    for name, values in terms:
+        if np.any(values):
+            update.plot(rows, values, label=name, **style)
+    update.set_title("S0' = A S + b p + d m + s n", loc="left", fontsize=10)
+    largest = max(float(np.abs(v).max()) for _, v in terms)
+    if largest > 50:
+        update.set_yscale("symlog", linthresh=1.0)
+
+    times.plot(rows, plan.times, color="#1f77b4", **style)
+    times.set_title("t the model receives", loc="left", fontsize=10)
+    for axis in (levels, snr, update, times):
+        axis.grid(color="#e4e4e4", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    for axis in (update, times):
+        axis.set_xlabel("row")
+    for axis in (levels, update):
+        axis.legend(frameon=False, fontsize=8)
+    try:
+        fig.savefig(path, dpi=120)
+    except ValueError as error:
+        raise ValueError(f"--plot: {error}") from None
+    finally:
+        plt.close(fig)
+    return path
