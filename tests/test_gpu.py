@@ -194,3 +194,33 @@ def test_auto_keeps_a_graph_only_where_it_pays(monkeypatch: Any) -> None:
         sampler = fd.Sampler(model, PLANS["heun"], device="cuda")
         sampler(SHAPE)
         assert (next(iter(sampler._runs.values())).graph is not None) == answer
+
+
+@pytest.mark.parametrize(("K", "launches"), [(2, 1), (27, 1), (4096, 1), (262144, 3)])
+def test_a_categorical_step_is_its_launches_and_no_temporary(K: int, launches: int) -> None:
+    """One launch (three for split rows), nothing of the logits' size allocated, the classes of the CPU."""
+    width, tokens = 1 if K == 2 else K, max(2, 4096 // K)
+    table = solvers.bfn_discrete(S.BFNDiscrete(0.5, K), 4).pack()
+    m = torch.randn(2, tokens, width, generator=torch.Generator().manual_seed(K))
+    seeds = torch.tensor([3, 4])
+
+    def buffers(device: str) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (2, tokens, width)
+        return torch.zeros(1, *shape, device=device), torch.empty(shape, device=device, dtype=torch.bfloat16), torch.zeros(
+            2, tokens, dtype=torch.int64, device=device)  # fmt: skip
+
+    def step(state: Tensor, x: Tensor, k: Tensor, where: dict[str, Tensor]) -> None:
+        ops.categorical_step(state, where["m"], where["table"], where["row"], slots=1, readout="sample",
+                             seeds=where["seeds"], index=where["index"], model_in=x, classes=k)  # fmt: skip
+
+    given = {"m": m, "table": table, "row": torch.tensor([1]), "seeds": seeds, "index": torch.zeros_like(seeds)}
+    there = {name: value.cuda() for name, value in given.items()}
+    mine, theirs = buffers("cpu"), buffers("cuda")
+    step(*mine, given)
+    step(*theirs, there)
+    assert torch.equal(theirs[2].cpu(), mine[2]) and close(theirs[0], mine[0])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert kernels(lambda: step(*theirs, there)) == launches
+    assert torch.cuda.max_memory_allocated() - before < 4 * m.numel() // 4 + 4096

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import fastdiff as fd
 from fastdiff import ops, rng, schedules, solvers
 from fastdiff_bench.environment import describe, environment
+from fastdiff_bench.gpu_categorical import categorical_rows
 
 DEVICE = "cuda"
 L2_TIMES = 4
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, plan, noise, guided in cases:
             for dtype in (torch.float32, torch.bfloat16):
                 rows.append(step_row(name, plan, 1 << exponent, dtype, copy, noise=noise, guided=guided))
-    rows += null_model_rows() + policy_rows()
+    rows += null_model_rows() + policy_rows() + categorical_rows(copy, graph_us)
     env["after"] = environment().get("throttle_reasons")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu.json").write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n")
