@@ -205,9 +205,8 @@ def test_a_categorical_step_is_its_launches_and_no_temporary(K: int, launches: i
     seeds = torch.tensor([3, 4])
 
     def buffers(device: str) -> tuple[Tensor, Tensor, Tensor]:
-        shape = (2, tokens, width)
-        return torch.zeros(1, *shape, device=device), torch.empty(shape, device=device, dtype=torch.bfloat16), torch.zeros(
-            2, tokens, dtype=torch.int64, device=device)  # fmt: skip
+        state = torch.zeros(1, 2, tokens, width, device=device)
+        return state, torch.empty_like(state[0], dtype=torch.bfloat16), torch.zeros_like(state[0, ..., 0]).long()
 
     def step(state: Tensor, x: Tensor, k: Tensor, where: dict[str, Tensor]) -> None:
         ops.categorical_step(state, where["m"], where["table"], where["row"], slots=1, readout="sample",
