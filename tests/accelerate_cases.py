@@ -72,9 +72,8 @@ MORE = {
     "wuerstchen-s": Case("ddpm_wuerstchen", "DDPMWuerstchenScheduler", {"s": 0.02}),
 }
 ALL: dict[str, Case] = {**CASES, **MORE}
-STOCK_STEPS = {
-    name: "is not a plan" for name in ALL if name.startswith(("sde", "cosine-dpm")) and "-dpm" not in name[:7]
-}
+TREES = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
+STOCK_STEPS = {name: "its noise comes from a Brownian tree" for name, case in ALL.items() if case.scheduler in TREES}
 DRAWN = torch.float32  # what the stock code would draw outside
 
 

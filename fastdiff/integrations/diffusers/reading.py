@@ -189,7 +189,8 @@ def read(setup: Setup, options: Mapping[str, Any]) -> Reading:
     Raises: ValueError: it is not a plan; the message says why (see fd.probe).
     """
     if hasattr(setup.live, "noise_sampler"):
-        raise ValueError("its noise comes from a Brownian tree with a seed of its own")
+        name = setup.stock.__name__
+        raise ValueError(f"{name} is not a plan: its noise comes from a Brownian tree with a seed of its own")
     watched = _Watched(setup, options)
     threshold = None
     config = getattr(setup.live, "config", {})
