@@ -124,6 +124,6 @@ class _Compiled:
 
         return self.step(
             readout, row, m.reshape(m.shape[0], -1, m.shape[-1]), uncond=flat(u),
-            guidance=None if u is None else self.run.weight, noise=flat(noise), gumbel=flat(gumbel), seeds=None if seeded is None else seeded.seeds,
-            index=None if seeded is None else seeded.index,
+            guidance=None if u is None else self.run.weight, noise=flat(noise), gumbel=flat(gumbel),
+            seeds=None if seeded is None else seeded.seeds, index=None if seeded is None else seeded.index,
         )  # fmt: skip
