@@ -61,7 +61,7 @@ def _variants(shape: tuple[int, ...], target: str) -> dict[str, Callable[[], Ten
         a, s = (c.sqrt().view(-1, *[1] * (x0.dim() - 1)) for c in (table[t], 1 - table[t]))
         return a * x0 + s * noise, noise if target == "eps" else a * noise - s * x0
 
-    compiled_noising, compiled_mse = (torch.compile(f, dynamic=False) for f in (noising, F.mse_loss))
+    compiled_noising, compiled_mse = torch.compile(noising, dynamic=False), torch.compile(F.mse_loss, dynamic=False)
 
     def stock_compiled() -> Tensor:
         compiled_mse(m, compiled_noising(x0, t)[1]).backward()

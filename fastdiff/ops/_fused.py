@@ -71,7 +71,7 @@ def run(name: str, fn: Callable[..., None], args: Sequence[Tensor], key: Hashabl
     return True
 
 
-def noise_into(out: Tensor, seeds: Tensor, index: Tensor, row: int, stream: int) -> Tensor:
+def noise_into(out: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int) -> Tensor:
     """Fills out [B, n], fp32 and contiguous, with rng.normal(seeds, (n,), row=row, stream=stream, index=index)."""
     batch, n = out.shape
 
@@ -79,6 +79,7 @@ def noise_into(out: Tensor, seeds: Tensor, index: Tensor, row: int, stream: int)
         out.copy_(rng.normals(seeds, index, rows, stream, n)[0])
 
     rows = torch.full((1,), row, dtype=torch.int64)
+    index = torch.zeros_like(seeds) if index is None else index
     if not wanted([out], out.numel()) or not run(
         "noise", fill, [out, seeds.contiguous(), index.contiguous(), rows], stream
     ):

@@ -65,9 +65,19 @@ def table_of(
 
 
 def noise_arguments(
-    x: Tensor, seeds: Seeds | None, index: Tensor | None, row: int, stream: int, noise: Tensor | None
+    x: Tensor,
+    seeds: Seeds | None,
+    index: Tensor | None,
+    row: int,
+    stream: int,
+    noise: Tensor | None,
+    *,
+    fill: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """seeds and index as int64 [B] on x's device, checked; None, None where the noise itself is given."""
+    """seeds and index as int64 [B] on x's device, checked; None, None where the noise itself is given.
+
+    An index that was not given is 0 each: zeros, or with fill=False None, which saves a launch.
+    """
     batch = x.shape[0]
     if (seeds is None) == (noise is None):
         raise ValueError("give either seeds or noise, got " + ("neither" if seeds is None else "both"))
@@ -83,7 +93,7 @@ def noise_arguments(
     keyed = rng.seed_tensor(seeds, None if isinstance(seeds, Tensor) else x.device)
     check_tensor("seeds", keyed, shape=(batch,), dtypes=(torch.int64,), like=x)
     if index is None:
-        return keyed, torch.zeros_like(keyed)
+        return keyed, torch.zeros_like(keyed) if fill else None
     check_tensor("index", index, shape=(batch,), dtypes=(torch.int64,), like=x)
     return keyed, index
 
@@ -145,7 +155,7 @@ class Noised(torch.autograd.Function):
         if by_kernel:
             x_t, target = run_kernel(x, coef, t, seeds, index, row, stream, noise, dtype, with_target)
             return (x_t,) if target is None else (x_t, target)
-        assert seeds is not None and index is not None
+        assert seeds is not None
         outs = [torch.empty(x.shape, dtype=dtype) for _ in range(1 + with_target)]
         _on_cpu(x, coef if t is None else coef[t], seeds, index, row, stream, outs)
         return tuple(outs)
@@ -166,7 +176,7 @@ class Noised(torch.autograd.Function):
 
 
 def _on_cpu(
-    x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor, row: int, stream: int, outs: Sequence[Tensor]
+    x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, outs: Sequence[Tensor]
 ) -> None:
     """Writes outs from compiled loops; fp32 outputs receive the noise itself first, in the last one's memory."""
     batch, n = x.shape[0], x.shape[1:].numel()

@@ -112,4 +112,4 @@ def _checked(
     if target is not None and target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; valid: {', '.join(TARGETS)}, or None")
     at = _noising.times(t, schedule, x0)
-    return at, *_noising.noise_arguments(x0, seeds, index, row, stream, noise)
+    return at, *_noising.noise_arguments(x0, seeds, index, row, stream, noise, fill=False)

@@ -154,8 +154,8 @@ def _fill(
 
 
 def _on_cpu(
-    model_out: Tensor, x0: Tensor | None, coef: Tensor, seeds: Tensor, index: Tensor, row: int, stream: int, kind: int,
-    delta: float,
+    model_out: Tensor, x0: Tensor | None, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int,
+    kind: int, delta: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """loss [B], grad like model_out: one compiled loop where `_fused` allows it, else plain torch."""
     batch, n = model_out.shape[0], model_out.shape[1:].numel()
@@ -187,7 +187,7 @@ class _DenoisingLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        model_out: Tensor, x0: Tensor | None, coef: Tensor, rows: Tensor | None, seeds: Tensor, index: Tensor,
+        model_out: Tensor, x0: Tensor | None, coef: Tensor, rows: Tensor | None, seeds: Tensor, index: Tensor | None,
         row: int, stream: int, kind: int, delta: float, on_kernel: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if not on_kernel:
@@ -250,7 +250,7 @@ def _checked(
     model_out: Tensor, x0: Tensor | None, t: int | float | Tensor, schedule: Schedule, seeds: Seeds, target: str,
     weighting: str | Tensor | None, loss: str, delta: float, gamma: float, p2: tuple[float, float],
     sigma_data: float | None, index: Tensor | None, row: int, stream: int,
-) -> tuple[Tensor, Tensor, Tensor, WeightOptions]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, WeightOptions]:  # fmt: skip
     check_tensor("model_out", model_out, dtypes=FLOATS64)
     check_batched("model_out", model_out)
     if target not in TARGETS:
@@ -273,13 +273,13 @@ def _checked(
     if len(p2) != 2 or not all(0 <= v < math.inf for v in p2):
         raise ValueError(f"p2 must be (k, p), two finite numbers >= 0, got {p2!r}")
     at = _noising.times(t, schedule, model_out)
-    keyed, which = _noising.noise_arguments(model_out, seeds, index, row, stream, None)
-    assert keyed is not None and which is not None
+    keyed, which = _noising.noise_arguments(model_out, seeds, index, row, stream, None, fill=False)
+    assert keyed is not None
     return at, keyed, which, WeightOptions(float(gamma), float(p2[0]), float(p2[1]), float(sigma_data))
 
 
 def _launch(
-    model_out: Tensor, x0: Tensor | None, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor, row: int,
+    model_out: Tensor, x0: Tensor | None, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor | None, row: int,
     stream: int, kind: int, delta: float, loss: Tensor, grad: Tensor,
 ) -> None:  # fmt: skip
     batch, n = model_out.shape[0], model_out.shape[1:].numel()
@@ -288,7 +288,8 @@ def _launch(
     parts = loss if tiles == 1 else torch.empty(batch, tiles, dtype=torch.float32, device=loss.device)
     args = (
         model_out.contiguous(), None if x0 is None else x0.contiguous(), coef.contiguous(),
-        None if t is None else t.contiguous(), seeds.contiguous(), index.contiguous(), parts, grad, n,
+        None if t is None else t.contiguous(), seeds.contiguous(),
+        None if index is None else index.contiguous(), parts, grad, n,
         _dispatch.FIRST, coef.shape[0], int(per_sample), row, stream, tiles, 1.0 / n, delta,
     )  # fmt: skip
     module = _dispatch.kernels("denoising_loss")
@@ -304,7 +305,7 @@ def loss_tile() -> dict[str, int]:
 
 
 _dispatch.register(
-    "denoising_loss(Tensor model_out, Tensor? x0, Tensor coef, Tensor? t, Tensor seeds, Tensor index, int row, "
+    "denoising_loss(Tensor model_out, Tensor? x0, Tensor coef, Tensor? t, Tensor seeds, Tensor? index, int row, "
     "int stream, int kind, float delta, Tensor(a!) loss, Tensor(b!) grad) -> ()",
     _launch,
 )

@@ -121,4 +121,4 @@ def _checked(
         raise ValueError("give a and s together, and neither t nor schedule with them")
     else:
         _pair(a, s, x)
-    return at, *_noising.noise_arguments(x, seeds, index, row, stream, noise)
+    return at, *_noising.noise_arguments(x, seeds, index, row, stream, noise, fill=False)

@@ -6,7 +6,7 @@ A row of coefficients is [alpha, sigma, target_x0, target_eps]; of a forward ste
 import triton
 import triton.language as tl
 
-from fastdiff_kernels.philox import normal4, sample_key
+from fastdiff_kernels.philox import index_of, normal4, sample_key
 from fastdiff_kernels.tiles import coef_row, load4, load_float, sample_size, tile
 
 
@@ -17,7 +17,7 @@ def add_noise_kernel(
     coef_ptr,  # [T or batch, 4] fp32
     t_ptr,  # row of coef, int64, read at sample * t_stride; None: the row is sample * t_stride itself
     seed_ptr,  # [batch] int64 or None
-    index_ptr,  # [batch] int64 or None
+    index_ptr,  # [batch] int64 or None: 0 each
     out_ptr,  # [batch, n]
     target_ptr,  # [batch, n] or None
     n,
@@ -39,7 +39,7 @@ def add_noise_kernel(
     alpha = tl.where(valid, alpha, float("nan"))
     target_eps = tl.where(valid, target_eps, float("nan"))
     if noise_ptr is None:
-        key = sample_key(row.to(tl.uint32), stream, tl.load(index_ptr + b), tl.load(seed_ptr + b))
+        key = sample_key(row.to(tl.uint32), stream, index_of(index_ptr, b), tl.load(seed_ptr + b))
     n = sample_size(n, ALIGNED)
     x_ptr += b * n
     out_ptr += b * n

@@ -9,7 +9,7 @@ sample's size alone; larger samples leave one number a program, added up by `sum
 import triton
 import triton.language as tl
 
-from fastdiff_kernels.philox import normal4, sample_key
+from fastdiff_kernels.philox import index_of, normal4, sample_key
 from fastdiff_kernels.tiles import coef_row, load4, load_float, sample_size
 
 L2 = tl.constexpr(0)
@@ -23,7 +23,7 @@ def denoising_loss_kernel(
     coef_ptr,  # [T or batch, 4] fp32
     t_ptr,  # row of coef, int64, read at sample * t_stride; None: the row is sample * t_stride itself
     seed_ptr,  # [batch] int64
-    index_ptr,  # [batch] int64
+    index_ptr,  # [batch] int64 or None: 0 each
     loss_ptr,  # [batch, tiles] fp32
     grad_ptr,  # [batch, n]
     n,
@@ -47,7 +47,7 @@ def denoising_loss_kernel(
     t, valid = coef_row(t_ptr, b * t_stride, rows)
     target_x0, target_eps, weight, _ = load4(coef_ptr + t * 4, MATH)
     scale = tl.where(valid, weight, float("nan")) * one_over_n
-    key = sample_key(row.to(tl.uint32), stream, tl.load(index_ptr + b), tl.load(seed_ptr + b))
+    key = sample_key(row.to(tl.uint32), stream, index_of(index_ptr, b), tl.load(seed_ptr + b))
     n = sample_size(n, ALIGNED)
     model_ptr += b * n
     grad_ptr += b * n

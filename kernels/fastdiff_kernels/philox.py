@@ -47,6 +47,15 @@ def sample_key(row, stream, index, seed):
 
 
 @triton.jit
+def index_of(index_ptr, b):
+    """The sample index of sample b: 0 where none are given."""
+    if index_ptr is None:
+        return b * 0
+    else:
+        return tl.load(index_ptr + b)
+
+
+@triton.jit
 def philox_sample(counter, key):
     """philox(counter, row, stream, index, seed words, 10) with the uniform part taken from `sample_key`."""
     a = counter.to(tl.uint64) * 0xD2511F53
