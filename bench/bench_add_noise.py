@@ -1,0 +1,20 @@
+"""Noising clean data, by schedule."""
+
+import pytest
+import torch
+
+from fastdiff_bench.kernels import CHAINS, add_noise
+
+COLUMNS = ("torch", "torch.compile", "diffusers", "fastdiff eager", "fastdiff compiled")
+
+
+@pytest.mark.parametrize("schedule", CHAINS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_add_noise(timed, device, schedule, dtype, exponent, column):
+    with torch.no_grad():
+        work = add_noise(schedule, 1 << exponent, dtype, device, (column, "fastdiff eager"))
+        if column not in work.columns:
+            pytest.skip(work.skipped.get(column, f"no {column} on {device}"))
+        units = len(work.sets) * work.units
+        group = f"add_noise {schedule} 2^{exponent} {str(dtype)[6:]}"
+        timed(work.run(column), group=group, units=units, moved=work.bytes_per_element * work.elements)

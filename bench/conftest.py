@@ -1,0 +1,68 @@
+"""Options and facts shared by the bench_*.py files: pytest bench/bench_*.py [pytest-benchmark's options]."""
+
+import logging
+
+import pytest
+import torch
+
+from fastdiff_bench.energy import Meter, throttled
+from fastdiff_bench.environment import environment
+from fastdiff_bench.timing import copy_bandwidth, malloc_is_set
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exponents", default="16,22", help="log2 of the sizes of the kernels' benchmarks")
+    parser.addoption("--with-compile", action="store_true", help="the torch.compile columns too")
+
+
+def pytest_configure(config):
+    logging.getLogger("fastdiff").setLevel(logging.ERROR)
+    if not malloc_is_set():
+        print("MALLOC_MMAP_THRESHOLD_ is not set: page faults are on the clock; `make bench` sets it")
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def facts(device):
+    """Where this is measured, and what a copy reaches."""
+    return {**environment(), "copy_gb_s": copy_bandwidth(device), "malloc_thresholds": malloc_is_set()}
+
+
+@pytest.fixture
+def timed(benchmark, device, facts):
+    """timed(run, units, moved): benchmarks run, which does `units` steps or calls of `moved` bytes each."""
+    meter = Meter(device)
+
+    def call(run):
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def measure(run, *, group, units=1, moved=None):
+        benchmark.group = group
+        call(run)  # compiled, captured, allocated
+        benchmark.pedantic(call, (run,), rounds=5, warmup_rounds=1, iterations=1)
+        benchmark.extra_info |= {**facts, **meter.state()}
+        benchmark.extra_info["throttled"] = throttled(meter.state())
+        if benchmark.stats is not None:
+            seconds = benchmark.stats.stats.median / units
+            benchmark.extra_info["us_per_step"] = 1e6 * seconds
+            if moved is not None:
+                benchmark.extra_info["gb_s"] = moved / seconds / 1e9
+                benchmark.extra_info["of_copy"] = moved / seconds / 1e9 / facts["copy_gb_s"]
+
+    return measure
+
+
+def pytest_generate_tests(metafunc):
+    if "exponent" in metafunc.fixturenames:
+        metafunc.parametrize("exponent", [int(e) for e in metafunc.config.getoption("--exponents").split(",")])
+    if "column" in metafunc.fixturenames:
+        names = getattr(metafunc.module, "COLUMNS", ())
+        if not metafunc.config.getoption("--with-compile"):
+            names = [n for n in names if n != "torch.compile"]
+        metafunc.parametrize("column", names)
