@@ -36,3 +36,14 @@ def test_unknown_rows_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         dropin.main(["--only", "Euler 3"])
     assert "unknown rows ['Euler 3']; valid: DDPM" in capsys.readouterr().err
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path, capsys):
+    from fastdiff_bench import dropin_gpu
+
+    given = ["--device", "cpu", "--steps", "4", "--repeats", "1", "--json", str(tmp_path / "a" / "r.json")]
+    code = dropin_gpu.main(given)
+    rows = json.loads((tmp_path / "a" / "r.json").read_text())["rows"]
+    assert code == 0 and rows[0]["name"] == "stock" and rows[0]["ratio"] == 1.0
+    assert [r["name"] for r in rows[1:]] == ["accelerated", "accelerated, philox", "Sampler, eager"]
+    assert "| Sampler, eager |" in capsys.readouterr().out
