@@ -138,6 +138,8 @@ def predictor_corrector(
     if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 0:
         raise ValueError(f"corrections must be an integer >= 0, got {corrections!r}")
     request = resolve(model, plan, shape, Options().but(**sampling))
+    if plan.readout != "affine":
+        raise ValueError(f"plan {plan.name!r} reads its prediction out of {plan.classes} classes or bins: no score")
     if plan.slots != 1:
         raise ValueError(f"the predictor must have one slot, plan {plan.name!r} has {plan.slots}")
     if corrections == 0:

@@ -143,6 +143,8 @@ def _categorical(o: Options, plan: Plan, shape: tuple[int, ...], device: torch.d
         raise ValueError(f"x_init must have the shape asked for, {shape}, got {tuple(x.shape)}")
     if x.device.type != device.type:
         raise ValueError(f"x_init must be on {device}, got {x.device}")
+    if plan.alpha[0] == 0:
+        raise ValueError(f"x_init is lost where plan {plan.name!r} starts, knowing nothing; build it with start=k")
     if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < plan.classes:
         raise ValueError(f"x_init must be in 0..{plan.classes - 1}, got {int(x.min())}..{int(x.max())}")
 

@@ -225,14 +225,45 @@ def test_low_precision(dtype: torch.dtype) -> None:
 
 
 def test_times_are_the_flows_own() -> None:
-    times: list[float] = []
+    for K in (2, 5):
+        times: list[float] = []
 
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        times.append(t[0].item())
-        return x
+        def model(x: Tensor, t: Tensor, times: list[float] = times, K: int = K) -> Tensor:
+            if not times:  # theta is uniform
+                torch.testing.assert_close(x, torch.full_like(x, 2 / K - 1), rtol=0, atol=1e-7)
+            times.append(t[0].item())
+            return x
 
-    fd.sample(model, solvers.bfn_discrete(S.BFNDiscrete(2.0, 5), 4), (1, 2))
-    np.testing.assert_allclose(times, [0, 0.25, 0.5, 0.75, 1], atol=1e-7)
+        fd.sample(model, solvers.bfn_discrete(S.BFNDiscrete(2.0, K), 4), (1, 2))
+        np.testing.assert_allclose(times, [0, 0.25, 0.5, 0.75, 1], atol=1e-7)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0"])
+def test_continuous_sampling_is_the_papers_algorithm(prediction: str) -> None:
+    """Algorithm 3 in mu and rho, float64, with the sampler's normals: the start's where the row at u = 0 is folded."""
+    schedule, n, seeds = S.BFNContinuous(0.02), 8, torch.full((4,), 5)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return torch.sin(2 * x + t.view(-1, 1).to(x.dtype))
+
+    def draw(stream: int, row: int) -> Tensor:
+        return fd.rng.normal(seeds, (3,), row=row, stream=stream, index=torch.arange(4)).double()
+
+    mu, rho = torch.zeros(4, 3, dtype=torch.float64), 1.0
+    for i in range(1, n + 2):
+        t = torch.full((4,), (i - 1) / n, dtype=torch.float64)
+        m, gamma = network(mu, t), 1 - 0.02 ** (2 * (i - 1) / n)
+        p = m
+        if prediction == "eps":
+            p = mu / gamma - np.sqrt((1 - gamma) / gamma) * m if i > 1 else torch.zeros_like(mu)
+        p = p.clamp(-1, 1)
+        if i <= n:
+            a = 0.02 ** (-2 * i / n) * (1 - 0.02 ** (2 / n))
+            noise = (draw(0, 0) if i == 1 else draw(1, i - 2)) if prediction == "eps" else draw(1, i - 1)
+            mu, rho = (rho * mu + a * (p + noise / np.sqrt(a))) / (rho + a), rho + a
+    plan = solvers.bfn_continuous(schedule, n, prediction=prediction, clip=(-1, 1))
+    got = fd.sample(network, plan, (4, 3), seed=5)
+    torch.testing.assert_close(got.double(), p, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -271,6 +302,11 @@ def test_empty() -> None:
     assert x.shape == (2, 0) and seen.x.shape == (6, 2, 0, 5) and seen.x0.shape == (5, 2, 0)
 
 
+def test_a_corrector_needs_a_score() -> None:
+    with pytest.raises(ValueError, match="reads its prediction out of 5 classes or bins: no score"):
+        fd.predictor_corrector(network, PLAN, SHAPE)
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.py").write_text("def model(x, t):\n    return 4 * x\n")
     plan = ["--solver", "bfn_discrete", "--schedule", "bfndiscrete:beta_1=3,num_classes=5", "--steps", "6"]
@@ -296,8 +332,9 @@ PLAN = solvers.bfn_discrete(S.BFNDiscrete(2.0, 5), 4)
         (network, {"threshold": (0.9, 1.0)}, ValueError, "no threshold"),
         (network, {"guide": "apg", "uncond": {}, "guidance": 2.0}, ValueError, "guide='cfg' only"),
         (network, {"x_init": torch.zeros(SHAPE)}, TypeError, "x_init must be classes, an int64 Tensor"),
-        (network, {"x_init": torch.full(SHAPE, 5)}, ValueError, r"x_init must be in 0\.\.4, got 5\.\.5"),
-        (network, {"x_init": torch.full(SHAPE, -1)}, ValueError, r"x_init must be in 0\.\.4, got -1"),
+        (network, {"x_init": torch.full(SHAPE, 5), "start": 1}, ValueError, r"x_init must be in 0\.\.4, got 5\.\.5"),
+        (network, {"x_init": torch.full(SHAPE, -1), "start": 1}, ValueError, r"x_init must be in 0\.\.4, got -1"),
+        (network, {"x_init": torch.zeros(SHAPE).long()}, ValueError, "x_init is lost .* build it with start=k"),
         (network, {"x_init": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "x_init must have the shape"),
         (network, {"x_T": torch.zeros(SHAPE)}, ValueError, r"x_T must have the shape .*\(5, 2, 3, 5\)"),
         (network, {"callback": lambda *a: torch.zeros(SHAPE)}, ValueError, r"state of shape \(5, 2, 3, 5\)"),
@@ -305,8 +342,9 @@ PLAN = solvers.bfn_discrete(S.BFNDiscrete(2.0, 5), 4)
 )
 def test_bad_input(model: Any, options: dict[str, Any], error: type[Exception], text: str) -> None:
     shape = options.pop("shape", SHAPE)
+    plan = solvers.bfn_discrete(S.BFNDiscrete(2.0, 5), 4, start=options.pop("start", 0))
     with pytest.raises(error, match=text):
-        fd.sample(model, PLAN, shape, **options)
+        fd.sample(model, plan, shape, **options)
 
 
 @pytest.mark.parametrize(
