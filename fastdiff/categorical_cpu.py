@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff import rng
 from fastdiff.cpu import HostRow
-from fastdiff.gumbel import gumbel_of, logistic_of
+from fastdiff.gumbel import SCALE, gumbel_of, logistic_of
 from fastdiff.inductor import compile_static
 
 __all__ = ["Chunk", "CompiledStep", "chunks", "step_in_chunks"]
@@ -78,6 +78,23 @@ def gumbels(draws: Draws, row: Tensor, first: int | Tensor, size: Sequence[int])
     return lanes.flatten(-2)[..., :n].view(*size)
 
 
+def drawn(draws: Draws, row: Tensor, stream: int, first: int, size: Sequence[int]) -> Tensor:
+    """`normals` (stream 1) or `gumbels` (stream 2) eagerly, in buffers that are kept."""
+    seeds, index = (v.view(-1, 1) for v in draws)
+    n = size[1] * size[2]
+    quads = (n + 3) // 4
+    out = torch.empty(size[0], quads, 4)
+    key = (first, quads, row.view(1, 1), stream, index, seeds & rng.MASK, seeds >> 32)
+    if stream == rng.ROWS:
+        rng.fill_chunk(out.flatten(1), *key)
+    else:
+        for lane, i in enumerate(word.bitwise_and_(rng.MASK) for word in rng.words_chunk(*key)):
+            out[..., lane] = logistic_of(i) if size[2] == 1 else i
+        if size[2] > 1:
+            out.mul_(SCALE).add_(2.0**-33).neg_().log1p_().neg_().log_().neg_()
+    return out.flatten(1)[:, :n].view(*size)
+
+
 def weighted(m: Tensor, uncond: Tensor | None, w: Tensor | None) -> Tensor:
     """Guided logits in fp32."""
     m = m.float()
@@ -125,7 +142,7 @@ def step_in_chunks(
         v = logits
         if readout == "sample":
             assert gumbel is not None or mine is not None
-            v = logits + (cut(gumbel) if gumbel is not None else gumbels(mine, at, first, size))  # type: ignore[arg-type]
+            v = logits + (cut(gumbel) if gumbel is not None else drawn(mine, at, rng.CATEGORICAL, first, size))  # type: ignore[arg-type]
         if width == 1:
             top, k = v, (v > 0)[..., 0].long()
         else:
@@ -138,7 +155,7 @@ def step_in_chunks(
             p = torch.tanh(0.5 * logits) if width == 1 else torch.softmax(logits, -1)
         n = None
         if row.noisy and (noise is not None or mine is not None):
-            n = cut(noise) if noise is not None else normals(mine, at, first, size)  # type: ignore[arg-type]
+            n = cut(noise) if noise is not None else drawn(mine, at, rng.ROWS, first, size)  # type: ignore[arg-type]
         values = []
         for target in row.targets:
             if target.terms:

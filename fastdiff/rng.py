@@ -236,16 +236,19 @@ def _fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, stream: int) 
         q = min(pairs, p + tall)
         for a in range(0, quads, wide):
             b = min(quads, a + wide)
-            _fill_chunk(flat[p:q, 4 * a : min(n, 4 * b)], a, b - a, c1[p:q], stream, c3[p:q], k0[p:q], k1[p:q])
+            fill_chunk(flat[p:q, 4 * a : min(n, 4 * b)], a, b - a, c1[p:q], stream, c3[p:q], k0[p:q], k1[p:q])
 
 
-def _fill_chunk(
-    out: Tensor, first: int, quads: int, c1: Tensor, stream: int, c3: Tensor, k0: Tensor, k1: Tensor
-) -> None:
-    """Philox and Box-Muller of counters first .. first + quads - 1 of some pairs, with no allocation of that size."""
+def words_chunk(
+    first: int, quads: int, c1: Tensor, stream: int, c3: Tensor, k0: Tensor, k1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words of counters first .. first + quads - 1 of some pairs [pairs, 1], in buffers the next call reuses.
+
+    Words 1 and 3 may carry bits above 32.
+    """
     pairs = k0.shape[0]
     size = pairs * quads
-    ints, floats = _buffers(size, out.device)
+    ints, _ = _buffers(size, k0.device)
     w = [ints[i, :size].view(pairs, quads) for i in range(6)]
     x0, x1, x2, x3, p0, p1 = w
     torch.add(ints[6, :quads], first, out=x0[0])
@@ -263,6 +266,17 @@ def _fill_chunk(
         x1, p1 = p1, x1
         x3, p0 = p0, x3
         k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
+    return x0, x1, x2, x3
+
+
+def fill_chunk(
+    out: Tensor, first: int, quads: int, c1: Tensor, stream: int, c3: Tensor, k0: Tensor, k1: Tensor
+) -> None:
+    """Philox and Box-Muller of counters first .. first + quads - 1 of some pairs, with no allocation of that size."""
+    pairs = k0.shape[0]
+    size = pairs * quads
+    x0, x1, x2, x3 = words_chunk(first, quads, c1, stream, c3, k0, k1)
+    _, floats = _buffers(size, out.device)
     r, angle, s = (floats[i, :size].view(pairs, quads) for i in range(3))
     whole = out.shape[1] == 4 * quads
     lanes = out.unflatten(1, (quads, 4)) if whole else floats[4:8].view(-1)[: 4 * size].view(pairs, quads, 4)
