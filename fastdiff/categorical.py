@@ -30,7 +30,7 @@ def make_run(model: Callable[..., Any], plan: Plan, request: Request, *, compile
 
 
 class CategoricalRun(Run):
-    """State slab of logits z [P, B, *D, K'] (padded rows), the model's input 2 softmax(z) - 1, classes int64 [B, *D].
+    """State slab of logits z [P, B, *D, K'] (dense rows), the model's input 2 softmax(z) - 1, classes int64 [B, *D].
 
     K' is K, or 1 for K = 2: z_1 - z_0. x is slot 0; x0 holds the classes the last row decided for.
     """
