@@ -201,6 +201,23 @@ def test_philox_noise_does_not_depend_on_the_batch():
     assert far(run(x), want) <= 1e-5
 
 
+@pytest.mark.compiled
+@pytest.mark.slow
+def test_compiled_philox_noise_is_the_same_noise():
+    case, results = ALL["ddpm-clip"], []
+    x = torch.randn((2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    for compiled in (False, True):
+        ours = accelerated(case, 6, noise="philox", seed=11, compile=compiled)
+        for _ in range(2):
+            ours.set_timesteps(6)
+            y = x
+            for t in ours.timesteps:
+                y = ours.step(torch.tanh(y), t, y).prev_sample
+            results.append(y)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[2], results[3])
+    assert far(results[2], results[0]) <= 1e-5
+
+
 def test_robot_action_chunks_edited_in_place():
     """(B, horizon, action), conditioned entries written into the sample before and after every step."""
     for cls, options in ((diffusers.DDPMScheduler, {}), (diffusers.DDIMScheduler, {"set_alpha_to_one": True})):

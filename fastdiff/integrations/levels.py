@@ -30,7 +30,7 @@ _tables: OrderedDict[Any, _Table] = OrderedDict()
 
 @contextmanager
 def philox(seed: int | Sequence[int] = 0) -> Iterator[None]:
-    """Inside, samplers that were given no noise_sampler draw Philox noise: fast, and the same whatever the batch.
+    """Inside, samplers that were given no noise_sampler draw Philox noise: the same whatever the batch.
 
     Args: seed: samples are (seed, 0), (seed, 1), ...; or one seed a sample.
     """

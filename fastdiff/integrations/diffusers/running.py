@@ -243,6 +243,7 @@ class Run:
     def unload(self) -> None:
         """From the kernel to the host's rows, which autograd understands, for the rest of the loop."""
         self.kernel = False
+        self.philox = None  # the kernel drew for itself
         if self.slab is not None:
             self.history.slots = list(self.slab.clone().unbind(0))
 
@@ -278,8 +279,14 @@ class Run:
 
     def _philox(self, m: Tensor, generator: Any, kept: Any) -> PhiloxNoise:
         if self.philox is None or self.philox.shape != m.shape:
-            like = torch.empty(m.shape, device=m.device)
-            self.philox = PhiloxNoise(self.reading.plan, like, compiled=False, in_kernel=False)
+            plan, on_host = self.reading.plan, m.device.type == "cpu"
+            key = (plan, m.shape, m.device, self.kernel)
+            if key not in kept.sources:
+                like = torch.empty(m.shape, device=m.device)
+                kept.sources.clear()
+                compiled = kept.compiled and on_host
+                kept.sources[key] = PhiloxNoise(plan, like, compiled=compiled, in_kernel=self.kernel)
+            self.philox = kept.sources[key]
             batch = m.shape[0]
             index = torch.arange(batch)
             if isinstance(generator, Sequence):

@@ -25,8 +25,9 @@ SIMILAR = 5e-3  # of a table in float32 against float64: larger differences are 
 class Settings:
     """What an accelerated scheduler keeps beside the stock attributes: options, the running loop, why stock runs."""
 
-    def __init__(self, noise: str, seed: int) -> None:
-        self.noise, self.seed = noise, seed
+    def __init__(self, noise: str, seed: int, compiled: bool = False) -> None:
+        self.noise, self.seed, self.compiled = noise, seed, compiled
+        self.sources: dict[Any, Any] = {}  # Philox buffers, and compiled loops, by plan and shape
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the arguments of set_timesteps
         self.run: Run | None = None
         self.options: dict[str, Any] = {}  # of step, in the last loop
@@ -38,17 +39,17 @@ class Settings:
         self.run = self.stock = None
 
     def __deepcopy__(self, memo: Any) -> Settings:
-        new = Settings(self.noise, self.seed)
+        new = Settings(self.noise, self.seed, self.compiled)
         new.call, new.options, new.stock = self.call, dict(self.options), self.stock
         new.run = None if self.run is None else self.run.clone()
         return new
 
     def __reduce__(self) -> Any:
-        return _settings, (self.noise, self.seed, self.call, self.options)
+        return _settings, (self.noise, self.seed, self.compiled, self.call, self.options)
 
 
-def _settings(noise: str, seed: int, call: Any, options: dict[str, Any]) -> Settings:
-    new = Settings(noise, seed)
+def _settings(noise: str, seed: int, compiled: bool, call: Any, options: dict[str, Any]) -> Settings:
+    new = Settings(noise, seed, compiled)
     new.call, new.options = call, options
     return new
 
