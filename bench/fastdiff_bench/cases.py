@@ -76,6 +76,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("cosine_betas", "ddpm"): {"clip": (-1.0, 1.0)},
     ("scaled_linear_betas", "unipc"): {"order": 2},
     ("scaled_linear_betas", "deis"): {"order": 2, "final": "min"},
+    ("flow", "euler"): {"t_end": 1e-3},
+    ("flow", "heun"): {"t_end": 1e-3},
     ("bfncontinuous", "bfn_discretised"): {"bins": 16},
 }
 

@@ -40,17 +40,20 @@ def plot_throughput(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         groups.setdefault((shape + "x".join(map(str, row["shape"])), row["dtype"]), []).append(row)
     for (shape, dtype), some in groups.items():
         names = columns(some)
-        height = 0.9 + len(some) * (0.14 * len(names) + 0.16)
+        height = 1.1 + 0.13 * sum(len(r["us"]) + 1 for r in some)
         fig, axis = plt.subplots(figsize=(9, max(2.4, height)), layout="constrained")
-        step = 0.86 / len(names)
-        for j, name in enumerate(names):
-            at = [i + (j - (len(names) - 1) / 2) * step for i, r in enumerate(some) if name in r["us"]]
-            found = [r["us"][name] for r in some if name in r["us"]]
-            axis.barh(at, [v["median"] for v in found], height=step * 0.92, color=COLORS[name], label=name)
-            for y, v in zip(at, found, strict=True):
-                axis.plot([v["p10"], v["p90"]], [y, y], color="black", linewidth=0.8)
-        axis.set_yticks(range(len(some)), [" ".join(label(r)[:2]) for r in some])
-        axis.set_ylim(len(some) - 0.5, -0.5)
+        middles, top = [], 0.0
+        for row in some:
+            shown = [n for n in names if n in row["us"]]
+            middles.append(top + (len(shown) - 1) / 2)
+            for name in shown:
+                v = row["us"][name]
+                axis.barh(top, v["median"], height=0.9, color=COLORS[name])
+                axis.plot([v["p10"], v["p90"]], [top, top], color="black", linewidth=0.8)
+                top += 1
+            top += 1
+        axis.set_yticks(middles, [" ".join(label(r)[:2]) for r in some])
+        axis.set_ylim(top - 0.6, -0.8)
         axis.set_xscale("log")
         axis.set_xlabel("us a step (log scale; the line is p10 to p90)")
         axis.set_title(f"one step, {shape}, {dtype}", loc="left", fontsize=11)
@@ -58,9 +61,8 @@ def plot_throughput(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         axis.set_axisbelow(True)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-        fig.legend(
-            *axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(names)), frameon=False
-        )
+        patches = [plt.Rectangle((0, 0), 1, 1, color=COLORS[n]) for n in names]
+        fig.legend(patches, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
         path = folder / f"step_{shape.replace(' ', '_')}_{dtype}.png"
         fig.savefig(path, dpi=110)
         plt.close(fig)

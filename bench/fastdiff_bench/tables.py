@@ -10,6 +10,9 @@ from fastdiff_bench.cases import COLUMNS
 __all__ = ["best", "details", "footnotes", "label", "markdown", "number", "throughput"]
 
 
+FEW = 4  # rows a footnote names one by one
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], *, aligned: bool = False) -> str:
     """A Markdown table; aligned: padded for a terminal."""
     cells = [list(head), *[list(r) for r in rows]]
@@ -91,12 +94,13 @@ def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for reason, found in why.items():
         everywhere = all(len(v) == len(rows) for v in found.values())
-        where = "" if everywhere else f" ({', '.join(sorted({x for v in found.values() for x in v}))})"
+        which = sorted({x for v in found.values() for x in v})
+        where = "" if everywhere else f" ({', '.join(which) if len(which) <= FEW else f'{len(which)} of the solvers'})"
         lines.append(f"{', '.join(found)}: {reason}{where}")
     wide = [r for r in rows if spread(r) > 0.5]
     if wide:
-        named = ", ".join(" ".join(label(r)[:3]) for r in wide)
-        lines.append(f"times vary by more than half (p10 to p90) in: {named}")
+        named = ", ".join(" ".join(label(r)[:3]) for r in wide) if len(wide) <= FEW else f"{len(wide)} rows"
+        lines.append(f"p10 to p90 spans more than half of the median in {named}: this machine was not quiet")
     return lines
 
 

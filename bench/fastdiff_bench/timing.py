@@ -151,9 +151,9 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLAYS
     return times
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """GB/s, read + written, of copying a buffer far larger than the cache (256 MiB on a CPU, 1 GiB on a GPU)."""
-    n = (1 << 30 if device.type == "cuda" else 1 << 28) // 4
+def copy_bandwidth(device: torch.device, elements: int | None = None) -> float:
+    """GB/s, read + written, of copying fp32 `elements`: default 256 MiB on a CPU, 1 GiB on a GPU, far out of cache."""
+    n = elements or (1 << 30 if device.type == "cuda" else 1 << 28) // 4
     a, b = torch.randn(n, device=device), torch.empty(n, device=device)
     if device.type == "cuda":
         seconds = statistics.median(graph_us([lambda: b.copy_(a)] * 5)) / 1e6

@@ -1,0 +1,278 @@
+"""fastdiff bench: what is timed computes the same, tables and files are right, bad input is one line."""
+
+import json
+import re
+import time
+
+import pytest
+import torch
+
+import fastdiff as fd
+from fastdiff.cli import main
+from fastdiff.reference import reference_sample
+from fastdiff_bench import cases, options, page, stock, suite, tables, throughput, timing
+from fastdiff_bench.cases import Case
+from fastdiff_bench.textbook import Textbook
+
+CPU = torch.device("cpu")
+SHAPE = (2, 3, 5)
+ROWS = [c for c in cases.default_cases(False, steps=10) if not c.schedule.startswith("bfndiscrete")]
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def probe(x, t):
+    return 0.2 * torch.tanh(x) + 0.1
+
+
+def start(plan, shape=SHAPE):
+    return torch.randn(shape, generator=generator(1)) * plan.init_scale
+
+
+def gap(got, want):
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda c: f"{c.schedule}-{c.solver}")
+def test_the_textbook_loop_is_the_plan(case):
+    plan = case.plan()
+    draws = generator(3)
+    want = reference_sample(
+        lambda x, t: probe(x, t),
+        plan,
+        start(plan).double(),
+        lambda k, like: torch.randn(SHAPE, generator=draws).double(),
+    )
+    got = Textbook(plan, probe)(start(plan), generator(3))
+    assert gap(got, want) < 2e-5  # fp32 against float64
+
+
+STOCK = [(c, make) for c in ROWS for make in (stock.diffusers_loop, stock.k_diffusion_loop)
+         if (make is stock.diffusers_loop and (c.kind, c.solver) in stock.DIFFUSERS)
+         or (make is stock.k_diffusion_loop and c.kind == "edm" and c.solver in stock.K_DIFFUSION)]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("case", "make"), STOCK, ids=lambda v: f"{v.schedule}-{v.solver}" if isinstance(v, Case) else ""
+)
+def test_the_peers_compute_the_same(case, make):
+    plan = case.plan()
+    found = make(case, plan, probe, torch.float32, CPU)
+    found.prepare()
+    got = found.loop(start(plan), generator(3))
+    want = fd.sample(probe, plan, SHAPE, x_T=start(plan), noise="torch", generator=generator(3), mode="eager")
+    assert gap(got, want) < 2e-5
+
+
+@pytest.mark.compiled
+def test_the_compiled_textbook_is_the_eager_one():
+    plan = Case("scaled_linear_betas", "dpmpp_2m", 4).plan()
+    x = start(plan, (1, 64))
+    compiled = Textbook(plan, probe, compiled=True)
+    assert gap(compiled(x), Textbook(plan, probe)(x)) < 1e-6
+    before = len(Textbook.cache)
+    compiled(x)
+    assert len(Textbook.cache) == before <= 4  # first, middle, last but one, last; nothing compiles twice
+
+
+def test_classes_of_the_textbook_agree_without_noise():
+    plan = fd.solvers.bfn_discrete(fd.schedules.BFNDiscrete(3.0, 5), 6, readout="argmax")
+    x = torch.randn(4, 9, 5, generator=generator(0))
+    logits = torch.randn(4, 9, 5, generator=generator(1))
+
+    def model(x, t):
+        return logits + x
+
+    want = fd.sample(model, plan, (4, 9), x_T=x, noise="torch", generator=generator(2), mode="eager")
+    assert torch.equal(Textbook(plan, model)(x, generator(2)), want)
+
+
+def test_interleaving_alternates_the_order_and_pairs_rounds():
+    seen = []
+
+    def run(name):
+        seen.append(name)
+        time.sleep(0.002)  # longer than a sample must be: one call a round
+
+    spent = timing.interleave({n: (lambda n=n: run(n)) for n in "ab"}, rounds=6, seconds=100, device=CPU)
+    assert {len(v) for v in spent.values()} == {6}
+    assert "".join(seen[-12:]) in ("abbaabbaabba", "baabbaabbaab")
+    assert timing.paired([2.0, 4.0, 6.0], [1.0, 2.0, 2.0]) == {"median": 2.0, "p10": 2.0, "p90": 3.0}
+    assert timing.summary(range(11)) == {"median": 5, "p10": 1, "p90": 9}
+
+
+def test_rotated_sets_exceed_the_cache_several_times():
+    cache = min(timing.cache_bytes(CPU), timing.MOST_CACHE)
+    count = timing.rotation(cache // 2, CPU)
+    assert count * (cache // 2) > 4 * cache
+    assert timing.rotation(10**12, CPU) == 2
+
+
+def test_a_copy_moves_each_byte_twice():
+    rate = timing.copy_bandwidth(CPU, 1 << 20)
+    assert 0.05 < rate < 10_000  # GB/s of any machine
+
+
+def options_of(*argv):
+    return options.Request(options.parser().parse_args(list(argv)))
+
+
+def test_a_row_says_what_was_measured():
+    set_ = throughput.Settings(CPU, ("torch", "diffusers", "fastdiff eager"), rounds=5, seconds=0.05, copy_gb_s=10.0)
+    row = throughput.measure(Case("scaled_linear_betas", "ddim", 5), (1, 64), "fp32", torch.float32, set_)
+    assert row["nfe"] == 5 and row["bytes_per_element"] == 12  # reads x and the output, writes x
+    us = row["us"]["fastdiff eager"]["median"]
+    assert row["gb_s"] == pytest.approx(12 * 64 / us / 1e3) and row["of_copy"] == pytest.approx(row["gb_s"] / 10)
+    assert row["steps_per_s"]["torch"] == pytest.approx(1e6 / row["us"]["torch"]["median"])
+    assert row["differs"]["torch"] < 1e-5 and row["differs"]["diffusers"] < 1e-5
+    assert row["launches"]["diffusers"] > row["launches"]["fastdiff eager"] > 0
+    assert row["names"] == {"diffusers": "DDIMScheduler"} and row["against"] == "torch"
+
+
+def test_a_column_that_computes_something_else_is_not_timed(monkeypatch):
+    other = ("DDIMScheduler", {"clip_sample": True})
+    monkeypatch.setitem(stock.DIFFUSERS, ("scaled_linear_betas", "ddim"), other)
+    set_ = throughput.Settings(CPU, ("torch", "diffusers", "fastdiff eager"), rounds=5, seconds=0.05, details=False)
+    row = throughput.measure(Case("scaled_linear_betas", "ddim", 5), (1, 64), "fp32", torch.float32, set_)
+    assert "diffusers" not in row["us"] and "not the same computation" in row["skipped"]["diffusers"]
+
+
+def test_a_library_that_is_not_installed_is_skipped_with_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr(stock.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(stock, "k_diffusion_sampling", lambda: None)
+    for schedule, name in (("scaled_linear_betas", "diffusers"), ("edm", "k-diffusion")):
+        case = Case(schedule, "euler", 3)
+        why = throughput.column_of(name, case, case.plan(), probe, torch.float32, CPU)
+        assert f"{name} is not installed: pip install" in why
+
+
+def test_bf16_models_are_compared_and_counted():
+    set_ = throughput.Settings(CPU, ("torch", "fastdiff eager"), rounds=5, seconds=0.05, details=False)
+    row = throughput.measure(Case("vp", "dpmpp_2m", 5), (1, 64), "bf16", torch.bfloat16, set_)
+    plan = Case("vp", "dpmpp_2m", 5).plan()
+    assert row["bytes_per_element"] == plan.bytes_per_element(model_bytes=2).mean() + 2  # and the model's next input
+    assert set(row["us"]) == {"torch", "fastdiff eager"}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(suite, "copy_bandwidth", lambda device: timing.copy_bandwidth(device, 1 << 18))
+
+
+SMALL = ["--quick", "--no-compile", "--schedules", "scaled_linear_betas", "--solvers", "ddim", "--steps", "4"]
+
+
+def test_a_run_prints_writes_compares_and_draws(small, tmp_path, capsys):
+    stored, plots = tmp_path / "deep" / "a.json", tmp_path / "plots"
+    assert suite.main([*SMALL, "--shapes", "1x32", "--json", str(stored)]) == 0
+    out = capsys.readouterr().out
+    data = json.loads(stored.read_text())
+    assert data["complete"] is True and len(data["rows"]) == 1
+    assert data["environment"]["torch"] == torch.__version__ and data["method"]["malloc_thresholds"] in (True, False)
+    assert "| scaled_linear_betas | ddim" in out and "CUDA graphs need a GPU" in out and "joules, clocks: energy" in out
+    # the same numbers against themselves: nothing moved
+    code = suite.main([*SMALL, "--shapes", "1x32", "--compare", str(stored), "--plot", str(plots)])
+    assert code in (0, 1)  # a real second measurement
+    assert "compared 1 columns" in capsys.readouterr().out
+    html = (plots / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == len(list(plots.glob("*.png"))) == 1
+    assert not re.search(r"(src|href)=.?https?:", html) and "<script" not in html
+
+
+def test_html_escapes_and_says_when_it_was_interrupted():
+    environment = {"cpu": "<b>cpu", "cores": 2, "python": "3", "commit": "abc"}
+    text = page.page({"environment": environment, "method": {"model": "x"}, "rows": [], "complete": False}, [])
+    assert "&lt;b&gt;cpu" in text and "<b>cpu" not in text and "interrupted" in text
+
+
+MODEL = """
+def picky(x, t):
+    if x.shape[-1] == 32:
+        raise RuntimeError("out of luck")
+    return 0 * x
+"""
+
+
+def test_a_failing_model_keeps_the_rows_before_it(small, tmp_path, capsys):
+    (tmp_path / "m.py").write_text(MODEL)
+    out = tmp_path / "a.json"
+    argv = [
+        *SMALL,
+        "--peers",
+        "torch",
+        "--shapes",
+        "1x16",
+        "1x32",
+        "--model",
+        f"{tmp_path}/m.py:picky",
+        "--json",
+        str(out),
+    ]
+    assert suite.main(argv) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1 and "the model failed: RuntimeError: out of luck" in error[0] and str(out) in error[0]
+    data = json.loads(out.read_text())
+    assert [r["shape"] for r in data["rows"]] == [[1, 16]] and data["complete"] is False
+
+
+def test_names_are_separated_by_spaces_or_commas():
+    request = options_of("--schedules", "edm:sigma_min=0.1,rho=3,vp", "--solvers", "euler,heun", "--dtype", "fp32,bf16")
+    assert [(c.schedule, c.solver) for c in request.cases] == [
+        ("edm:sigma_min=0.1,rho=3", "euler"), ("edm:sigma_min=0.1,rho=3", "heun"), ("vp", "euler"), ("vp", "heun"),
+    ]  # fmt: skip
+    assert list(request.dtypes) == ["fp32", "bf16"]
+    again = options.as_arguments(options.parser().parse_args(["--quick", "--shapes", "1x2", "--steps", "3"]))
+    assert again == ["--quick", "--shapes", "1x2", "--steps", "3"]
+
+
+def test_a_pair_the_solver_refuses_is_said_in_its_words():
+    request = options_of("--schedules", "vp", "bfncontinuous", "--solvers", "bfn_continuous")
+    assert [c.schedule for c in request.cases] == ["bfncontinuous"]
+    assert [r.case.schedule for r in request.refused] == ["vp"] and request.refused[0].why
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--schedules", "vpp"], "unknown schedule 'vpp'; valid: bfncontinuous"),
+        (["--schedules", "vp:beta=1"], "valid: beta_min, beta_max"),
+        (["--solvers", "dimm"], "unknown solver 'dimm'; valid: ancestral"),
+        (["--peers", "stable"], "unknown peer 'stable'; valid: torch, torch.compile, diffusers, k-diffusion"),
+        (["--dtype", "fp8"], "unknown dtype 'fp8'; valid: fp32, bf16, fp16"),
+        (["--shapes", "1x0"], "unknown shape '1x0'; valid: policy, latent, batch"),
+        (["--shapes", "big"], "unknown shape 'big'"),
+        (["--kernels", "gemm"], "unknown kernel 'gemm'; valid: affine_step"),
+        (["--steps", "0"], "--steps must be >= 1, got 0"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--json", "/proc/x/a.json"], "--json: '/proc/x/a.json' cannot be written"),
+        (["--plot", "/proc/x"], "--plot: '/proc/x' is not a folder"),
+        (["--compare", "nowhere.json"], "--compare: 'nowhere.json' cannot be read"),
+        (["--compare", __file__], "is not JSON"),
+        (["--schedules", "vp", "--solvers", "bfn_continuous"], "no case is left to run"),
+        (["--frobnicate"], "unrecognized arguments"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, says, capsys):
+    if argv == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["bench", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and says in err
+
+
+def test_losing_rows_are_printed_and_marked():
+    timed = {"median": 2.0, "p10": 2.0, "p90": 2.0}
+    row = {"schedule": "vp", "solver": "ddim", "shape": [1, 2], "dtype": "fp32", "steps_per_s": {"fastdiff eager": 5e5},
+           "us": {"torch": {**timed, "median": 1.0}, "fastdiff eager": timed}, "skipped": {}}  # fmt: skip
+    assert "0.5 (slower)" in tables.throughput([row])
+
+
+def test_command_runs_in_a_process_of_its_own(tmp_path, capfd, monkeypatch):
+    out = tmp_path / "r.json"
+    assert main(["bench", *SMALL, "--shapes", "1x8", "--peers", "torch", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["method"]["malloc_thresholds"] is True
+    assert "fastdiff eager" in capfd.readouterr().out

@@ -1,0 +1,48 @@
+"""--compare flags what is beyond 10 % and beyond both runs' intervals, and says what repeats."""
+
+import pytest
+
+from fastdiff_bench.compare import compare, comparison_text
+
+ENVIRONMENT = {"cpu": "a cpu", "commit": "abc"}
+
+
+def result(*rows):
+    return {"environment": ENVIRONMENT, "rows": [
+        {"schedule": "vp", "solver": name, "shape": [1, 4], "dtype": "fp32", "steps": 5, "against": "torch",
+         "us": {"fastdiff eager": {"median": 10.0}},
+         "times_faster": {"fastdiff eager": {"median": m, "p10": lo, "p90": hi}}}
+        for name, m, lo, hi in rows
+    ]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "slower", "faster", "unstable"),
+    [
+        ((2.0, 1.95, 2.05), (1.72, 1.66, 1.78), 1, 0, 0),  # 14 % slower, apart
+        ((2.0, 1.95, 2.05), (1.82, 1.80, 1.85), 0, 0, 0),  # 9 %
+        ((2.0, 1.60, 2.40), (1.72, 1.66, 1.78), 0, 0, 0),  # within the first's interval
+        ((2.0, 1.95, 2.05), (1.5, 1.40, 2.10), 0, 0, 1),  # within the second's: not a regression, but unstable
+        ((2.0, 1.95, 2.05), (2.6, 2.50, 2.70), 0, 1, 1),
+    ],
+)
+def test_flags(before, after, slower, faster, unstable):
+    found = compare(result(("ddim", *before)), result(("ddim", *after)))
+    assert (len(found["slower"]), len(found["faster"]), len(found["unstable"])) == (slower, faster, unstable)
+
+
+def test_repeatability_is_the_median_change_and_the_share_within_15_percent():
+    old = result(*((f"s{i}", 2.0, 1.9, 2.1) for i in range(4)))
+    new = result(("s0", 2.0, 1.9, 2.1), ("s1", 2.04, 1.9, 2.1), ("s2", 1.92, 1.9, 2.1), ("s3", 3.0, 1.9, 3.1))
+    found = compare(old, new)
+    assert found["median_change"] == pytest.approx(0.03) and found["within"] == 0.75
+    text = comparison_text(found)
+    assert "median change 3.0 %, 75 % of them within 15 %" in text and "nothing is slower" in text
+    assert "unstable" in text and "2.00 (1.90 to 2.10) times faster, now 3.00 (1.90 to 3.10)" in text
+
+
+def test_rows_that_differ_in_size_or_peer_are_not_compared():
+    old, new = result(("ddim", 2, 2, 2)), result(("ddim", 1, 1, 1))
+    new["rows"][0]["shape"] = [1, 8]
+    found = compare(old, new)
+    assert found["columns"] == 0 and "no row in common" in comparison_text(found)

@@ -1,0 +1,118 @@
+"""Launches, host reads, peak memory and energy: against numbers one can count by hand."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from fastdiff_bench import energy
+from fastdiff_bench.counts import counted, peak_bytes
+from fastdiff_bench.energy import Meter, reasons, throttled
+
+CPU = torch.device("cpu")
+
+
+def test_outermost_operations_are_counted_views_are_not():
+    x, w = torch.ones(4, 4), torch.ones(4, 4)
+
+    def run():
+        y = torch.nn.functional.linear(x, w)  # calls others inside: one
+        y = y.view(16).add(1.0)
+        return float(y.sum().item())  # sum, item
+
+    assert counted(run, CPU) == {"launches": 4, "syncs": 1}
+
+
+def test_peak_is_what_was_held_at_once():
+    def run():
+        a = torch.empty(1 << 20)
+        b = torch.empty(1 << 20)
+        del a
+        c = torch.empty(1 << 19)
+        return b, c
+
+    assert peak_bytes(run, CPU) == 2 * 4 << 20
+
+
+def test_without_a_gpu_columns_are_empty_and_say_why():
+    meter = Meter(CPU)
+    assert meter.state() == {"nvml": "energy, clocks and throttle reasons need an NVIDIA GPU; this run is on the CPU"}
+    assert meter.energy(lambda: None) is None and meter.idle() == 0 and not throttled(meter.state())
+
+
+def test_reasons_are_nvmls():
+    pynvml = pytest.importorskip("pynvml")
+    names = [n for n in dir(pynvml) if n.startswith("nvmlClocksEventReason") and not n.endswith(("None", "All"))]
+    bits = {getattr(pynvml, n) for n in names}
+    assert bits == set(energy.REASONS)
+    assert throttled({"throttle_bits": pynvml.nvmlClocksEventReasonSwPowerCap})
+    assert not throttled({"throttle_bits": pynvml.nvmlClocksEventReasonGpuIdle})
+    assert reasons(0x24) == ["software power cap", "software thermal slowdown"] and reasons(1 << 12) == ["0x1000"]
+
+
+class Board(types.ModuleType):
+    """The documented calls of NVML on a board that burns 100 W idle and 400 J a call of `run`. Times are real."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    def __init__(self):
+        super().__init__("pynvml")
+        self.calls, self.began = 0, None
+
+    def nvmlInit(self):
+        import time
+
+        self.began = time.perf_counter()
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return ("board", index)
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        raise RuntimeError("unknown")
+
+    def nvmlSystemGetDriverVersion(self):
+        return "999.1"
+
+    def nvmlDeviceGetClockInfo(self, handle, kind):
+        return {1: 1980, 2: 3201}[kind]
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle):
+        return 700_000
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        raise RuntimeError("Not Supported")
+
+    def nvmlDeviceGetTemperature(self, handle, sensor):
+        return 41
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
+        return 0x4
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        import time
+
+        return int(1000 * (100 * (time.perf_counter() - self.began) + 400 * self.calls))
+
+
+def test_energy_is_the_counters_difference_less_the_idle_baseline(monkeypatch):
+    board = Board()
+    monkeypatch.setitem(sys.modules, "pynvml", board)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="u"))
+    meter = Meter(torch.device("cuda", 0))
+    assert meter.why == "" and meter.idle(0.2) == pytest.approx(100, rel=0.02)
+    state = meter.state()
+    assert state["sm_clock_mhz"] == 1980 and state["power_limit_w"] == 700 and state["temperature_c"] == 41
+    assert state["throttle_reasons"] == ["software power cap"] and throttled(state)
+    assert state["not_readable"] == {"power_w": "Not Supported"}
+
+    def run():
+        import time
+
+        board.calls += 1
+        time.sleep(0.01)
+
+    reading = meter.energy(run, 0.2)
+    assert reading.joules == pytest.approx(400, rel=0.02) and reading.calls >= 5
+    assert reading.watts > reading.idle_watts

@@ -1,0 +1,68 @@
+"""The kernels' benchmarks: every column compared, sizes and bytes as stated, the roofline's points and floors."""
+
+import json
+
+import pytest
+import torch
+
+from fastdiff_bench import kernels, roofline
+from fastdiff_bench.networks import NETWORKS, build
+
+CPU = torch.device("cpu")
+COLUMNS = ("torch", "diffusers", "fastdiff eager")
+BYTES = {"affine_step": (12, 8), "add_noise": (8, 4), "posterior": (16, 8), "denoising_loss": (16, 8)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", kernels.MAKERS)
+def test_columns_agree_and_bytes_are_what_must_move(kernel, dtype):
+    with torch.no_grad():
+        work = kernels.MAKERS[kernel]("scaled_linear_betas", 1 << 10, dtype, CPU, COLUMNS)
+        assert work.differs and max(work.differs.values()) < (2e-5 if dtype == torch.float32 else 2e-2)
+        found = kernels.times(work, CPU, rounds=5, seconds=0.01)
+    assert {"torch", "fastdiff eager"} <= set(found) and all(v["median"] > 0 for v in found.values())
+    if kernel in BYTES:
+        # affine_step: x in and out in fp32, the output and the next input in the model's dtype; else that dtype's
+        # x0 -> x_t; x, m -> mean, x0; x0, m -> x_t, gradient
+        assert work.bytes_per_element == BYTES[kernel][dtype == torch.bfloat16] + 4 * (
+            kernel == "affine_step" and dtype == torch.bfloat16
+        )
+    assert all(torch.is_tensor(t) for buffers in work.sets for t in buffers)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_the_same_every_time_and_keep_the_shape(name):
+    a, b = build(name, CPU), build(name, CPU)
+    x = torch.randn(NETWORKS[name].shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((len(x),), 0.3)
+    y = a(x, t)
+    assert y.shape == x.shape and torch.equal(y, b(x, t))
+    assert not torch.equal(y, a(x, t + 0.5))  # the time matters
+    assert not any(p.requires_grad for p in a.parameters())
+
+
+def test_roofline_measures_sizes_and_draws_floors(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(roofline, "exponents", lambda request: [8, 10])
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
+    out, plots = tmp_path / "r.json", tmp_path / "plots"
+    argv = ["--quick", "--no-compile", "--kernels", "add_noise", "posterior", "--dtype", "fp32", "--json", str(out)]
+    assert roofline.main([*argv, "--plot", str(plots)]) == 0
+    data = json.loads(out.read_text())
+    assert data["complete"] and {p["elements"] for p in data["roofline"]} == {256, 1024}
+    for p in data["roofline"]:
+        assert p["gb_s"] == pytest.approx(p["bytes_per_element"] * p["elements"] / p["us"]["median"] / 1e3)
+    assert (plots / "roofline.png").stat().st_size > 10_000 and (plots / "report.html").exists()
+    text = capsys.readouterr().out
+    assert "2^10" in text and "launch floor" in text
+
+
+def test_two_columns_that_disagree_stop_the_roofline(monkeypatch, capsys):
+    def wrong(*args):
+        work = kernels.add_noise(*args)
+        work.differs["fastdiff eager"] = 0.5
+        return work
+
+    monkeypatch.setitem(roofline.MAKERS, "add_noise", wrong)
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
+    with pytest.raises(RuntimeError, match="differs by 5.0e-01"):
+        roofline.main(["--quick", "--no-compile", "--kernels", "add_noise"])
