@@ -49,7 +49,9 @@ class Setup(NamedTuple):
             new.__dict__.update({k: _lifted(v) for k, v in vars(self.live).items() if k != "_fastdiff"})
         else:
             cls: Any = self.stock if self.set_timesteps is None else _lean(self.stock)
-            new = cls.from_config(self.live.config)
+            # not from_config: it imports every compatible scheduler, and SciPy with them
+            names = inspect.signature(self.stock).parameters
+            new = cls(**{k: v for k, v in self.live.config.items() if k in names})
             if self.set_timesteps is not None:
                 new.__class__ = self.stock
                 args, kwargs = self.set_timesteps
