@@ -50,9 +50,13 @@ test: $(READY)-test
 
 bench: $(READY)-bench,diffusers
 	@echo "==> what the kernels compile to"
-	@$(BIN)/python -m fastdiff_bench.codegen
-	@echo "==> what a step costs beyond the model"
-	@$(BIN)/python -m fastdiff_bench.steps $(BENCH_ARGS)
+	@$(BIN)/python -m fastdiff bench --codegen
+	@echo "==> what a step costs, beside what others cost"
+	@$(BIN)/python -m fastdiff bench $(BENCH_ARGS)
+	@echo "==> every kernel and whole loops on pytest-benchmark"
+	@MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 \
+	  $(BIN)/python -m pytest bench/bench_*.py -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
+	  --benchmark-group-by=group --benchmark-sort=name --benchmark-warmup=off
 
 lint: $(READY)-dev,test
 	@echo "==> ruff, ruff format, mypy"

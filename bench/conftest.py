@@ -11,7 +11,7 @@ from fastdiff_bench.timing import copy_bandwidth, malloc_is_set
 
 
 def pytest_addoption(parser):
-    parser.addoption("--exponents", default="16,22", help="log2 of the sizes of the kernels' benchmarks")
+    parser.addoption("--exponents", default="18", help="log2 of the sizes of the kernels' benchmarks")
     parser.addoption("--with-compile", action="store_true", help="the torch.compile columns too")
 
 

@@ -14,6 +14,7 @@ from fastdiff.files import write_atomic
 from fastdiff.names import pick
 from fastdiff_bench import cases
 from fastdiff_bench.cases import COLUMNS, KERNELS, PEERS
+from fastdiff_bench.networks import NETWORKS
 
 __all__ = ["Request", "add_options", "as_arguments", "parser"]
 
@@ -36,7 +37,11 @@ class Request:
         self.steps = args.steps
         if self.steps < 1:
             raise ValueError(f"--steps must be >= 1, got {self.steps}")
-        asked = list(cases.make_cases(self.schedules, self.solvers, quick=args.quick, steps=args.steps))
+        self.network = NETWORKS.get(args.model) if args.model else None
+        if self.network is not None and not (self.schedules or self.solvers):
+            net = self.network
+            self.schedules, self.solvers, self.steps = [net.schedule], [net.solver], net.steps
+        asked = list(cases.make_cases(self.schedules, self.solvers, quick=args.quick, steps=self.steps))
         self.cases = [c for c in asked if isinstance(c, cases.Case)]
         self.refused = [c for c in asked if isinstance(c, cases.Refused)]
         if not self.cases:
@@ -49,6 +54,8 @@ class Request:
 
     def work(self) -> list[tuple[cases.Case, tuple[int, ...], str]]:
         """What to measure: every case at the first shape, the quick ones at the others."""
+        if self.network is not None and not self.shapes:
+            return [(case, self.network.shape, dtype) for case in self.cases for dtype in self.dtypes]
         shapes = self.shapes or ([cases.SHAPES["latent"]] if self.quick else [*cases.SHAPES.values()])
         main = shapes if self.shapes else [cases.SHAPES["latent"]]
         few = {(s, n) for s, names in cases.QUICK.items() for n in names}
@@ -129,7 +136,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--peers", nargs="+", metavar="NAME", help=f"who to compare with: {', '.join(PEERS)}; default all"
     )
     parser.add_argument("--steps", type=int, default=cases.STEPS, help="intervals of a loop; default %(default)s")
-    parser.add_argument("--model", metavar="FILE.py:NAME", help="your model(x, t) instead of one that does nothing")
+    parser.add_argument("--model", metavar="FILE.py:NAME", help=f"your model(x, t), or {', '.join(NETWORKS)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave out what a compiler must run for")
     parser.add_argument("--json", metavar="FILE", help="write everything measured here, row by row")

@@ -32,7 +32,8 @@ GAP = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 3e-3}
 def exponents(request: Request) -> list[int]:
     """log2 of the sizes: 2^10 to 2^28 on a GPU, to 2^24 on a CPU."""
     last = 28 if request.device.type == "cuda" else 24
-    return list(range(10, last + 1, 2)) if not request.quick else [10, 16, last - 4]
+    quick = [12, 20, 24, 26] if request.device.type == "cuda" else [10, 16, 20]
+    return quick if request.quick else list(range(10, last + 1, 2))
 
 
 def points(

@@ -26,10 +26,10 @@ import fastdiff as fd
 from fastdiff import schedules, solvers
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.peers import k_diffusion_sampling
+from fastdiff_bench.timing import MALLOC
 
 STEPS = 50
 SHAPES = ((1, 4, 64, 64), (16, 4, 128, 128))
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 

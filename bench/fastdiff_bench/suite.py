@@ -19,6 +19,7 @@ from fastdiff_bench import options, tables
 from fastdiff_bench.compare import compare, comparison_text
 from fastdiff_bench.energy import Meter
 from fastdiff_bench.environment import describe, environment
+from fastdiff_bench.networks import build
 from fastdiff_bench.options import Request
 from fastdiff_bench.throughput import ModelError, Settings, measure
 from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, malloc_is_set
@@ -26,6 +27,7 @@ from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, 
 __all__ = ["main", "run"]
 
 BAD_INPUT, REGRESSED = 2, 1
+METERED = ("ddim", "ddpm", "bfn_discrete")  # rows of a quick run whose energy is measured
 
 
 def method(request: Request, copy: float, floor: float) -> dict[str, Any]:
@@ -65,7 +67,9 @@ def run(request: Request, model: Callable[..., Any] | None = None, *, say: Calla
     try:
         for i, (case, shape, dtype) in enumerate(work, 1):
             say(f"[{i}/{len(work)}] {case.schedule} {case.solver} {'x'.join(map(str, shape))} {dtype}")
-            data["rows"].append(measure(case, shape, dtype, request.dtypes[dtype], settings))
+            metered = not request.quick or case.solver in METERED  # 10 s a row
+            one = settings if metered else settings._replace(meter=None)
+            data["rows"].append(measure(case, shape, dtype, request.dtypes[dtype], one))
             save(request.json, data)
         data["complete"] = True
     finally:
@@ -103,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fastdiff").setLevel(logging.ERROR)  # what compiles is known here
     try:
         request = Request(args)
-        model = load_model(args.model) if args.model else None
+        model = None
+        if args.model:
+            model = build(args.model, request.device) if request.network else load_model(args.model)
         data = run(request, model, say=lambda line: print(line, file=sys.stderr, flush=True))
     except ModelError as error:
         kept = f"; the rows before it are in {args.json}" if args.json else ""
