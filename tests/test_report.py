@@ -30,3 +30,35 @@ def test_a_missed_target_is_printed(tmp_path: Path) -> None:
     text = report.render(tmp_path)
     assert "| ddim | diffusers DDIMScheduler | (1, 2) | 10 | 5 | 2.0 (missed) | 3 | 4 | 2.5 |" in text
     assert "a cpu, 2 cores" in text and "GPU: not measured yet" in text
+
+
+def test_the_main_table_is_printed_with_what_was_lost_and_all_rows_beside_the_result(tmp_path: Path) -> None:
+    folder = tmp_path / "bench" / "results" / "machine" / "2026-01-02"
+    folder.mkdir(parents=True)
+    times = {"torch": 10.0, "diffusers": 40.0, "fastdiff eager": 20.0, "fastdiff compiled": 12.5}
+    row = {
+        "schedule": "scaled_linear_betas", "solver": "ddim", "shape": [1, 4, 64, 64], "dtype": "fp32", "skipped": {},
+        "us": {name: {"median": v, "p10": v, "p90": v} for name, v in times.items()}, "bytes_per_element": 12.0,
+        "steps_per_s": {name: 1e6 / v for name, v in times.items()}, "gb_s": 15.7, "of_copy": 0.5, "against": "torch",
+        "launches": {"torch": 4.0, "fastdiff compiled": 0.1},
+    }  # fmt: skip
+    environment = {"cpu": "a cpu", "cores": 2, "python": "3", "torch": "2", "commit": "abc"}
+    rows = [row, {**row, "shape": [1, 16, 7]}, {**row, "solver": "lms"}]
+    data = {"environment": environment, "method": {"copy_gb_s": 31.4}, "rows": rows}
+    (folder / "throughput.json").write_text(json.dumps(data))
+    text = report.render(tmp_path)
+    assert (
+        text.count("| scaled_linear_betas | ddim | 1x4x64x64 | fp32 | 10 | 40 | 20 | 12.5 | 80000 | 0.8 (slower) |")
+        == 1
+    )
+    assert "lms" not in text and "1x16x7" not in text  # all rows: on the page beside
+    assert "copy 31.4 GB/s" in text and "bench/results/machine/2026-01-02/README.md" in text
+    ((path, page),) = report.pages(tmp_path).items()
+    assert path == folder / "README.md" and "| lms |" in page and "1x16x7" in page and "0.1 / 4" in page
+    # the GPU's stands beside the CPU's
+    other = tmp_path / "bench" / "results" / "board" / "2026-01-03"
+    other.mkdir(parents=True)
+    gpu = {**data, "environment": {**environment, "gpu": "a board"}}
+    (other / "throughput.json").write_text(json.dumps(gpu))
+    text = report.render(tmp_path)
+    assert "on a CPU" in text and "on a GPU" in text and "a board; Python 3" in text and "not measured" not in text
