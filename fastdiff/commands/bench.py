@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -46,8 +47,11 @@ def run_bench(args: argparse.Namespace) -> int:
         Request(args)
         command = ["fastdiff_bench.roofline" if args.roofline else "fastdiff_bench.suite", *as_arguments(args)]
     process = subprocess.Popen([sys.executable, "-m", *command], env=measuring())
+    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))  # it keeps what it has
     try:
         return process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the terminal has told the other process too
         process.wait()
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
