@@ -276,3 +276,19 @@ def test_command_runs_in_a_process_of_its_own(tmp_path, capfd, monkeypatch):
     assert main(["bench", *SMALL, "--shapes", "1x8", "--peers", "torch", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["method"]["malloc_thresholds"] is True
     assert "fastdiff eager" in capfd.readouterr().out
+
+
+@pytest.mark.compiled
+def test_codegen_compiles_for_a_gpu_that_is_not_here(capfd, tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "codegen.json"
+    assert main(["bench", "--codegen", "--quick", "--kernels", "posterior", "--json", str(out)]) == 0
+    reports = json.loads(out.read_text())["reports"]
+    assert {r["target"] for r in reports} == {"sm_90"} and all("posterior" in r["case"] for r in reports)
+    assert f"{len(reports)} kernels, 0 over budget" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["bench", "profile"])
+def test_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"fastdiff {command}" in capsys.readouterr().out

@@ -37,7 +37,7 @@ KERNELS = ("affine_step", "add_noise", "posterior", "categorical_step", "denoisi
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"policy": (1, 16, 7), "latent": (1, 4, 64, 64), "batch": (16, 4, 128, 128)}
 CLASSES = 27
-TEXT = (8, 256)  # tokens of a discrete flow: (B, D), K = 27
+TEXT = (8, 64)  # tokens of a discrete flow: (B, D), K = 27
 
 # schedule -> solvers; the quick list is what most people run
 QUICK: dict[str, tuple[str, ...]] = {

@@ -26,9 +26,11 @@ def events(prof: Any) -> list[Any]:  # noqa: ANN401 - torch.profiler.profile
 
 
 def on_device(event: Any) -> bool:  # noqa: ANN401 - a kineto event
-    """Is this a kernel, copy or fill on the device (a name's range there is none)?"""
-    device = event.device_type() != torch.autograd.DeviceType.CPU
-    return device and not event.is_user_annotation() and not event.name().startswith(("gpu_", "ProfilerStep"))
+    """Is this a kernel, copy or fill on the device? A name's range there is none."""
+    if event.device_type() == torch.autograd.DeviceType.CPU:
+        return False
+    ranged = event.is_user_annotation() if hasattr(event, "is_user_annotation") else event.name().startswith("row ")
+    return not ranged and event.name() not in ("sample", "Context Sync", "Stream Sync", "Event Sync", "Device Sync")
 
 
 def outermost(found: list[Any]) -> int:

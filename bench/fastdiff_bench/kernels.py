@@ -87,7 +87,7 @@ def _shape(elements: int) -> tuple[int, int]:
 
 
 def _randn(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
 def _chain(schedule: str) -> Betas:

@@ -50,6 +50,13 @@ class Column(NamedTuple):
     run: Callable[[Tensor, torch.Generator | None], Tensor]
     prepare: Callable[[], object] = lambda: None
     note: str = ""
+    sampler: fd.Sampler | None = None
+
+    def runs_as(self) -> tuple[bool, str]:
+        """Of a Sampler that has run: does it replay a graph, and which step did it keep?"""
+        assert self.sampler is not None
+        run, graph = next(reversed(self.sampler._runs.values()))
+        return graph is not None, "compiled" if run.compiled is not None else "eager"
 
 
 def _guarded(model: Callable[..., Any]) -> Model:
@@ -74,7 +81,7 @@ def _ours(plan: fd.Plan, model: Model, mode: str, dtype: torch.dtype, device: to
             return sampler(shape, x_T=x)
         return sampler(shape, x_T=x, noise="torch", generator=generator, mode="eager")
 
-    return Column(run)
+    return Column(run, sampler=sampler)
 
 
 def column_of(name: str, case: Case, plan: fd.Plan, model: Model, dtype: torch.dtype, device: torch.device,
@@ -181,6 +188,12 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
             column.prepare()
             end = column.run(x_T, None)  # compiles, captures, allocates
             if name.startswith("fastdiff"):
+                graphed, step = column.runs_as()
+                if name.endswith("_graph") and not graphed:
+                    row["skipped"][name] = "the capture failed: see the warning"
+                    continue
+                if name == "fastdiff compiled" and device.type == "cpu":
+                    row["kept_step"] = step
                 want = end if want is None else want
                 row["differs"][name] = _gap(end, want)
             columns[name] = column

@@ -13,6 +13,7 @@ from fastdiff.commands.options import INTERRUPTED
 
 __all__ = ["add_bench", "run_bench"]
 
+QUICK_TARGETS = ("--arch", "90")
 TARGETS = ("--arch", "80", "89", "90", "100", "--hip", "gfx942")
 
 
@@ -41,10 +42,12 @@ def run_bench(args: argparse.Namespace) -> int:
     """Bad input ends here, in a second; else the exit code is the measurement's."""
     from fastdiff_bench.options import Request, as_arguments
 
+    request = Request(args)
     if args.codegen:
-        command = ["fastdiff_bench.codegen", *TARGETS, *(["--json", args.json] if args.json else [])]
+        command = ["fastdiff_bench.codegen", *(QUICK_TARGETS if args.quick else TARGETS)]
+        command += ["--only", request.kernels[0]] if args.kernels else []
+        command += ["--json", args.json] if args.json else []
     else:
-        Request(args)
         command = ["fastdiff_bench.roofline" if args.roofline else "fastdiff_bench.suite", *as_arguments(args)]
     process = subprocess.Popen([sys.executable, "-m", *command], env=measuring())
     before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))  # it keeps what it has
