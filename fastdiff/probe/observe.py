@@ -313,7 +313,8 @@ def _functions(recorder: Recorder | None) -> Iterator[None]:
             if recorder is not None and threading.get_ident() == owner:
                 if recorder.carries(x) or getattr(x, "_fastdiff_value_of", None):
                     raise Refused(f"it reads the sample's values (Tensor.{name})")
-            return read(x, *args, **kwargs)
+            copied = kwargs.pop("copy", None)  # NumPy 2 asks; torch's __array__ does not know it and warns
+            return read(x, *args, **kwargs).copy() if copied else read(x, *args, **kwargs)
 
         return reads
 
