@@ -126,9 +126,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the main table."""
     parser.add_argument("--roofline", action="store_true", help="us against elements, with the floors, of each kernel")
     parser.add_argument("--codegen", action="store_true", help="what the kernels compile to; no GPU is needed")
-    parser.add_argument(
-        "--kernels", nargs="+", metavar="NAME", help=f"of --roofline, --codegen: {', '.join(KERNELS)}"
-    )
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help=f"of --roofline, --codegen: {', '.join(KERNELS)}")
     parser.add_argument("--quick", action="store_true", help="fewer rows, one shape, shorter: under 2 minutes")
     parser.add_argument("--schedules", nargs="+", metavar="NAME", help=f"default: a list; {cases.schedules_text()}")
     parser.add_argument("--solvers", nargs="+", metavar="NAME", help="default: a list; names as in `fastdiff plan`")

@@ -84,6 +84,12 @@ def page(data: dict[str, Any], pictures: Sequence[Path]) -> str:
             "stays in cache.</p>",
             _table(tables.details(rows)),
         ]  # fmt: skip
+    if data.get("roofline"):
+        parts += [
+            "<h2>Kernels by size</h2>",
+            "<p class=sub>us of a kernel's work; GB/s of the bytes it must move, by fastdiff's fastest column.</p>",
+            _table(tables.roofline(data["roofline"], data["method"]["copy_gb_s"])),
+        ]
     if data.get("comparison"):
         parts += ["<h2>Against stored results</h2>", f"<pre>{html.escape(comparison_text(data['comparison']))}</pre>"]
     if pictures:

@@ -73,35 +73,34 @@ def plot_throughput(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 def plot_roofline(points: Sequence[dict[str, Any]], folder: Path, *, copy_gb_s: float, floor_us: float) -> list[Path]:
     """One panel a kernel and dtype: us against elements, the launch floor and the bandwidth floor drawn in."""
     plt = pyplot()
-    kernels = sorted({p["kernel"] for p in points}, key=[p["kernel"] for p in points].index)
     dtypes = sorted({p["dtype"] for p in points}, key=("fp32", "bf16", "fp16").index)
-    size = (4.6 * len(dtypes) + 0.6, 3.1 * len(kernels) + 0.5)
-    fig, axes = plt.subplots(len(kernels), len(dtypes), figsize=size, squeeze=False, sharex=True, layout="constrained")
+    panels = [(k, d) for k in dict.fromkeys(p["kernel"] for p in points) for d in dtypes]
+    panels = [x for x in panels if any((p["kernel"], p["dtype"]) == x for p in points)]
+    across = len(dtypes) if len(dtypes) > 1 else min(2, len(panels))
+    down = -(-len(panels) // across)
+    size = (4.8 * across + 0.4, 3.1 * down + 0.9)
+    fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
-    for i, kernel in enumerate(kernels):
-        for j, dtype in enumerate(dtypes):
-            axis, some = axes[i][j], [p for p in points if (p["kernel"], p["dtype"]) == (kernel, dtype)]
-            if not some:
-                axis.set_visible(False)
-                continue
-            names = sorted({p["column"] for p in some}, key=[p["column"] for p in some].index)
-            for name in names:
-                line = sorted((p["elements"], p["us"]["median"]) for p in some if p["column"] == name)
-                handles[name] = axis.plot(*zip(*line, strict=True), marker="o", markersize=3, color=COLORS[name])[0]
-            elements = sorted({p["elements"] for p in some})
-            floor = [some[0]["bytes_per_element"] * n / copy_gb_s / 1e3 for n in elements]
-            handles["bandwidth floor"] = axis.plot(elements, floor, color="#c0392b", linestyle="--", linewidth=1)[0]
-            handles["launch floor"] = axis.axhline(floor_us, color="#c0392b", linestyle=":", linewidth=1)
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_ylim(bottom=min(floor_us, min(p["us"]["median"] for p in some)) / 2)
-            axis.set_title(f"{kernel}, {dtype}, {some[0]['bytes_per_element']:.0f} B/element", loc="left", fontsize=10)
-            axis.grid(color="#e4e4e4", linewidth=0.6)
-            if j == 0:
-                axis.set_ylabel("us")
-            if i == len(kernels) - 1:
-                axis.set_xlabel("elements")
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (kernel, dtype) in zip(axes.flat, panels, strict=False):
+        some = [p for p in points if (p["kernel"], p["dtype"]) == (kernel, dtype)]
+        for name in dict.fromkeys(p["column"] for p in some):
+            line = sorted((p["elements"], p["us"]["median"]) for p in some if p["column"] == name)
+            handles[name] = axis.plot(*zip(*line, strict=True), marker="o", markersize=3, color=COLORS[name])[0]
+        elements = sorted({p["elements"] for p in some})
+        floor = [some[0]["bytes_per_element"] * n / copy_gb_s / 1e3 for n in elements]
+        handles["bandwidth floor"] = axis.plot(elements, floor, color="#c0392b", linestyle="--", linewidth=1)[0]
+        handles["launch floor"] = axis.axhline(floor_us, color="#c0392b", linestyle=":", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=min(floor_us, min(p["us"]["median"] for p in some)) / 2)
+        axis.set_title(f"{kernel}, {dtype}, {some[0]['bytes_per_element']:.0f} B/element", loc="left", fontsize=10)
+        axis.grid(color="#e4e4e4", linewidth=0.6)
+        axis.set_ylabel("us")
+        axis.set_xlabel("elements")
+    drawn = list(handles)
+    fig.legend(handles.values(), drawn, loc="outside lower center", ncols=2 * across, frameon=False, fontsize=9)
     path = folder / "roofline.png"
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -82,21 +82,6 @@ def run(request: Request, *, say: Callable[[str], object]) -> dict[str, Any]:
     return data
 
 
-def table(found: Sequence[dict[str, Any]], copy_gb_s: float) -> str:
-    """us of every column at the sizes measured; GB/s and share of the copy bandwidth of fastdiff's fastest."""
-    keys = list(dict.fromkeys((p["kernel"], p["dtype"], p["elements"]) for p in found))
-    names = [c for c in dict.fromkeys(p["column"] for p in found)]
-    body = []
-    for key in keys:
-        some = {p["column"]: p for p in found if (p["kernel"], p["dtype"], p["elements"]) == key}
-        ours = [p for name, p in some.items() if name.startswith("fastdiff")]
-        fastest = min(ours, key=lambda p: p["us"]["median"], default=None)
-        cells = [tables.number(some[n]["us"]["median"]) if n in some else "" for n in names]
-        rate = [tables.number(fastest["gb_s"]), f"{100 * fastest['gb_s'] / copy_gb_s:.0f} %"] if fastest else ["", ""]
-        body.append([key[0], key[1], f"2^{key[2].bit_length() - 1}", *cells, *rate])
-    return tables.markdown(["kernel", "dtype", "elements", *names, "GB/s", "of copy"], body, aligned=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 2 with one line for bad input."""
     args = options.parser().parse_args(argv)
@@ -111,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fastdiff bench: interrupted", file=sys.stderr)
         return 130
     copy, floor = data["method"]["copy_gb_s"], data["method"]["launch_floor_us"]
-    print(table(data["roofline"], copy))
+    print(tables.roofline(data["roofline"], copy, aligned=True))
     for name, why in data["skipped"].items():
         print(f"{name}: {why}")
     print(f"copy bandwidth {copy:.1f} GB/s, launch floor {floor:.2f} us")

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdiff_bench.cases import COLUMNS
 
-__all__ = ["best", "details", "footnotes", "label", "markdown", "number", "throughput"]
+__all__ = ["best", "details", "footnotes", "label", "markdown", "number", "roofline", "throughput"]
 
 
 FEW = 4  # rows a footnote names one by one
@@ -115,3 +115,18 @@ def best(row: dict[str, Any]) -> str | None:
     """The fastest of fastdiff's columns."""
     ours = [n for n in row["us"] if n.startswith("fastdiff")]
     return min(ours, key=lambda n: row["us"][n]["median"], default=None)
+
+
+def roofline(found: Sequence[dict[str, Any]], copy_gb_s: float, *, aligned: bool = False) -> str:
+    """us of every column at the sizes measured; GB/s and share of the copy bandwidth of fastdiff's fastest."""
+    keys = list(dict.fromkeys((p["kernel"], p["dtype"], p["elements"]) for p in found))
+    names = [c for c in dict.fromkeys(p["column"] for p in found)]
+    body = []
+    for key in keys:
+        some = {p["column"]: p for p in found if (p["kernel"], p["dtype"], p["elements"]) == key}
+        ours = [p for name, p in some.items() if name.startswith("fastdiff")]
+        fastest = min(ours, key=lambda p: p["us"]["median"], default=None)
+        cells = [number(some[n]["us"]["median"]) if n in some else "" for n in names]
+        rate = [number(fastest["gb_s"]), f"{100 * fastest['gb_s'] / copy_gb_s:.0f} %"] if fastest else ["", ""]
+        body.append([key[0], key[1], f"2^{key[2].bit_length() - 1}", *cells, *rate])
+    return markdown(["kernel", "dtype", "elements", *names, "GB/s", "of copy"], body, aligned=aligned)
