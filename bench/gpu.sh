@@ -15,6 +15,8 @@ out=${1:-${OUT:-bench/results/${name:-gpu}/$(date -u +%Y-%m-%d)}}
 mkdir -p "$out"
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1 || true
 failed=0
+plots=()
+$PYTHON -c "import matplotlib" 2> /dev/null && plots=(--plot "$out")
 
 run() { # run SECONDS NAME COMMAND...: output into NAME.txt, its last lines here
     local limit=$1 name=$2 code
@@ -28,23 +30,23 @@ run() { # run SECONDS NAME COMMAND...: output into NAME.txt, its last lines here
     [ "$code" = 0 ] || { failed=1; tail -n 5 "$out/$name.log" 2> /dev/null; }
 }
 
-run 90 tests $PYTHON -m pytest tests/test_gpu.py tests/test_rng.py tests/test_affine_step.py tests/test_add_noise.py \
-    tests/test_categorical_step.py tests/test_denoising_loss.py -m gpu -q -p no:cacheprovider
+run 90 tests $PYTHON -m pytest tests/test_gpu*.py tests/test_rng.py tests/test_affine_step.py tests/test_add_noise.py \
+    tests/test_denoising_loss.py -m gpu -q -p no:cacheprovider
 tail -n 2 "$out/tests.txt"
 run 45 kernel-tests $PYTHON -m pytest tests/test_affine_step.py tests/test_add_noise.py tests/test_posterior.py \
     -m "not gpu" -q -p no:cacheprovider
 tail -n 2 "$out/kernel-tests.txt"
-run 100 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json "$out/throughput.json" --plot "$out"
+run 130 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json "$out/throughput.json" ${plots[@]+"${plots[@]}"}
 cat "$out/throughput.txt"
 for network in unet1d mlp; do
-    run 30 "loop-$network" $PYTHON -m fastdiff_bench.suite --device cuda --quick --model "$network" \
+    run 25 "loop-$network" $PYTHON -m fastdiff_bench.suite --device cuda --quick --model "$network" \
         --json "$out/loop-$network.json"
     cat "$out/loop-$network.txt"
 done
 run 60 kernels $PYTHON -m fastdiff_bench.gpu --quick --out "$out"
 cat "$out/kernels.txt"
 run 90 roofline $PYTHON -m fastdiff_bench.roofline --device cuda --quick --dtype fp32 bf16 \
-    --json "$out/roofline.json" --plot "$out/roofline"
+    --json "$out/roofline.json" ${plots[@]:+--plot "$out/roofline"}
 cat "$out/roofline.txt"
 echo "results in $out, $SECONDS s"
 exit $failed

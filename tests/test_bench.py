@@ -278,6 +278,12 @@ def test_command_runs_in_a_process_of_its_own(tmp_path, capfd, monkeypatch):
     assert "fastdiff eager" in capfd.readouterr().out
 
 
+def test_pictures_without_matplotlib_are_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "--quick", "--plot", str(tmp_path / "p")]) == 2
+    assert "--plot: pictures need matplotlib: pip install" in capsys.readouterr().err
+
+
 @pytest.mark.compiled
 def test_codegen_compiles_for_a_gpu_that_is_not_here(capfd, tmp_path):
     pytest.importorskip("triton")

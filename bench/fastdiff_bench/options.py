@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,8 @@ def _file(option: str, text: str | None) -> Path | None:
 def _folder(option: str, text: str | None) -> Path | None:
     if text is None:
         return None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{option}: pictures need matplotlib: pip install 'fastdiff-samplers[bench]'")
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
