@@ -8,6 +8,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.cli import main
+from fastdiff_bench import profiling
 from fastdiff_bench.profiling import profile_run, table
 
 PLAN = fd.solvers.ddpm(fd.schedules.VP(), 6)
@@ -108,3 +109,41 @@ def test_a_plan_is_drawn(tmp_path, capsys):
     capsys.readouterr()
     assert main(["plan", "ddim", "--plot", str(tmp_path / "c.xyz")]) == 2
     assert "'xyz' is not supported" in capsys.readouterr().err
+
+
+class Event:
+    """A profiler's event as a GPU gives it: there is none here. Times in ns."""
+
+    def __init__(self, name, start, duration, gpu=True):
+        self.values = name, start, duration, gpu
+
+    def name(self):
+        return self.values[0]
+
+    def start_ns(self):
+        return self.values[1]
+
+    def duration_ns(self):
+        return self.values[2]
+
+    def device_type(self):
+        kinds = torch.autograd.DeviceType
+        return kinds.CUDA if self.values[3] else kinds.CPU
+
+    def is_user_annotation(self):
+        return self.values[0].startswith("row ")
+
+
+def test_device_time_is_split_into_model_step_and_gaps():
+    pytest.importorskip("triton")
+    found = [
+        Event("row 0", 0, 20_000), Event("gemm", 1_000, 4_000), Event("affine_step_kernel", 6_000, 2_000),
+        Event("gemm", 10_000, 4_000), Event("advance_kernel", 13_000, 3_000), Event("cudaLaunchKernel", 0, 10, False),
+        Event("cudaDeviceSynchronize", 20_000, 10, False), Event("cudaStreamSynchronize", 9_000, 10, False),
+    ]  # fmt: skip
+    parts = profiling._device_parts(found, 2)  # two rows; the last two kernels overlap by 1 us
+    assert parts == {"model": 4.0, "step": 2.5, "launch gaps": (1.0 + 2.0) / 2}
+    counts = profiling._counts(found, torch.device("cuda"), 2)
+    assert counts["kernels, copies and fills"] == 2 and counts["of them fastdiff's"] == 1
+    assert counts["launches"] == 0.5 and counts["host waits"] == 0.5  # one wait is the profiler's own
+    assert [t["name"] for t in profiling._top(found, torch.device("cuda"), 2)][0] == "gemm"
