@@ -142,6 +142,7 @@ def categorical_update_kernel(
     tops = tl.load(part_ptr + parts + i, mask=i < PIECES, other=float("-inf"))[None, :]
     hits = tl.load(hits_ptr + parts + i, mask=i < PIECES, other=-1)[None, :]
     top, hit = top_and_class(tops, hits, MATH)
+    hit = tl.where(top == top, hit, 0)
     if classes_ptr is not None:
         tl.store(classes_ptr + base + d, hit.to(tl.int64), mask=(d * 0 + piece) == 0)
     if READOUT == MEAN:
