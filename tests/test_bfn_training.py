@@ -188,6 +188,17 @@ def test_losses_of_many_classes_in_bf16_are_finite() -> None:
         assert loss.isfinite().all() and grad.isfinite().all()
 
 
+def test_many_classes_keep_the_digits_of_the_n_step_loss() -> None:
+    """fp32 against float64 to 1e-5 where the sent message is 4 million: K = 262,144, beta_1 = 16, one step."""
+    g = torch.Generator().manual_seed(3)
+    K = 262144
+    x, m, noise = torch.tensor([[7]]), torch.randn(1, 1, K, generator=g), torch.randn(1, 1, K, generator=g)
+    options: dict[str, Any] = {"steps": 1, "t": 1.0, "schedule": S.BFNDiscrete(16.0, K)}
+    want = training.bfn_discrete_loss(m.double(), x, noise=noise.double(), **options)
+    got = training.bfn_discrete_loss(m, x, noise=noise, **options)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
 def test_exported() -> None:
     names = [n for n in training.__all__ if n.startswith("bfn")]
     assert names and all(hasattr(fd.training, n) for n in names)

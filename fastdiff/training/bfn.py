@@ -214,8 +214,8 @@ def bfn_discrete_loss(
         return scaled(steps * loss.flatten(1).sum(1), tokens, units)
     y = torch.sqrt(known) * n
     y = y.scatter_add(-1, x[..., None], known.expand(x[..., None].shape))
-    sent = y.gather(-1, x[..., None])[..., 0]
-    loss = sent - torch.logsumexp(torch.log_softmax(m, -1) + y, -1)
+    y = y - y.gather(-1, x[..., None])  # the sent message is 0: a large a K does not swallow ln p
+    loss = -torch.logsumexp(torch.log_softmax(m, -1) + y, -1)
     return scaled(steps * loss.flatten(1).sum(1), tokens, units)
 
 
