@@ -82,6 +82,14 @@ def test_batch_invariance(device):
         assert torch.equal(part, whole[pick])
 
 
+def test_empty(device):
+    """No sample, or no token, gives an empty input."""
+    for shape in ((0, 3), (2, 0)):
+        x = torch.zeros(shape, dtype=torch.int64, device=device)
+        got = ops.categorical_noise(x, 0.5, BFNDiscrete(1.0, 5), seeds=[1] * shape[0], return_logits=True)
+        assert [v.shape for v in got] == [(*shape, 5)] * 2
+
+
 def test_largest_case_is_finite(device):
     """K = 262,144, beta_1 = 16, t_bfn = 1, bf16."""
     x = torch.tensor([[12345]], device=device)

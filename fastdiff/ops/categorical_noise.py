@@ -57,7 +57,7 @@ def categorical_noise(
             coef = torch.stack([alpha, sigma, 0 * alpha, 0 * alpha], 1).float()
             torch.ops.fastdiff.categorical_noise(x, noise, coef, keyed, which, row, out, logits)
         return out if logits is None else (out, logits)
-    if not torch.compiler.is_compiling() and x.is_cpu:
+    if not torch.compiler.is_compiling() and x.is_cpu and x.numel():
         return _on_cpu(x, at, schedule, keyed, which, row, noise, out_dtype, return_logits)
     return categorical_noise_ref(
         x, at, schedule, seeds=keyed, index=which, row=row, noise=noise, out_dtype=out_dtype,
