@@ -31,7 +31,10 @@ class _Level(NamedTuple):
 
 
 def _p2(level: _Level, o: WeightOptions) -> Tensor:
-    return level.signal ** (1 - o.p2_gamma) / (o.p2_k / level.signal + 1 / level.noise) ** o.p2_gamma
+    s, n = level.signal, level.noise  # s / (k + s / n)^p, in n / s where s is the larger, so that neither end is 0 / 0
+    low = s / (o.p2_k + s / n) ** o.p2_gamma
+    high = s ** (1 - o.p2_gamma) * (n / (o.p2_k * (n / s) + 1)) ** o.p2_gamma
+    return torch.where(s < n, low, high)
 
 
 # each returns w sigma^2 / z for the weight w of the x0 loss: homogeneous, so z may be any scale
@@ -46,9 +49,7 @@ WEIGHTINGS: dict[str, Callable[[_Level, WeightOptions], Tensor]] = {
 }
 
 
-def target_weight(
-    name: str | None, target: str, schedule: Schedule, t: Tensor, options: WeightOptions
-) -> Tensor:
+def target_weight(name: str | None, target: str, schedule: Schedule, t: Tensor, options: WeightOptions) -> Tensor:
     """The weight of a target's squared error at times t, [B] float64.
 
         w_target = w (dx0 / dtarget)^2:   eps: w / SNR;   x0: w;   v: w / (SNR + 1);

@@ -120,6 +120,8 @@ def test_weights_at_the_ends_are_their_limits():
     assert at("min_snr", "eps")[1] == 1 and at("min_snr", "v") == [0, 0] and at("min_snr", "x0") == [5, 0]
     assert at("p2", "x0") == [1, 0] and at("p2", "eps")[1] == 1 and at("truncated_snr", "v") == [1, 1]
     assert at("truncated_snr", "eps")[1] == math.inf
+    square = WeightOptions(p2_gamma=2.0)  # SNR / (1 + SNR)^2, 0 at both ends
+    assert all(target_weight("p2", v, Flow(), ends, square).tolist() == [0, 0] for v in ("x0", "v", "flow"))
 
 
 def test_custom_weights_and_their_gradient(device):
@@ -347,6 +349,7 @@ X = torch.zeros(3, 4)
         ((X, X, 0, CHAIN), {"gamma": math.inf}, ValueError, "gamma"),
         ((X, X, 0, CHAIN), {"sigma_data": -1.0}, ValueError, "sigma_data"),
         ((X, X, 0, CHAIN), {"p2": (1.0,)}, ValueError, "p2"),
+        ((X, X, 0, CHAIN), {"p2": 1.0}, ValueError, "p2"),
         ((X, X, torch.tensor([1, 2]), CHAIN), {}, ValueError, r"\(3,\), got \(2,\)"),
         ((X, X, 1000, CHAIN), {}, ValueError, "0..999"),
         ((X, X, 0.5, CHAIN), {}, TypeError, "integer index"),

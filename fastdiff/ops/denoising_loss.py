@@ -270,7 +270,7 @@ def _checked(
     for name, value in (("delta", delta), ("gamma", gamma), ("sigma_data", sigma_data)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-    if len(p2) != 2 or not all(0 <= v < math.inf for v in p2):
+    if not isinstance(p2, tuple | list) or len(p2) != 2 or not all(0 <= v < math.inf for v in p2):
         raise ValueError(f"p2 must be (k, p), two finite numbers >= 0, got {p2!r}")
     at = _noising.times(t, schedule, model_out)
     keyed, which = _noising.noise_arguments(model_out, seeds, index, row, stream, None, fill=False)
