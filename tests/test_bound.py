@@ -32,6 +32,13 @@ def test_kl_is_the_integral():
     assert ops.gaussian_kl(*(v.float() for v in one)).dtype == torch.float32
     near = ops.gaussian_kl(one[0].float(), one[1].float(), one[0].float(), one[1].float() + 1e-3)
     assert abs(near[0] / (1e-6 / 4) - 1) < 2e-3  # d^2 / 4, which 1 + d - e^d would lose in fp32
+    d = torch.tensor([1e-6, -1e-4, 0.02, 0.2499, -0.2501, 3.0])[:, None]
+    want = sum(d.double() ** k / float(math.factorial(k)) for k in range(2, 30)) / 2
+    for dtype, tolerance in ((torch.float32, 4e-7), (torch.float64, 1e-13)):
+        zero = torch.zeros(6, 1, dtype=dtype)
+        torch.testing.assert_close(
+            ops.gaussian_kl_ref(zero, d.to(dtype), zero, zero).double(), want[:, 0], rtol=tolerance, atol=0
+        )
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 19, 7), (4097,)])
@@ -229,6 +236,7 @@ X = torch.zeros(2, 1, 3)
         (lambda: fd.training.vlb_loss(X, X, 3, CHAIN, [1, 2]), ValueError, r"\(2, 2, 3\), got \(2, 1, 3\)"),
         (lambda: fd.training.vlb_loss(X, X, 3, CHAIN, [1, 2], variance="learned"), ValueError, "learned_range"),
         (lambda: fd.training.vlb_loss(X, X, 1000, CHAIN, [1, 2], variance="fixed_small"), ValueError, "0..999"),
+        (lambda: fd.training.hybrid_loss(X, None, 3, CHAIN, [1, 2]), TypeError, "x0 must be a torch.Tensor"),
         (lambda: fd.training.bits_per_dim(lambda x, t: x, X, VP()), TypeError, "needs Betas"),
         (lambda: fd.training.prior_kl(X, VP()), TypeError, "needs Betas"),
     ],

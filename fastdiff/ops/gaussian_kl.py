@@ -44,8 +44,16 @@ def gaussian_kl_ref(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_var
     dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
     mean1, log_variance1, mean2, log_variance2 = (v.to(dtype) for v in values)
     d = log_variance1 - log_variance2
-    kl = 0.5 * (torch.expm1(d) - d + (mean1 - mean2).square() * torch.exp(-log_variance2))
+    kl = 0.5 * (_exp_minus_line(d) + (mean1 - mean2).square() * torch.exp(-log_variance2))
     return kl.expand_as(mean1).reshape(len(mean1), mean1.shape[1:].numel()).mean(1)
+
+
+def _exp_minus_line(d: Tensor) -> Tensor:
+    """e^d - 1 - d, by its series where the terms cancel."""
+    near, series = d.clamp(-0.25, 0.25), torch.zeros_like(d)
+    for k in range(13, 1, -1):
+        series = series * near + 1 / math.factorial(k)
+    return torch.where(d.abs() < 0.25, series * near * near, torch.expm1(d) - d)
 
 
 class _KL(torch.autograd.Function):

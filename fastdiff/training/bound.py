@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import ops, rng
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
-from fastdiff.ops._noising import Seeds, noise_arguments, noise_of, times, wide
+from fastdiff.ops._noising import Seeds, noise_arguments, noise_of, table_of, times, wide
 from fastdiff.schedules import Betas
 
 __all__ = [
@@ -34,11 +35,16 @@ def log_variance_range(schedule: Betas, t: Tensor) -> tuple[Tensor, Tensor]:
     beta~_0 is 0: its logarithm is taken as that of beta~_1 (guided-diffusion's choice). A respaced chain is
     Betas(respaced betas): its own.   Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15.
     """
-    betas = torch.from_numpy(schedule.betas.copy()).to(t.device)
-    sigma2 = torch.from_numpy(schedule.sigma(torch.arange(len(betas)).numpy()) ** 2).to(t.device)
-    small = betas[1:] * sigma2[:-1] / sigma2[1:]
-    small = torch.cat([small[:1] if len(betas) > 1 else betas[:1], small])
-    return small.log()[t], betas.log()[t]
+
+    def columns() -> tuple[Tensor, Tensor]:
+        betas = torch.from_numpy(schedule.betas.copy())
+        sigma2 = torch.from_numpy(schedule.sigma(np.arange(len(betas))) ** 2)
+        small = betas[1:] * sigma2[:-1] / sigma2[1:]
+        small = torch.cat([small[:1] if len(betas) > 1 else betas[:1], small])
+        return small.log(), betas.log()
+
+    low, high = table_of(schedule, "log variance range", t.device, columns, torch.float64)[t].unbind(-1)
+    return low, high
 
 
 def vb_term(
@@ -228,6 +234,7 @@ def _chain_times(t: int | Tensor, schedule: Betas, x0: Tensor) -> Tensor:
 
 def _planes(model_out: Tensor, x0: Tensor, variance: str) -> tuple[Tensor, Tensor | None]:
     """The prediction and v."""
+    check_tensor("x0", x0, dtypes=FLOATS64)
     if variance not in ("learned_range", "fixed_small", "fixed_large"):
         raise ValueError(f"unknown variance {variance!r}; valid: learned_range, fixed_small, fixed_large")
     learned = variance == "learned_range"
