@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastdiff as fd
-from fastdiff.schedules import EDM, VE, VP, Betas, Cosine, Flow, SubVP, linear_betas
+from fastdiff.schedules import EDM, VE, VP, Betas, BFNContinuous, Cosine, Flow, SubVP, linear_betas
 from fastdiff.training import ideal_model, log_density, marginals, score
 
 CHAIN = Betas(linear_betas(100))
@@ -92,6 +92,19 @@ def test_the_score_is_what_drift_integrates():
     torch.testing.assert_close(got, log_density(x, DATA, 0.2, schedule, weights=WEIGHTS), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_ideal_model_where_nothing_is_known(prediction):
+    """At the start of a Bayesian flow x0-hat is the mean of the data, and the run ends at data points."""
+    schedule, weights = BFNContinuous(0.01), torch.arange(1.0, len(DATA) + 1)
+    model = ideal_model(DATA, schedule, prediction, weights=weights)
+    out = model(torch.zeros(2, 2, 3), torch.zeros(2)).double() * (1 if prediction == "x0" else -1)
+    want = (weights.double() / weights.sum()) @ DATA.flatten(1).double()
+    torch.testing.assert_close(out.flatten(1), want.expand(2, 6), rtol=1e-6, atol=1e-7)
+    plan = fd.solvers.bfn_continuous(schedule, 50, prediction=prediction)
+    x = fd.sample(model, plan, (16, 2, 3), seed=2, mode="eager").double()
+    assert torch.cdist(x.flatten(1), DATA.flatten(1)).amin(1).max() < 2e-3
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -106,6 +119,7 @@ def test_the_score_is_what_drift_integrates():
         (lambda: ideal_model(DATA, VP(), "noise"), ValueError, "eps, x0, v, score, flow, edm"),
         (lambda: ideal_model(DATA, VP(), sign=2), ValueError, "sign"),
         (lambda: ideal_model(DATA, None), TypeError, "NoneType"),
+        (lambda: log_density(points(), DATA.to("meta"), 0.1, VP()), ValueError, "device, meta"),
     ],
 )
 def test_bad_input(call, error, text):

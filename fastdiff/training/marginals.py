@@ -82,7 +82,8 @@ def ideal_model(
         if prediction == "edm":  # the network is shown c_in x
             flat = flat * a * torch.sqrt((s / a) ** 2 + std**2)
         x0 = mixture(flat.view(x.shape), a[:, 0], s[:, 0])[1]
-        eps = (flat - a * x0) / s
+        blank = (a == 0) & (s == 0)
+        eps = torch.where(blank, 0.0, (flat - a * x0) / s)
         if callable(prediction):
             levels = (v[:, 0].cpu().numpy() for v in (a, s))
             skip, out = (torch.as_tensor(np.asarray(c, np.float64)).to(x.device) for c in prediction(*levels))
@@ -92,7 +93,8 @@ def ideal_model(
             m = (x0 - std**2 / r2 * flat / a) * torch.sqrt(r2) / (s / a * std)
         else:
             m = {
-                "eps": eps, "x0": x0, "v": (a * eps - s * x0) / torch.hypot(a, s), "score": -eps / s, "flow": eps - x0,
+                "eps": eps, "x0": x0, "v": torch.where(blank, -x0, (a * eps - s * x0) / torch.hypot(a, s)),
+                "score": -eps / s, "flow": eps - x0,
             }[prediction]  # fmt: skip
         return (sign * m).view(x.shape).to(x.dtype)
 
@@ -120,11 +122,13 @@ class _Mixture:
     def __call__(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if tuple(x.shape[1:]) != self.sample:
             raise ValueError(f"x must be [M, {', '.join(map(str, self.sample))}], got {tuple(x.shape)}")
+        if x.device != self.points.device:
+            raise ValueError(f"x must be on the data's device, {self.points.device}, got {x.device}")
         flat = x.flatten(1).double()
         totals, means = [], []
         rows = max(1, CHUNK // len(self.points))
         for q, a, s in zip(flat.split(rows), alpha.split(rows), sigma.split(rows), strict=True):
-            inverse = 1 / s[:, None] ** 2
+            inverse = torch.where((a == 0) & (s == 0), 0.0, 1 / s**2)[:, None]  # a flow's start: nothing is known
             part = self.log_weights + inverse * (a[:, None] * (q @ self.points.T) - a[:, None] ** 2 * self.half)
             total = torch.logsumexp(part, 1)
             means.append(torch.exp(part - total[:, None]) @ self.points)
