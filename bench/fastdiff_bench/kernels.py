@@ -18,7 +18,7 @@ import fastdiff as fd
 from fastdiff import ops
 from fastdiff.schedules import Betas, cosine_betas, linear_betas, scaled_linear_betas
 from fastdiff_bench.cases import Case
-from fastdiff_bench.textbook import Textbook
+from fastdiff_bench.textbook import Textbook, compiled
 from fastdiff_bench.throughput import column_of
 from fastdiff_bench.timing import graph_us, interleave, rotation, summary
 
@@ -137,7 +137,7 @@ def _affine_kernel(work: Work, plan: fd.Plan, dtype: torch.dtype, device: torch.
         state = torch.randn(plan.allocate().physical, 1, n, device=device)
         sets.append((state, _randn((1, n), device, dtype, i), torch.empty(1, n, device=device, dtype=dtype)))
     work.sets = sets
-    eager, compiled = (
+    eager, fused = (
         Textbook(plan, lambda x, t: x, compiled=c, dtype=dtype, device=device) for c in (False, True)
     )  # fmt: skip
 
@@ -148,7 +148,7 @@ def _affine_kernel(work: Work, plan: fd.Plan, dtype: torch.dtype, device: torch.
         return x.to(dtype) if low else x
 
     def compiled_row(state: Tensor, m: Tensor, copy: Tensor) -> object:
-        x = compiled._compiled_row(k, list(state[: plan.slots]), m)[1][0]
+        x = fused._compiled_row(k, list(state[: plan.slots]), m)[1][0]
         assert x is not None
         return x.to(dtype) if low else x
 
@@ -187,7 +187,7 @@ def add_noise(schedule: str, elements: int, dtype: torch.dtype, device: torch.de
     def ours(x0: Tensor) -> object:
         return ops.add_noise(x0, t, chain, seeds=seeds)
 
-    found: dict[str, Column] = {"torch": textbook, "torch.compile": torch.compile(textbook, dynamic=False)}
+    found: dict[str, Column] = {"torch": textbook, "torch.compile": compiled(textbook, elements)}
     _library(work, names, found, "diffusers", lambda peer: lambda x0: peer.add_noise(x0, torch.randn_like(x0), t))
     return _finish(work, names, found, ours, device, lambda x0, n: ops.add_noise(x0, t, chain, noise=n), textbook,
                    compiles=True)  # fmt: skip
@@ -218,7 +218,7 @@ def posterior(schedule: str, elements: int, dtype: torch.dtype, device: torch.de
     def ours(x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
         return ops.posterior(x, m, t, chain, "eps", (-1.0, 1.0))
 
-    found: dict[str, Column] = {"torch": textbook, "torch.compile": torch.compile(textbook, dynamic=False)}
+    found: dict[str, Column] = {"torch": textbook, "torch.compile": compiled(textbook, elements)}
     for i, part in ((0, 0), (1, 3)):
         gap = _gap(ours(*sets[0])[part], textbook(*sets[0])[i])
         work.differs["fastdiff eager"] = max(gap, work.differs.get("fastdiff eager", 0.0))
@@ -256,7 +256,7 @@ def categorical_step(schedule: str, elements: int, dtype: torch.dtype, device: t
             state, m, table, row, slots=plan.slots, readout="sample", seeds=seeds, index=index, model_in=seen
         )
 
-    found: dict[str, Column] = {"torch": textbook, "torch.compile": torch.compile(textbook, dynamic=False)}
+    found: dict[str, Column] = {"torch": textbook, "torch.compile": compiled(textbook, elements)}
     state, m, seen = sets[0][0].clone(), sets[0][1], torch.empty_like(sets[0][2])
     want = textbook(state, m, seen, "argmax")
     still = torch.zeros(shape, device=device)
@@ -286,7 +286,7 @@ def denoising_loss(
         noise = torch.randn_like(x0) if noise is None else noise
         return (alpha[t] * x0 + sigma[t] * noise).to(x0.dtype), F.mse_loss(m.float(), noise.float())
 
-    compiled = torch.compile(maths, dynamic=False)
+    compiled_maths = compiled(maths, elements)
 
     def graded(loss: Callable[[Tensor, Tensor], Tensor]) -> Column:
         def call(x0: Tensor, m: Tensor) -> Tensor:
@@ -299,7 +299,10 @@ def denoising_loss(
         ops.add_noise(x0, t, chain, seeds=seeds)
         return ops.denoising_loss(m, x0, t, chain, seeds).mean()
 
-    found = {"torch": graded(lambda x0, m: maths(x0, m)[1]), "torch.compile": graded(lambda x0, m: compiled(x0, m)[1])}
+    found = {
+        "torch": graded(lambda x0, m: maths(x0, m)[1]),
+        "torch.compile": graded(lambda x0, m: compiled_maths(x0, m)[1]),
+    }
     drawn = fd.rng.normal(seeds, (n,), device=device)
     want = graded(lambda x0, m: maths(x0, m, drawn)[1])(*sets[0])
     got = graded(ours)(*sets[0])

@@ -17,9 +17,10 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff.allocate import liveness
+from fastdiff.inductor import ONE_THREAD
 from fastdiff.readout import CATEGORICAL
 
-__all__ = ["Textbook"]
+__all__ = ["Textbook", "compiled"]
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -150,14 +151,24 @@ class Textbook:
         key = (row, computed, m.shape, m.dtype, m.device)
         fn = self.cache.get(key)
         if fn is None:
-            fn = self.cache[key] = _compiled(row, computed)
+            fn = self.cache[key] = _compiled(row, computed, m.numel())
         k, *out = fn(self.table[i], m, *[S[j] for j in _present(row)])
         fresh = dict(zip(computed, out, strict=True))
         new = [S[kept[j]] if j in kept else fresh.get(j) for j in range(len(alias))]
         return k, new
 
 
-def _compiled(row: Row, computed: tuple[int, ...]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], elements: int) -> Callable[..., Any]:
+    """torch.compile for fixed shapes; little work stays on one CPU thread, as fastdiff's own loops do.
+
+    By default torch wakes a second thread for 2^14 elements, which costs more than it gains, and milliseconds on a busy
+    machine: the comparison is with the better setting.
+    """
+    options: dict[str, Any] | None = {"cpp.threads": 1} if elements < ONE_THREAD else None
+    return torch.compile(function, dynamic=False, options=options)
+
+
+def _compiled(row: Row, computed: tuple[int, ...], elements: int) -> Callable[..., Any]:
     """torch.compile of one row. A code object of its own: Dynamo counts recompilations per code object."""
     present = _present(row)
     offsets, at = [], 4
@@ -186,4 +197,4 @@ def _compiled(row: Row, computed: tuple[int, ...]) -> Callable[..., Any]:
         return (k, *out)
 
     code = step.__code__.replace(co_name=f"row_{len(Textbook.cache)}")
-    return torch.compile(types.FunctionType(code, globals(), code.co_name, None, step.__closure__), dynamic=False)
+    return compiled(types.FunctionType(code, globals(), code.co_name, None, step.__closure__), elements)
