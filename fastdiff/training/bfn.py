@@ -280,7 +280,8 @@ def bfn_discretised_loss(
     Args:
         model_out: [B, 2 C, *] for x [B, C, *]: mean and log-std of eps (or x0).   x: bin centres.   x_t, t, schedule:
         as bfn_continuous_loss.   bins: K.   prediction: "eps" or "x0".   steps, seeds, index, row, noise, units: as
-        bfn_discrete_loss, noise [B, C, *]. The loss of n steps holds [B, C, *, K] numbers.
+        bfn_discrete_loss, noise [B, C, *]. The loss of n steps holds [B, C, *, K] numbers, the other
+        twice as many until backward.
     Returns: [B] fp32 (float64 for float64), differentiable in model_out.
     Raises:  TypeError, ValueError: a wrong shape, dtype or schedule, bins < 2, t as bfn_continuous_loss; steps without
         noise or the reverse.
