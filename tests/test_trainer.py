@@ -142,6 +142,9 @@ def test_bad_input(tmp_path):
     make(folder=tmp_path).run(until=1)
     with pytest.raises(ValueError, match="another run"):
         make(folder=tmp_path, batch=35).resume()
+    for other in ({"ema": 0.5}, {"warmup": 0.5}, {"clip_norm": 1.0}, {"weight_decay": 0.1}, {"betas": (0.8, 0.99)}):
+        with pytest.raises(ValueError, match="another run"):
+            make(folder=tmp_path, **other).resume()
     other = make(folder=tmp_path)
     other.net.body[0] = nn.Linear(4, 31)
     with pytest.raises(ValueError, match="another network"):

@@ -81,6 +81,7 @@ class Trainer:
             raise ValueError("keep=True needs a folder")
         self.epochs, self.batch, self.seed, self.progress = epochs, batch, seed, progress
         self.learning_rate, self.warmup, self.clip_norm = learning_rate, warmup, clip_norm
+        self.options = {"weight_decay": weight_decay, "betas": list(betas), "ema": ema}
         self.validate_every, self.keep, self.state = validate_every, keep, dict(state or {})
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
@@ -190,7 +191,7 @@ class Trainer:
     def resume(self, path: str | Path | None = None) -> bool:
         """Continues from a checkpoint (default: the folder's); False where there is none.
 
-        Raises: ValueError for a checkpoint of another run: other epochs, batch, data size, seed or network.
+        Raises: ValueError for a checkpoint of another run: other options, data size or network.
         """
         if path is None and self.folder is None:
             raise ValueError("resume needs a folder or a path")
@@ -228,7 +229,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         return {
             "epochs": self.epochs, "batch": self.batch, "samples": len(self.data[0]), "seed": self.seed,
-            "learning_rate": self.learning_rate,
+            "learning_rate": self.learning_rate, "warmup": self.warmup, "clip_norm": self.clip_norm, **self.options,
         }  # fmt: skip
 
 
