@@ -145,6 +145,17 @@ def test_training_entry(device):
         training.add_noise(x0, t, CHAIN, seeds=SEEDS.to(device), target=None)
 
 
+def test_registration(kernel_device):
+    x = torch.randn(2, 8, device=kernel_device)
+    seeds, t = torch.tensor([1, 2], device=kernel_device), torch.tensor([0, 1], device=kernel_device)
+    coef = torch.rand(2, 4, device=kernel_device)
+    for args in (
+        (x, None, coef, t, seeds, seeds, 0, 1, torch.empty_like(x), torch.empty_like(x)),
+        (x, x.clone(), coef, None, None, None, 0, 1, torch.empty_like(x), None),
+    ):
+        torch.library.opcheck(torch.ops.fastdiff.add_noise.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_time_out_of_range_is_nan_in_the_kernel(kernel_device):
     """Where the host does not look (CUDA), a wrong index gives NaN, not a value."""
     from fastdiff.ops import _noising

@@ -80,6 +80,15 @@ def test_the_kernel_equals_the_reference(
         assert ((given - got).abs() > 1e-6).float().mean() < 1e-3
 
 
+def test_registration(kernel_device: torch.device) -> None:
+    x, m = torch.randn(2, 8, device=kernel_device), torch.randn(2, 16, device=kernel_device)
+    coef, row = torch.rand(3, 2, device=kernel_device), torch.tensor([1], device=kernel_device)
+    seeds = torch.tensor([1, 2], device=kernel_device)
+    for sampled, key in ((True, seeds), (False, None)):
+        args = (x, m, coef, row, 8, sampled, key, None, 2, None, torch.empty_like(x))
+        torch.library.opcheck(torch.ops.fastdiff.binned.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_nan_stays() -> None:
     x, m = torch.zeros(1, 8), torch.zeros(1, 16)
     m[0, 3], m[0, 8 + 5] = torch.nan, torch.nan

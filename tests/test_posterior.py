@@ -108,6 +108,13 @@ def test_gradient(device):
     assert close(gradient, torch.full((2, 4), math.sqrt(bar[9]) * CHAIN.betas[10] / (1 - bar[10])))
 
 
+def test_registration(kernel_device):
+    x, coef = torch.randn(2, 8, device=kernel_device), torch.rand(4, 8, device=kernel_device)
+    t, variance = torch.tensor([0, 3], device=kernel_device), torch.empty(2, 2, device=kernel_device)
+    args = (x, x.clone(), coef, t, -1.0, 1.0, True, torch.empty_like(x), torch.empty_like(x), variance)
+    torch.library.opcheck(torch.ops.fastdiff.posterior.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_time_out_of_range_is_nan_in_the_kernel(kernel_device):
     x, coef = torch.ones(3, 5, device=kernel_device), torch.ones(10, 8, device=kernel_device)
     mean, x0, variance = torch.zeros_like(x), torch.zeros_like(x), torch.zeros(2, 3, device=kernel_device)
