@@ -73,9 +73,12 @@ def test_the_compiled_textbook_is_the_eager_one():
     x = start(plan, (1, 64))
     compiled = Textbook(plan, probe, compiled=True)
     assert gap(compiled(x), Textbook(plan, probe)(x)) < 1e-6
+    noisy = Case("scaled_linear_betas", "ddpm", 3).plan()
+    got, want = (Textbook(noisy, probe, compiled=c)(start(noisy, (1, 64)), generator(4)) for c in (True, False))
+    assert gap(got, want) < 1e-6
     before = len(Textbook.cache)
     compiled(x)
-    assert len(Textbook.cache) == before <= 4  # first, middle, last but one, last; nothing compiles twice
+    assert len(Textbook.cache) == before <= 6  # first, middle, last but one, last; noisy and not
 
 
 def test_classes_of_the_textbook_agree_without_noise():

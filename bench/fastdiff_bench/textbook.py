@@ -1,8 +1,9 @@
 """What one would write without fastdiff: the loop of a plan in plain torch operations, eager or through torch.compile.
 
 Every row does the least work a careful person would spell out: absent terms are left out, histories are kept by
-reference, predictions are shared, noise is one torch.randn. The compiled form fuses a row, its noise included, into one
-torch.compile'd function per row structure with the numbers as a tensor, so nothing recompiles between rows.
+reference, predictions are shared, noise is one torch.randn. The compiled form fuses a row into one torch.compile'd
+function per row structure with the numbers as a tensor, so nothing recompiles between rows; on a GPU it draws the noise
+too, on a CPU torch.randn does, since compiled code takes ten times as long for it there.
 """
 
 from __future__ import annotations
@@ -110,11 +111,9 @@ class Textbook:
             row = self.rows[i]
             seen = 2 * x.softmax(-1) - 1 if row.readout else x if self.c_in[i] == 1 else x * self.c_in[i]
             m = self.model(seen.to(self.dtype), self.times[i].expand(len(x)))
-            if self.compiled:
-                k, S = self._compiled_row(i, S, m)
-            else:
-                n = draw() if row.noisy else None
-                k, S = self._row(i, S, m.float(), n)
+            fused = self.compiled and self.device.type == "cuda"
+            n = draw() if row.noisy and not fused else None
+            k, S = self._compiled_row(i, S, m, n) if self.compiled else self._row(i, S, m.float(), n)
         return k if self.rows[-1].readout else S[0]  # type: ignore[return-value]
 
     def _row(self, i: int, S: list[Tensor | None], m: Tensor, n: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
@@ -144,15 +143,18 @@ class Textbook:
             new.append(total)
         return k, new
 
-    def _compiled_row(self, i: int, S: list[Tensor | None], m: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def _compiled_row(
+        self, i: int, S: list[Tensor | None], m: Tensor, n: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """n: the row's noise; None draws it inside the compiled function."""
         row, alias = self.rows[i], self.alias[i]
         kept = {j: a[1] for j, a in enumerate(alias) if a is not None and a[0] == "S"}  # slots that only move
         computed = tuple(j for j, terms in enumerate(row.slots) if terms and j not in kept)
-        key = (row, computed, m.shape, m.dtype, m.device)
+        key = (row, computed, n is None, m.shape, m.dtype, m.device)
         fn = self.cache.get(key)
         if fn is None:
-            fn = self.cache[key] = _compiled(row, computed, m.numel())
-        k, *out = fn(self.table[i], m, *[S[j] for j in _present(row)])
+            fn = self.cache[key] = _compiled(row, computed, m.numel(), inside=n is None)
+        k, *out = fn(self.table[i], m, *[S[j] for j in _present(row)], *([] if n is None else [n]))
         fresh = dict(zip(computed, out, strict=True))
         new = [S[kept[j]] if j in kept else fresh.get(j) for j in range(len(alias))]
         return k, new
@@ -168,7 +170,7 @@ def compiled(function: Callable[..., Any], elements: int) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, options=options)
 
 
-def _compiled(row: Row, computed: tuple[int, ...], elements: int) -> Callable[..., Any]:
+def _compiled(row: Row, computed: tuple[int, ...], elements: int, *, inside: bool) -> Callable[..., Any]:
     """torch.compile of one row. A code object of its own: Dynamo counts recompilations per code object."""
     present = _present(row)
     offsets, at = [], 4
@@ -185,7 +187,7 @@ def _compiled(row: Row, computed: tuple[int, ...], elements: int) -> Callable[..
             p = c[1] * m + c[0] * state[0] if row.skip else c[1] * m
             if row.clamp:
                 p = torch.minimum(torch.maximum(p, c[2]), c[3])
-        n = torch.randn_like(state[0]) if row.noisy else m
+        n = m if not row.noisy else torch.randn_like(state[0]) if inside else state[-1]
         out = []
         for slot in computed:
             total: Tensor | None = None
