@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["compile_static"]
+__all__ = ["ONE_THREAD", "compile_static", "unusable"]
 
 _broken: list[str] = []
 UNCHECKED: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}  # the buffers are fastdiff's own
@@ -39,12 +39,20 @@ def compile_static(
             compiled(*example)
         return compiled
     except Exception as error:  # any failure of the compiler has the same answer: eager
-        _broken.append(str(error))
+        unusable(error)
+        return None
+
+
+def unusable(error: Exception | None = None) -> bool:
+    """Has the CPU compiler failed in this process? With an error: it has now, which is said once."""
+    if error is not None and not _broken:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(
             f"the CPU compiler is not usable ({reason[0][:200]}); steps and noise run eagerly. "
             "Installing a C++ compiler (g++ or clang++) makes them several times faster.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-        return None
+    if error is not None:
+        _broken.append(str(error))
+    return bool(_broken)

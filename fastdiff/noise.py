@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
-from fastdiff.inductor import compile_static
+from fastdiff.native import normal_filler
 from fastdiff.plan import Plan
 
 __all__ = ["CallableNoise", "Noise", "NoiseFunction", "PhiloxNoise", "ReadoutNoise", "TorchNoise"]
@@ -49,16 +49,7 @@ class PhiloxNoise(Noise):
         self.buffer = torch.empty(self.count, *like.shape) if self.pairs else None
         self.streams, self.rows = (torch.zeros(max(1, self.count), dtype=torch.int64) for _ in range(2))
         self.block = -1
-        self.fill = self._compiled() if compiled and self.buffer is not None else None
-
-    def _compiled(self) -> Callable[..., object] | None:
-        batch, n = self.shape[0], self.shape[1:].numel()
-
-        def fill(seeds: Tensor, index: Tensor, streams: Tensor, rows: Tensor, out: Tensor) -> None:
-            out.view(self.count, batch, n).copy_(rng.normals(seeds, index, rows, streams, n))
-
-        example = [self.seeds, self.index, self.streams, self.rows, self.buffer]
-        return compile_static(fill, example, elements=self.count * batch * n)  # type: ignore[arg-type]
+        self.fill = normal_filler() if compiled and self.buffer is not None else None
 
     def reset(self, seeds: Tensor, index: Tensor) -> None:
         """New seeds [B] and sample indices [B], copied into the buffers a captured graph reads."""
@@ -90,7 +81,8 @@ class PhiloxNoise(Noise):
         if self.fill is not None:
             streams, rows = torch.tensor(pairs).unbind(1)
             self.streams[: len(pairs)], self.rows[: len(pairs)] = streams, rows
-            self.fill(self.seeds, self.index, self.streams, self.rows, self.buffer)
+            count = len(pairs)
+            self.fill(self.seeds, self.index, self.streams[:count], self.rows[:count], self.buffer[:count])
             return
         for stream in dict.fromkeys(s for s, _ in pairs):
             at = [i for i, (s, _) in enumerate(pairs) if s == stream]

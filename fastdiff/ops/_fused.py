@@ -1,7 +1,7 @@
 """Noising and loss on a CPU as compiled loops: the noise into the output's own memory, then the rest in place.
 
-One function per signature, made at its first call; both operations share the function that draws the noise, so the
-noise they use is the same bit for bit.
+One function per signature, made at its first call; both operations share the loop that draws the noise, so the noise
+they use is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdiff import rng
 from fastdiff.inductor import compile_static
+from fastdiff.native import normal_filler
 from fastdiff.ops import _dispatch
 
 log = logging.getLogger("fastdiff")
@@ -71,17 +72,19 @@ def run(name: str, fn: Callable[..., None], args: Sequence[Tensor], key: Hashabl
     return True
 
 
-def noise_into(out: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int) -> Tensor:
-    """Fills out [B, n], fp32 and contiguous, with rng.normal(seeds, (n,), row=row, stream=stream, index=index)."""
-    batch, n = out.shape
+def noise_into(
+    out: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, x: Tensor | None = None,
+    coef: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Fills out [B, n], fp32 and contiguous, with rng.normal(seeds, (n,), row=row, stream=stream, index=index).
 
-    def fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor) -> None:
-        out.copy_(rng.normals(seeds, index, rows, stream, n)[0])
-
-    rows = torch.full((1,), row, dtype=torch.int64)
+    With x and coef [B, 4] (fp32, contiguous): coef[:, 0] x + coef[:, 1] times that.
+    """
+    filler = normal_filler() if wanted([out], out.numel()) else None
+    if filler is None:
+        rng.normal(seeds, (out.shape[1],), row=row, stream=stream, index=index, out=out)
+        return out if x is None or coef is None else out.mul_(coef[:, 1:2]).add_(coef[:, :1] * x)
     index = torch.zeros_like(seeds) if index is None else index
-    if not wanted([out], out.numel()) or not run(
-        "noise", fill, [out, seeds.contiguous(), index.contiguous(), rows], stream
-    ):
-        rng.normal(seeds, (n,), row=row, stream=stream, index=index, out=out)
+    pair = (torch.full((1,), v, dtype=torch.int64) for v in (stream, row))
+    filler(seeds.contiguous(), index.contiguous(), *pair, out, x, coef)
     return out

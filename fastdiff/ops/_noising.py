@@ -178,9 +178,13 @@ class Noised(torch.autograd.Function):
 def _on_cpu(
     x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, outs: Sequence[Tensor]
 ) -> None:
-    """Writes outs from compiled loops; fp32 outputs receive the noise itself first, in the last one's memory."""
+    """Writes outs from compiled loops: x_t alone in one; else the noise in fp32 outputs' own memory, then the rest."""
     batch, n = x.shape[0], x.shape[1:].numel()
     flat = [o.view(batch, n) for o in outs]
+    coef = coef.expand(batch, 4).contiguous()
+    if len(outs) == 1 and x.dtype == outs[0].dtype == torch.float32:
+        _fused.noise_into(flat[0], seeds, index, row, stream, x.reshape(batch, n).contiguous(), coef)
+        return
     in_place = flat[-1].dtype == torch.float32
     z = _fused.noise_into(flat.pop() if in_place else torch.empty(batch, n), seeds, index, row, stream)
 
@@ -190,7 +194,7 @@ def _on_cpu(
         for out, value in zip(written, values, strict=True):
             out.copy_(value)
 
-    args = [x.reshape(batch, n).contiguous(), coef.expand(batch, 4).contiguous(), z, *flat]
+    args = [x.reshape(batch, n).contiguous(), coef, z, *flat]
     if not _fused.run("add_noise", fn, args, in_place):
         fn(*args)
 

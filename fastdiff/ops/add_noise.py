@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,9 @@ def add_noise(
         coef = _noising.table_of(schedule, f"add_noise {target}", x0.device, lambda: _columns(schedule, steps, target))
     else:
         coef, which_row = torch.stack(_columns(schedule, at, target), 1).float(), None
-    out = _noising.Noised.apply(
+    graded = torch.is_grad_enabled() and x0.requires_grad
+    run: Any = _noising.Noised.apply if graded or torch.compiler.is_compiling() else _noising.Noised.forward
+    out = run(
         x0, coef, which_row, keyed, which, row, stream, noise, dtype, target is not None, on_kernel
     )  # fmt: skip
     return out if target is not None else out[0]
