@@ -14,6 +14,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff import ops, training
 from fastdiff import schedules as S
+from fastdiff.training import bfn
 from tests.bfn_oracle import one_hot, posterior_logits
 
 C = S.BFNContinuous(0.02)
@@ -238,3 +239,19 @@ CLASSES = torch.zeros(2, 3, dtype=torch.int64)
 def test_bad_input(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("steps", [1, 20, 5000])
+def test_times_of_steps(steps):
+    """Every one begins a step, every step comes up equally often, and times between steps are refused."""
+    schedule = S.BFNDiscrete(3.0, 5)
+    t = fd.training.step_times(4000, steps, generator=torch.Generator().manual_seed(0))
+    i, _ = bfn.interval(t, schedule, steps)
+    assert torch.equal((1 - (i - 1) / steps).float(), t)
+    if steps == 20:
+        count = torch.bincount(i.long(), minlength=21)[1:]
+        assert float(((count - 200.0) ** 2 / 200).sum()) < 19 + 5 * 38**0.5
+    with pytest.raises(ValueError, match="beginning of a step"):
+        bfn.interval(torch.tensor([1 - 0.4 / steps]), schedule, steps)
+    with pytest.raises(ValueError, match="steps must be an int >= 1, got 0"):
+        fd.training.step_times(3, 0)

@@ -16,6 +16,7 @@ from fastdiff.training.times import (
     log_normal_times,
     logit_normal_times,
     low_discrepancy_times,
+    step_times,
     uniform_times,
 )
 from fastdiff.training.trainer import Trainer
@@ -40,6 +41,7 @@ __all__ = [
     "low_discrepancy_times",
     "prior_kl",
     "score",
+    "step_times",
     "uniform_times",
     "vlb_loss",
 ]

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fastdiff.schedules import Betas, Schedule
 
-__all__ = ["ImportanceTimes", "log_normal_times", "logit_normal_times", "low_discrepancy_times", "uniform_times"]
+__all__ = [
+    "ImportanceTimes",
+    "log_normal_times",
+    "logit_normal_times",
+    "low_discrepancy_times",
+    "step_times",
+    "uniform_times",
+]
 
 
 def uniform_times(
@@ -98,6 +105,27 @@ def logit_normal_times(
     _check_batch(batch)
     normal = torch.randn(batch, generator=generator, device=_device(generator, device), dtype=torch.float64)
     return _place(torch.sigmoid(mean + std * normal), schedule, None, None)
+
+
+def step_times(
+    batch: int,
+    steps: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The beginnings of uniformly drawn steps of a Bayesian flow's n: what its n-step losses take.
+
+        t = 1 - (i - 1)/n,  i uniform in 1 .. n
+
+    Args:    batch: B.   steps: n >= 1.   generator, device: as `uniform_times`.
+    Returns: t [B] float32.   Raises: TypeError, ValueError for a bad batch or number of steps.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an int >= 1, got {steps!r}")
+    _check_batch(batch)
+    i = torch.randint(steps, (batch,), generator=generator, device=_device(generator, device))
+    return (1.0 - i.double() / steps).float()
 
 
 class ImportanceTimes:
