@@ -323,6 +323,7 @@ def good():
         ({"scales": torch.ones(4, 2)}, ValueError, "go together"),
         ({"uncond": torch.zeros(4, 5), "guidance": torch.ones(1), "scales": torch.ones(4, 2)}, ValueError, "not both"),
         ({"uncond": torch.zeros(4, 5), "scales": torch.ones(4)}, ValueError, r"scales must have shape \(4, 2\)"),
+        ({"uncond": torch.zeros(4, 1), "scales": torch.ones(4, 2)}, ValueError, r"uncond must have shape \(4, 5\)"),
         ({"bound": torch.ones(3)}, ValueError, r"bound must have shape \(4,\), got \(3,\)"),
         ({"uncond": torch.zeros(4, 1), "guidance": torch.ones(1, 1)}, ValueError, "uncond"),
         ({"seeds": torch.zeros(4)}, TypeError, "int64, got float32"),

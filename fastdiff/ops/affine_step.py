@@ -8,7 +8,8 @@ from torch import Tensor
 from fastdiff import rng
 from fastdiff.ops import _dispatch
 from fastdiff.ops._dispatch import FLOATS, INTS, check_tensor, spread
-from fastdiff.plan import MAX_SLOTS, ROW_HEADER, row_width
+from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
+from fastdiff.plan import ROW_HEADER, row_width
 
 FIELDS = ("c_skip", "c_out", "lo", "hi", "c_in_next", "has_noise", "log_var_lo", "log_var_hi")
 
@@ -205,20 +206,9 @@ def _check(
         raise ValueError(f"state must be [P, B, *sample] with P >= 1, got {tuple(state.shape)}")
     shape = tuple(state.shape[1:])
     batch = shape[0]
-    if not isinstance(slots, int) or not 1 <= slots <= MAX_SLOTS:
-        raise ValueError(f"slots must be an int in 1..{MAX_SLOTS}, got {slots!r}")
     check_tensor("model_out", model_out, shape=shape, like=state)
-    check_tensor("table", table, dtypes=(torch.float32,), like=state, contiguous=True)
-    width = row_width(slots)
-    if table.dim() != 2 or table.shape[1] != width:
-        raise ValueError(f"table must be [N, {width}] for {slots} slots, got {tuple(table.shape)}")
-    check_tensor("row", row, dtypes=INTS, like=state)
-    if tuple(row.shape) not in ((1,), (batch,)):
-        raise ValueError(f"row must have shape (1,) or ({batch},), got {tuple(row.shape)}")
-    if not row.is_cuda and not torch.compiler.is_compiling() and row.numel():
-        low, high = int(row.min()), int(row.max())
-        if low < 0 or high >= table.shape[0]:
-            raise ValueError(f"row must be in 0..{table.shape[0] - 1}, got {low}..{high}")
+    check_table(table, slots, state)
+    check_row(row, table, batch, state)
     if guidance is not None and scales is not None:
         raise ValueError("give guidance (a weight) or scales (what a rule made of it), not both")
     if (uncond is None) != (guidance is None and scales is None):
@@ -229,21 +219,13 @@ def _check(
     for name, x, size in (("scales", scales, (batch, 2)), ("bound", bound, (batch,))):
         if x is not None:
             check_tensor(name, x, shape=size, dtypes=(torch.float32,), like=state)
-    if uncond is not None and guidance is not None:
+    if uncond is not None:
         check_tensor("uncond", uncond, shape=shape, like=state)
-        check_tensor("guidance", guidance, dtypes=(torch.float32,), like=state)
-        fits = guidance.dim() == 2 and guidance.shape[0] in (1, table.shape[0]) and guidance.shape[1] in (1, batch)
-        if guidance.numel() != 1 and not fits:
-            raise ValueError(
-                f"guidance must be one number or [{table.shape[0]} or 1, {batch} or 1], got {tuple(guidance.shape)}"
-            )
+    if guidance is not None:
+        check_guidance(guidance, table, batch, state)
     if seeds is not None and noise is not None:
         raise ValueError("give seeds (noise drawn in the kernel) or noise, not both")
-    if index is not None and seeds is None:
-        raise ValueError("index goes with seeds, which is None")
-    for name, x in (("seeds", seeds), ("index", index)):
-        if x is not None:
-            check_tensor(name, x, shape=(batch,), dtypes=(torch.int64,), like=state)
+    check_seeds(seeds, index, batch, state)
     if noise is not None:
         check_tensor("noise", noise, shape=shape, like=state)
     if variance is not None:

@@ -22,9 +22,10 @@ from fastdiff.ops._categorical import (
     vectors,
     with_rows,
 )
-from fastdiff.ops._dispatch import FLOATS, INTS, check_tensor, spread
+from fastdiff.ops._dispatch import FLOATS, check_tensor, spread
+from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
 from fastdiff.ops.affine_step import affine_step_ref
-from fastdiff.plan import MAX_SLOTS, ROW_HEADER, row_width
+from fastdiff.plan import ROW_HEADER, row_width
 
 
 def categorical_step(
@@ -199,33 +200,18 @@ def _check(
     check_rows("state", state, state.shape, state, (torch.float32,))
     if readout not in READOUTS:
         raise ValueError(f"unknown readout {readout!r}; valid: {', '.join(READOUTS)}")
-    if not isinstance(slots, int) or not 1 <= slots <= MAX_SLOTS:
-        raise ValueError(f"slots must be an int in 1..{MAX_SLOTS}, got {slots!r}")
     check_logits("model_out", model_out, shape=shape, like=state)
-    check_tensor("table", table, dtypes=(torch.float32,), like=state, contiguous=True)
-    width = row_width(slots)
-    if table.dim() != 2 or table.shape[1] != width:
-        raise ValueError(f"table must be [N, {width}] for {slots} slots, got {tuple(table.shape)}")
-    check_tensor("row", row, dtypes=INTS, like=state)
-    if tuple(row.shape) not in ((1,), (batch,)):
-        raise ValueError(f"row must have shape (1,) or ({batch},), got {tuple(row.shape)}")
-    if not row.is_cuda and not torch.compiler.is_compiling() and row.numel():
-        low, high = int(row.min()), int(row.max())
-        if low < 0 or high >= table.shape[0]:
-            raise ValueError(f"row must be in 0..{table.shape[0] - 1}, got {low}..{high}")
+    check_table(table, slots, state)
+    check_row(row, table, batch, state)
     if (uncond is None) != (guidance is None):
         raise ValueError(
             f"uncond and guidance go together: uncond is {'None' if uncond is None else 'given'}, "
             f"guidance is {'None' if guidance is None else 'given'}"
         )
-    if uncond is not None and guidance is not None:
+    if uncond is not None:
         check_tensor("uncond", uncond, shape=shape, like=state)
-        check_tensor("guidance", guidance, dtypes=(torch.float32,), like=state)
-        fits = guidance.dim() == 2 and guidance.shape[0] in (1, table.shape[0]) and guidance.shape[1] in (1, batch)
-        if guidance.numel() != 1 and not fits:
-            raise ValueError(
-                f"guidance must be one number or [{table.shape[0]} or 1, {batch} or 1], got {tuple(guidance.shape)}"
-            )
+    if guidance is not None:
+        check_guidance(guidance, table, batch, state)
     if gumbel is not None and readout != "sample":
         raise ValueError(f'gumbel goes with readout "sample", not with {readout!r}')
     if readout == "sample" and seeds is None and gumbel is None:
@@ -233,11 +219,7 @@ def _check(
     if seeds is not None and noise is not None and (gumbel is not None or readout != "sample"):
         given = "noise is" if gumbel is None else "noise and gumbel are"
         raise ValueError(f"seeds would draw nothing: {given} given")
-    if index is not None and seeds is None:
-        raise ValueError("index goes with seeds, which is None")
-    for name, x in (("seeds", seeds), ("index", index)):
-        if x is not None:
-            check_tensor(name, x, shape=(batch,), dtypes=(torch.int64,), like=state)
+    check_seeds(seeds, index, batch, state)
     for name, x in (("noise", noise), ("gumbel", gumbel)):
         if x is not None:
             check_tensor(name, x, shape=shape, like=state)

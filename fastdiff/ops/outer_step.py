@@ -8,8 +8,9 @@ from torch import Tensor
 from fastdiff import rng
 from fastdiff.ops import _dispatch
 from fastdiff.ops._dispatch import FLOATS, check_tensor
+from fastdiff.ops._row import check_table
 from fastdiff.ops.affine_step import affine_step_ref
-from fastdiff.plan import MAX_SLOTS, ROW_HEADER, row_width
+from fastdiff.plan import ROW_HEADER, row_width
 
 __all__ = ["outer_step", "outer_step_ref"]
 
@@ -45,13 +46,9 @@ def outer_step(
     """
     check_tensor("x", x)
     check_tensor("model_out", model_out, shape=x.shape, like=x)
-    check_tensor("table", table, dtypes=(torch.float32,), like=x, contiguous=True)
     if x.dim() < 1:
         raise ValueError("x must be [B, *sample], got a 0-d tensor")
-    if not isinstance(slots, int) or not 1 <= slots <= MAX_SLOTS:
-        raise ValueError(f"slots must be an int in 1..{MAX_SLOTS}, got {slots!r}")
-    if table.dim() != 2 or table.shape[1] != row_width(slots):
-        raise ValueError(f"table must be [N, {row_width(slots)}] for {slots} slots, got {tuple(table.shape)}")
+    check_table(table, slots, x)
     if not isinstance(row, int) or not 0 <= row < table.shape[0]:
         raise ValueError(f"row must be an int in 0..{table.shape[0] - 1}, got {row!r}")
     if slab is not None:
