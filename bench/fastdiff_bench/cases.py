@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,21 +61,29 @@ FULL: dict[str, tuple[str, ...]] = {
         "euler", "euler_ancestral", "heun", "dpm2", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde",
         "lms",
     ),
+    "edm_network": ("euler", "dpmpp_2m"),
+    "cosine_v": ("ipndm",),
     "flow": ("euler", "heun", "dpmpp_2m"),
     "bfncontinuous": ("bfn_continuous",),
     "bfndiscrete": ("bfn_discrete",),
 }  # fmt: skip
+# what is not a schedule of that name on the command line
 SCHEDULES = {
+    "edm_network": "edm",  # the raw network: c_in, c_skip and c_out are the sampler's work
+    "cosine_v": "cosine",
     "bfncontinuous": "bfncontinuous:sigma_1=0.02",
     "bfndiscrete": f"bfndiscrete:beta_1=3.0,num_classes={CLASSES}",
 }
-PREDICTION = {"edm": "x0", "flow": "flow"}
-# options of the plan that say what the stock samplers do
-OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+PREDICTION = {"edm": "x0", "edm_network": "edm", "cosine_v": "v", "flow": "flow"}
+# options of the plan that say what the stock samplers do, of `steps` where they depend on it
+OPTIONS: dict[tuple[str, str], dict[str, Any] | Callable[[int], dict[str, Any]]] = {
     ("scaled_linear_betas", "ddpm"): {"clip": (-1.0, 1.0)},
     ("cosine_betas", "ddpm"): {"clip": (-1.0, 1.0)},
     ("scaled_linear_betas", "unipc"): {"order": 2},
     ("scaled_linear_betas", "deis"): {"order": 2, "final": "min"},
+    ("scaled_linear_betas", "sa_solver"): {"few_steps": True, "final": "min"},
+    ("cosine_v", "ipndm"): {"t_start": 0.98},  # at t = 1 stock multiplies the first prediction's x0 by 0
+    ("flow", "dpmpp_2m"): lambda steps: {"t_start": 0.999, "t_end": 0.999 / steps},
     ("flow", "euler"): {"t_end": 1e-3},
     ("flow", "heun"): {"t_end": 1e-3},
     ("bfncontinuous", "bfn_discretised"): {"bins": 16},
@@ -98,7 +106,8 @@ class Case(NamedTuple):
         schedule = make_schedule(SCHEDULES.get(self.schedule, self.schedule))
         solve = getattr(fd.solvers, self.solver)
         prediction = {"prediction": PREDICTION[self.kind]} if self.kind in PREDICTION else {}
-        return solve(schedule, self.steps, **prediction, **OPTIONS.get((self.kind, self.solver), {}))
+        found = OPTIONS.get((self.kind, self.solver), {})
+        return solve(schedule, self.steps, **prediction, **(found(self.steps) if callable(found) else found))
 
     def state_shape(self, plan: fd.Plan, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the model's input: of a plan of classes [B, D, K], TEXT where no own shape was given."""

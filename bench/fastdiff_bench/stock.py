@@ -21,9 +21,11 @@ __all__ = ["INSTALL", "Stock", "diffusers_loop", "k_diffusion_loop"]
 INSTALL = {"diffusers": "pip install diffusers", "k-diffusion": "pip install --no-deps k-diffusion scipy"}
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 COSINE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2"}
+FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "flow_shift": 1.0}
 OVER_ALPHA = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
               "KDPM2DiscreteScheduler", "LMSDiscreteScheduler")  # fmt: skip
-# (schedule, solver) -> class and its configuration
+PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+# (schedule, solver) -> class and its configuration; a function in it is called with the plan
 DIFFUSERS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("scaled_linear_betas", "ddim"): ("DDIMScheduler", {"clip_sample": False}),
     ("scaled_linear_betas", "ddpm"): ("DDPMScheduler", {}),
@@ -37,10 +39,18 @@ DIFFUSERS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("scaled_linear_betas", "unipc"): ("UniPCMultistepScheduler", {}),
     ("scaled_linear_betas", "deis"): ("DEISMultistepScheduler", {}),
     ("scaled_linear_betas", "lms"): ("LMSDiscreteScheduler", {}),
+    ("scaled_linear_betas", "plms"): ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    ("scaled_linear_betas", "sa_solver"): ("SASolverScheduler", {"tau_func": lambda plan: lambda t: 1.0}),
+    ("scaled_linear_betas", "lcm"): ("LCMScheduler", {"clip_sample": False}),
     ("cosine_betas", "ddpm"): ("DDPMScheduler", {}),
     ("cosine_betas", "ddim"): ("DDIMScheduler", {"clip_sample": False}),
     ("flow", "euler"): ("FlowMatchEulerDiscreteScheduler", {}),
     ("flow", "heun"): ("FlowMatchHeunDiscreteScheduler", {}),
+    ("flow", "dpmpp_2m"): ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, **FLOW}),
+    ("edm_network", "euler"): ("EDMEulerScheduler", {}),
+    ("edm_network", "dpmpp_2m"): ("EDMDPMSolverMultistepScheduler", {}),
+    # it reads trained_betas as the sigmas of its grid, the end included
+    ("cosine_v", "ipndm"): ("IPNDMScheduler", {"trained_betas": lambda plan: [*plan.sigma.tolist(), 0.0]}),
 }
 K_DIFFUSION = {
     "euler": "sample_euler",
@@ -80,10 +90,10 @@ def diffusers_loop(case: Case, plan: fd.Plan, model: Model, dtype: torch.dtype, 
     chain = BETAS if case.kind == "scaled_linear_betas" else COSINE
     if case.kind.endswith("_betas"):
         config = {**chain, "timestep_spacing": "trailing", **config}
-    scheduler: Any = getattr(diffusers, name)(**config)
+    scheduler: Any = getattr(diffusers, name)(**{k: v(plan) if callable(v) else v for k, v in config.items()})
     draws = "generator" in _parameters(scheduler.step)
-    scaled = name in OVER_ALPHA  # these carry x / alpha and scale it for the model
-    start = 1.0 / float(plan.alpha[0]) if scaled else 1.0
+    scaled = name in (*OVER_ALPHA, *PRECONDITIONED)
+    start = 1.0 / float(plan.alpha[0]) if name in OVER_ALPHA else 1.0  # their state is x / alpha
 
     def loop(x: Tensor, generator: torch.Generator | None) -> Tensor:
         extra: dict[str, Any] = {"generator": generator} if draws else {}
