@@ -248,6 +248,7 @@ def test_a_pair_the_solver_refuses_is_said_in_its_words():
         (["--shapes", "1x0"], "unknown shape '1x0'; valid: policy, latent, batch"),
         (["--shapes", "big"], "unknown shape 'big'"),
         (["--kernels", "gemm"], "unknown kernel 'gemm'; valid: affine_step"),
+        (["--largest", "0"], "--largest must be in 10 .. 30, got 0"),
         (["--steps", "0"], "--steps must be >= 1, got 0"),
         (["--device", "cuda"], "no CUDA device"),
         (["--json", "/proc/x/a.json"], "--json: '/proc/x/a.json' cannot be written"),

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastdiff_bench import kernels, roofline
+from fastdiff_bench import kernels, options, roofline
 from fastdiff_bench.networks import NETWORKS, build
 
 CPU = torch.device("cpu")
@@ -54,6 +54,14 @@ def test_roofline_measures_sizes_and_draws_floors(tmp_path, monkeypatch, capsys)
     assert (plots / "roofline.png").stat().st_size > 10_000 and (plots / "report.html").exists()
     text = capsys.readouterr().out
     assert "2^10" in text and "launch floor" in text
+
+
+def test_sizes_end_at_the_largest_asked_for():
+    def sizes(*argv):
+        return roofline.exponents(options.Request(options.parser().parse_args(["--device", "cpu", *argv])))
+
+    assert sizes() == [10, 12, 14, 16, 18, 20, 22, 24] and sizes("--largest", "13") == [10, 12]
+    assert sizes("--largest", "28")[-2:] == [26, 28] and sizes("--quick", "--largest", "16") == [10, 16]
 
 
 def test_two_columns_that_disagree_stop_the_roofline(monkeypatch, capsys):

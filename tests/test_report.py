@@ -55,6 +55,20 @@ def test_the_main_table_is_printed_with_what_was_lost_and_all_rows_beside_the_re
     assert "copy 31.4 GB/s" in text and "bench/results/machine/2026-01-02/README.md" in text
     ((path, page),) = report.pages(tmp_path).items()
     assert path == folder / "README.md" and "| lms |" in page and "1x16x7" in page and "0.1 / 4" in page
+    # a roofline of the same day joins the page; a day that has nothing else has a page too
+    point = {"kernel": "add_noise", "dtype": "bf16", "elements": 1024, "column": "fastdiff eager", "gb_s": 3.14,
+             "us": {"median": 7.5}, "bytes_per_element": 4}  # fmt: skip
+    floors = {"environment": environment, "method": {"copy_gb_s": 31.4, "launch_floor_us": 0.75}, "rows": []}
+    alone = folder.with_name("2026-01-04")
+    alone.mkdir()
+    for place in (folder, alone):
+        (place / "roofline.json").write_text(json.dumps({**floors, "roofline": [point]}))
+    (alone / "roofline.png").write_bytes(b"")
+    both = report.pages(tmp_path)
+    line = "| add_noise | bf16 | 2^10 | 7.5 | 3.14 | 10 % |"
+    assert line in both[folder / "README.md"] and "| lms |" in both[folder / "README.md"]
+    assert line in both[alone / "README.md"] and "](roofline.png)" in both[alone / "README.md"]
+    assert "](roofline.png)" not in both[folder / "README.md"] and "launch floor 0.75 us" in both[alone / "README.md"]
     # the GPU's stands beside the CPU's
     other = tmp_path / "bench" / "results" / "board" / "2026-01-03"
     other.mkdir(parents=True)

@@ -20,6 +20,9 @@ from fastdiff_bench.networks import NETWORKS
 __all__ = ["Request", "add_options", "as_arguments", "parser"]
 
 
+SMALLEST, LARGEST = 10, 30  # log2 of a roofline's elements
+
+
 class Request:
     """A checked request; ValueError says what is wrong with it."""
 
@@ -49,6 +52,10 @@ class Request:
             reasons = "; ".join(r.why for r in self.refused) or "none of these solvers is benchmarked with it"
             raise ValueError(f"no case is left to run: {reasons}")
         self.json, self.plot = _file("--json", args.json), _folder("--plot", args.plot)
+        default = 28 if self.device.type == "cuda" else 24
+        self.largest = default if args.largest is None else args.largest
+        if not SMALLEST <= self.largest <= LARGEST:
+            raise ValueError(f"--largest must be in {SMALLEST} .. {LARGEST}, got {self.largest}")
         self.kernels = [pick("kernel", name, KERNELS) for name in _listed(args.kernels)] or list(KERNELS)
         self.stored = _stored(args.compare) if args.compare else None
         self.model_text = args.model
@@ -128,6 +135,9 @@ def _stored(text: str) -> dict[str, Any]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the main table."""
     parser.add_argument("--roofline", action="store_true", help="us against elements, with the floors, of each kernel")
+    parser.add_argument(
+        "--largest", type=int, metavar="N", help="of --roofline: to 2^N elements; 24 on a CPU, 28 on a GPU"
+    )
     parser.add_argument("--codegen", action="store_true", help="what the kernels compile to; no GPU is needed")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help=f"of --roofline, --codegen: {', '.join(KERNELS)}")
     parser.add_argument("--quick", action="store_true", help="fewer rows, one shape, shorter: under 2 minutes")

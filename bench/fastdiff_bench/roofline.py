@@ -1,6 +1,6 @@
 """us against elements for every kernel, dtype and column, beside what the machine cannot go below.
 
-    python -m fastdiff_bench.roofline [--quick] [--kernels ...] [--dtype ...] [--json FILE] [--plot DIR]
+    python -m fastdiff_bench.roofline [--quick] [--largest N] [--kernels ...] [--dtype ...] [--json FILE] [--plot DIR]
 
 The bandwidth floor is bytes an element (from the plan, or what an operation must read and write) over the measured copy
 bandwidth; the launch floor is the smallest operation there is.
@@ -19,7 +19,7 @@ from fastdiff_bench import options, tables
 from fastdiff_bench.energy import Meter
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.kernels import MAKERS, times
-from fastdiff_bench.options import Request
+from fastdiff_bench.options import LARGEST, SMALLEST, Request
 from fastdiff_bench.suite import BAD_INPUT, method, save
 from fastdiff_bench.timing import copy_bandwidth, launch_floor_us
 
@@ -30,10 +30,9 @@ GAP = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 3e-3}
 
 
 def exponents(request: Request) -> list[int]:
-    """log2 of the sizes: 2^10 to 2^28 on a GPU, to 2^24 on a CPU."""
-    last = 28 if request.device.type == "cuda" else 24
+    """log2 of the sizes: a quick run's few, or every second one up to the largest."""
     quick = [12, 20, 24, 26] if request.device.type == "cuda" else [10, 16, 20]
-    return quick if request.quick else list(range(10, last + 1, 2))
+    return [n for n in (quick if request.quick else range(SMALLEST, LARGEST + 1, 2)) if n <= request.largest]
 
 
 def points(
