@@ -15,12 +15,14 @@ import functools
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +316,10 @@ def hip_report(case: Case, arch: str) -> dict[str, Any]:
     }
 
 
+def _report(case: Case, backend: str, arch: Any) -> dict[str, Any]:
+    return nvidia_report(case, arch) if backend == "cuda" else hip_report(case, arch)
+
+
 def over_budget(case: Case, report: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
     """What a report exceeds, one line each; empty when it is within budget."""
     arch = report["target"].removeprefix("sm_")
@@ -359,9 +365,11 @@ def main(argv: list[str] | None = None) -> int:
     budgets = json.loads(BUDGETS.read_text())
     reports, failed = [], 0
     targets = [*(("cuda", a) for a in args.arch), *(("hip", h) for h in args.hip)]
-    for backend, arch in targets:
-        for case in (c for c in cases(32 if backend == "cuda" else 64) if args.only in c.name):
-            report = nvidia_report(case, arch) if backend == "cuda" else hip_report(case, arch)
+    work = [(c, backend, a) for backend, a in targets for c in cases(32 if backend == "cuda" else 64)
+            if args.only in c.name]  # fmt: skip
+    workers = max(1, min(len(work), os.cpu_count() or 1))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for (case, backend, _), report in zip(work, pool.map(_report, *zip(*work, strict=True)), strict=True):
             missed = over_budget(case, report, budgets) if backend == "cuda" else []
             failed += bool(missed)
             reports.append({**report, "over_budget": missed})
