@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -35,12 +36,22 @@ def compile_static(
         with torch.no_grad():
             graph = make_fx(fn)(*example)
             threads = {"cpp.threads": 1} if elements < ONE_THREAD else {}
-            compiled = inductor_compile(graph, list(example), options=UNCHECKED | threads)
+            with _cacheable():
+                compiled = inductor_compile(graph, list(example), options=UNCHECKED | threads)
             compiled(*example)
         return compiled
     except Exception as error:  # any failure of the compiler has the same answer: eager
         unusable(error)
         return None
+
+
+def _cacheable() -> AbstractContextManager[Any]:
+    """Inductor keeps a graph for later processes only where it finds a shape environment, even of fixed shapes."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)))
 
 
 def unusable(error: Exception | None = None) -> bool:

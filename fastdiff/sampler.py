@@ -126,7 +126,9 @@ class Sampler:
         )
         if compiled:
             log.warning(
-                "compiling the step and noise of %s for shape %s (once, about 20 s)", self.plan.name, request.shape
+                "compiling the step and noise of %s for shape %s (about 20 s; later processes find it in a cache)",
+                self.plan.name,
+                request.shape,
             )
         run = make_run(self.model, self.plan, request, compiled=compiled)
         run.bind(self._model(o.mode), o.cond, o.uncond)

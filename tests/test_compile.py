@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache
 
 from fastdiff import ops, solvers
 from fastdiff import schedules as S
+from fastdiff.inductor import compile_static
 
 CHAIN = S.Betas(S.linear_betas(100))
 X = torch.linspace(-2, 2, 60).view(3, 4, 5)
@@ -40,3 +42,19 @@ def test_fullgraph(fn: Callable[..., Any], t: torch.Tensor) -> None:
     want, got = fn(X, t), torch.compile(fn, fullgraph=True)(X, t)
     for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (want, got)), strict=True):
         assert (a - b).abs().max() <= 2e-6
+
+
+@pytest.mark.compiled
+def test_a_compiled_loop_is_kept_for_later_processes():
+    """Inductor skips its cache for a graph without a shape environment: each process would compile again."""
+    from torch._dynamo.utils import counters
+
+    x = torch.arange(5.0)
+    with fresh_cache():
+        for found in ("fxgraph_cache_miss", "fxgraph_cache_hit"):
+            counters.clear()
+            compiled = compile_static(lambda a: (a * 3.25 + 1,), [x], elements=5)
+            if compiled is None:
+                pytest.skip("no C++ compiler")
+            assert counters["inductor"][found] == 1 and counters["inductor"]["fxgraph_cache_bypass"] == 0
+            assert torch.equal(compiled(x)[0], x * 3.25 + 1)

@@ -60,7 +60,7 @@ def run(request: Request, model: Callable[..., Any] | None = None, *, say: Calla
         "rows": [],
     }  # fmt: skip
     settings = Settings(
-        device, request.columns, rounds=41, seconds=2.0 if request.quick else 3.0,
+        device, request.columns, rounds=41, seconds=1.5 if request.quick else 3.0,
         model=model, copy_gb_s=copy, meter=meter,
     )  # fmt: skip
     work = request.work()
