@@ -7,6 +7,7 @@ import torch
 
 from fastdiff_bench import kernels, options, roofline
 from fastdiff_bench.networks import NETWORKS, build
+from fastdiff_bench.textbook import compiled
 
 CPU = torch.device("cpu")
 COLUMNS = ("torch", "diffusers", "fastdiff eager")
@@ -74,3 +75,18 @@ def test_two_columns_that_disagree_stop_the_roofline(monkeypatch, capsys):
     monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
     with pytest.raises(RuntimeError, match="differs by 5.0e-01"):
         roofline.main(["--quick", "--no-compile", "--kernels", "add_noise"])
+
+
+@pytest.mark.compiled
+def test_torch_compile_stays_compiled_over_more_sizes_than_dynamo_compiles_one_function_for():
+    """Past its limit of recompilations Dynamo runs a function eagerly: the column would be another one."""
+    frames = []
+
+    def scale(x):
+        frames.append(torch.compiler.is_compiling())
+        return 2 * x
+
+    for n in range(1, 12):
+        x = torch.arange(float(n))
+        assert torch.equal(compiled(scale, n)(x), 2 * x)
+    assert len(frames) == 11 and all(frames)  # traced once a size, never called as it is

@@ -350,14 +350,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="*", type=int, default=[80, 89, 90, 100], help="NVIDIA targets, sm_<arch>")
     parser.add_argument("--hip", nargs="*", default=[], help="AMD targets, for instance gfx942 (reported, no budget)")
-    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="only cases whose name contains one of these")
     parser.add_argument("--json", metavar="FILE", help="write all reports to a file")
     args = parser.parse_args(argv)
+    asked = lambda case: any(part in case.name for part in args.only)  # noqa: E731
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("codegen compiles for real targets: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    if not any(args.only in c.name for c in cases()):
-        print(f"no case contains {args.only!r}; there are: {', '.join(c.name for c in cases())}", file=sys.stderr)
+    if not any(asked(c) for c in cases()):
+        print(
+            f"no case contains {' or '.join(args.only)}; there are: {', '.join(c.name for c in cases())}",
+            file=sys.stderr,
+        )
         return 2
     import triton
 
@@ -366,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     reports, failed = [], 0
     targets = [*(("cuda", a) for a in args.arch), *(("hip", h) for h in args.hip)]
     work = [(c, backend, a) for backend, a in targets for c in cases(32 if backend == "cuda" else 64)
-            if args.only in c.name]  # fmt: skip
+            if asked(c)]  # fmt: skip
     workers = max(1, min(len(work), os.cpu_count() or 1))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for (case, backend, _), report in zip(work, pool.map(_report, *zip(*work, strict=True)), strict=True):

@@ -8,6 +8,7 @@ too, on a CPU torch.randn does, since compiled code takes ten times as long for 
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,7 @@ from fastdiff.readout import CATEGORICAL
 __all__ = ["Textbook", "compiled"]
 
 Model = Callable[[Tensor, Tensor], Tensor]
+_count = itertools.count()
 
 
 class Row(NamedTuple):
@@ -164,14 +166,18 @@ def compiled(function: Callable[..., Any], elements: int) -> Callable[..., Any]:
     """torch.compile for fixed shapes; little work stays on one CPU thread, as fastdiff's own loops do.
 
     By default torch wakes a second thread for 2^14 elements, which costs more than it gains, and milliseconds on a busy
-    machine: the comparison is with the better setting.
+    machine: the comparison is with the better setting. Each gets a code object of its own: Dynamo counts recompilations
+    per code object, and past eight of them, all sizes and dtypes together, it runs the function eagerly.
     """
     options: dict[str, Any] | None = {"cpp.threads": 1} if elements < ONE_THREAD else None
-    return torch.compile(function, dynamic=False, options=options)
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_count)}")
+    own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    return torch.compile(own, dynamic=False, options=options)
 
 
 def _compiled(row: Row, computed: tuple[int, ...], elements: int, *, inside: bool) -> Callable[..., Any]:
-    """torch.compile of one row. A code object of its own: Dynamo counts recompilations per code object."""
+    """torch.compile of one row."""
     present = _present(row)
     offsets, at = [], 4
     for terms in row.slots:
@@ -198,5 +204,4 @@ def _compiled(row: Row, computed: tuple[int, ...], elements: int, *, inside: boo
             out.append(total)
         return (k, *out)
 
-    code = step.__code__.replace(co_name=f"row_{len(Textbook.cache)}")
-    return compiled(types.FunctionType(code, globals(), code.co_name, None, step.__closure__), elements)
+    return compiled(step, elements)

@@ -45,7 +45,7 @@ def run_bench(args: argparse.Namespace) -> int:
     request = Request(args)
     if args.codegen:
         command = ["fastdiff_bench.codegen", *(QUICK_TARGETS if args.quick else TARGETS)]
-        command += ["--only", request.kernels[0]] if args.kernels else []
+        command += ["--only", *request.kernels] if args.kernels else []
         command += ["--json", args.json] if args.json else []
     else:
         command = ["fastdiff_bench.roofline" if args.roofline else "fastdiff_bench.suite", *as_arguments(args)]
