@@ -10,7 +10,7 @@ import torch
 import fastdiff as fd
 from fastdiff.cli import main
 from fastdiff.reference import reference_sample
-from fastdiff_bench import cases, options, page, stock, suite, tables, throughput, timing, warmup
+from fastdiff_bench import cases, options, page, stock, suite, tables, throughput, timing
 from fastdiff_bench.cases import Case
 from fastdiff_bench.textbook import Textbook
 
@@ -286,37 +286,6 @@ def test_pictures_without_matplotlib_are_refused_before_anything_is_measured(mon
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "--quick", "--plot", str(tmp_path / "p")]) == 2
     assert "--plot: pictures need matplotlib: pip install" in capsys.readouterr().err
-
-
-def test_what_compiles_is_compiled_by_processes_of_their_own_before_the_clock(monkeypatch, capsys):
-    ran = []
-
-    class Process:
-        def __init__(self, command, **options):
-            ran.append(command[3:])
-
-        def wait(self):
-            return 0
-
-        def terminate(self):
-            pass
-
-    monkeypatch.setattr(warmup.subprocess, "Popen", Process)
-    assert warmup.warm(["--quick", "--json", "a.json", "--plot", "d", "--steps", "3"], workers=2) == 0
-    assert ran == [["0", "2", "--quick", "--steps", "3"], ["1", "2", "--quick", "--steps", "3"]]
-    monkeypatch.setattr(warmup.os, "cpu_count", lambda: 2)
-    assert warmup.worth_warming(options_of("--quick"))
-    for argv in (["--no-compile"], ["--model", "mlp"], ["--schedules", "vp", "--solvers", "ddim"]):
-        assert not warmup.worth_warming(options_of("--quick", *argv))  # nothing compiles; a user's model; one row
-
-
-def test_the_workers_share_all_rows(monkeypatch):
-    made = []
-    monkeypatch.setattr(warmup, "ready", lambda case, plan, shape, *rest: made.append((case.solver, shape)))
-    for i in ("0", "1", "2"):
-        assert warmup.main([i, "3", "--quick"]) == 0
-    want = [(c.solver, c.state_shape(c.plan(), shape)) for c, shape, _ in options_of("--quick").work()]
-    assert sorted(made) == sorted(want)
 
 
 @pytest.mark.compiled

@@ -23,7 +23,6 @@ from fastdiff_bench.networks import build
 from fastdiff_bench.options import Request
 from fastdiff_bench.throughput import ModelError, Settings, measure
 from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, malloc_is_set
-from fastdiff_bench.warmup import warm, worth_warming
 
 __all__ = ["main", "run"]
 
@@ -108,9 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fastdiff").setLevel(logging.ERROR)  # what compiles is known here
     try:
         request = Request(args)
-        if worth_warming(request):
-            print("compiling on every core, before anything is timed", file=sys.stderr, flush=True)
-            warm(options.as_arguments(args))
         model = None
         if args.model:
             model = build(args.model, request.device) if request.network else load_model(args.model)

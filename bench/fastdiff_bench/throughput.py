@@ -19,7 +19,7 @@ from fastdiff_bench.tables import best
 from fastdiff_bench.textbook import Textbook
 from fastdiff_bench.timing import interleave, paired, summary
 
-__all__ = ["ModelError", "Settings", "measure", "ready"]
+__all__ = ["ModelError", "Settings", "measure"]
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ROUNDS = 41
@@ -150,13 +150,13 @@ def _start(plan: fd.Plan, shape: tuple[int, ...], device: torch.device) -> Tenso
     return (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * plan.init_scale).to(device)
 
 
-def ready(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype_name: str, dtype: torch.dtype,
-          set_: Settings) -> tuple[dict[str, Any], dict[str, Column], Tensor]:  # fmt: skip
-    """A row of the table before its times: what it is, its columns compared, compiled and captured, and the start.
+def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dtype, set_: Settings) -> dict[str, Any]:
+    """One row of the table: seconds of whole loops, a step's share, compared outputs, and what else a loop costs.
 
-    Raises: ModelError where the given model does.
+    Raises: ModelError where the given model does; ValueError for a case that does not exist.
     """
-    device = set_.device
+    plan, device = case.plan(), set_.device
+    shape = case.state_shape(plan, shape)
     row: dict[str, Any] = {
         "schedule": case.schedule, "solver": case.solver, "shape": list(shape), "dtype": dtype_name,
         "steps": case.steps, "nfe": plan.nfe, "slots": plan.slots, "stochastic": plan.stochastic, "skipped": {},
@@ -203,18 +203,6 @@ def ready(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype_name: str, dt
         for name, gap in row["differs"].items():
             if name.startswith("fastdiff") and gap > TOLERANCE[dtype]:
                 raise RuntimeError(f"{case.schedule} {case.solver}: {name} differs from fastdiff's first by {gap:.1e}")
-    return row, columns, x_T
-
-
-def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dtype, set_: Settings) -> dict[str, Any]:
-    """One row of the table: seconds of whole loops, a step's share, compared outputs, and what else a loop costs.
-
-    Raises: ModelError where the given model does; ValueError for a case that does not exist.
-    """
-    plan, device = case.plan(), set_.device
-    shape = case.state_shape(plan, shape)
-    row, columns, x_T = ready(case, plan, shape, dtype_name, dtype, set_)
-    with torch.no_grad():
         runs = {name: partial(column.run, x_T, None) for name, column in columns.items()}
         prepare = {name: column.prepare for name, column in columns.items()}
         times = interleave(runs, rounds=set_.rounds, seconds=set_.seconds, device=device, prepare=prepare)
