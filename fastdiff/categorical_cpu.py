@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff import rng
+from fastdiff import native, rng
 from fastdiff.cpu import HostRow
 from fastdiff.gumbel import SCALE, gumbel_of, logistic_of
 from fastdiff.inductor import compile_static
@@ -79,7 +80,11 @@ def gumbels(draws: Draws, row: Tensor, first: int | Tensor, size: Sequence[int])
 
 
 def drawn(draws: Draws, row: Tensor, stream: int, first: int, size: Sequence[int]) -> Tensor:
-    """`normals` (stream 1) or `gumbels` (stream 2) eagerly, in buffers that are kept."""
+    """`normals` (stream 1) or `gumbels` (stream 2) eagerly: by the native loop, or in buffers that are kept."""
+    kind = "normal" if stream == rng.ROWS else _kind(size[2])
+    made = native.draw(*draws, row, stream, size[1] * size[2], kind=kind, first=first)
+    if made is not None:
+        return made.view(*size)
     seeds, index = (v.view(-1, 1) for v in draws)
     n = size[1] * size[2]
     quads = (n + 3) // 4
@@ -93,6 +98,11 @@ def drawn(draws: Draws, row: Tensor, stream: int, first: int, size: Sequence[int
         if size[2] > 1:
             out.mul_(SCALE).add_(2.0**-33).neg_().log1p_().neg_().log_().neg_()
     return out.flatten(1)[:, :n].view(*size)
+
+
+def _kind(width: int) -> str:
+    """What a class is drawn by."""
+    return "logistic" if width == 1 else "gumbel"
 
 
 def weighted(m: Tensor, uncond: Tensor | None, w: Tensor | None) -> Tensor:
@@ -200,6 +210,8 @@ class CompiledStep:
         self.state, self.table, self.slots, self.classes = state, table, slots, classes
         self.copies = model_in.split(batch)
         self.parts = [(p, torch.tensor(p.d0 * width // 4)) for p in chunks(batch, tokens, width)]
+        most = max((p.size[0] * p.size[1] * width for p, _ in self.parts), default=0)
+        self.drawn = state.new_empty(2, most) if native.usable(state) else None  # normals and Gumbel numbers of a chunk
         self.functions: dict[tuple[object, ...], Callable[..., object] | None] = {}
 
     def __call__(self, readout: str, row: Tensor, m: Tensor, **given: Tensor | None) -> bool:
@@ -212,10 +224,12 @@ class CompiledStep:
             args = [part.of(self.state), *map(part.of, self.copies), part.of(m)]
             if self.classes is not None:
                 args.append(self.classes[part.b0 : part.b1, part.d0 : part.d1])
-            args += [self.table, row, first, *(self._cut(part, name, value) for name, value in present.items())]
-            key = (readout, part.size, m.dtype, m.stride(), tuple(present))
+            options = {name: self._cut(part, name, value) for name, value in present.items()}
+            self._draw(readout, row, part, options)
+            args += [self.table, row, first, *options.values()]
+            key = (readout, part.size, m.dtype, m.stride(), tuple(options))
             if key not in self.functions:
-                fn = self._function(readout, tuple(present))
+                fn = self._function(readout, tuple(options))
                 kept = [v.clone() for v in args]
                 self.functions[key] = compile_static(fn, args, elements=part.of(m).numel())
                 for v, before in zip(args, kept, strict=True):
@@ -225,6 +239,23 @@ class CompiledStep:
                 return False
             compiled(*args)
         return True
+
+    def _draw(self, readout: str, row: Tensor, part: Chunk, options: dict[str, Tensor]) -> None:
+        """Puts the noise that seeds stand for in their place, where there is a native loop."""
+        if self.drawn is None or "seeds" not in options:
+            return
+        seeds = options.pop("seeds")
+        index = options.pop("index", None)
+        index = torch.zeros_like(seeds) if index is None else index
+        width = self.state.shape[-1]
+        size = (*part.size, width)
+        for name, out in zip(("noise", "gumbel"), self.drawn, strict=True):
+            if name in options or (name == "gumbel" and readout != "sample"):
+                continue
+            kind, stream = ("normal", rng.ROWS) if name == "noise" else (_kind(width), rng.CATEGORICAL)
+            options[name] = out[: math.prod(size)].view(size)
+            which = torch.full((1,), stream, dtype=torch.int64)
+            native.fill(options[name][None], seeds, index, which, row.long(), kind=kind, first=part.d0 * width // 4)
 
     def _cut(self, part: Chunk, name: str, value: Tensor) -> Tensor:
         if name in ("seeds", "index"):

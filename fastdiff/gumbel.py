@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff import rng
+from fastdiff import native, rng
 
 SCALE = 2.0**-32 - 2.0**-56  # one rounding less than 2^-32: the largest word stays below 1
 
@@ -43,7 +43,11 @@ def logistic_of(i: Tensor) -> Tensor:
 
 
 def gumbels(seeds: Tensor, index: Tensor, rows: Tensor, n: int, *, logistic: bool = False) -> Tensor:
-    """The draws of a batch in one traceable expression: seeds, index int64 [B], rows int64 [1 or B] -> fp32 [B, n]."""
+    """The draws of a batch, traceable: seeds, index int64 [B], rows int64 [1 or B] -> fp32 [B, n]."""
+    kind = "logistic" if logistic else "gumbel"
+    drawn = native.draw(seeds, index, rows, rng.CATEGORICAL, n, kind=kind)
+    if drawn is not None:
+        return drawn
     counter = torch.arange((n + 3) // 4, device=seeds.device)
     return gumbels_at(counter, seeds.view(-1, 1), index.view(-1, 1), rows.view(-1, 1), n, logistic=logistic)
 

@@ -1,4 +1,4 @@
-"""Normals on a CPU by a compiled loop, fastdiff_kernels/normal_cpu.cpp, built once a machine by torch's toolchain."""
+"""Noise on a CPU by compiled loops, fastdiff_kernels/noise_cpu.cpp, built once a machine by torch's toolchain."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import ctypes
 import functools
 import importlib.resources
 import platform
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastdiff.inductor import ONE_THREAD, unusable
 
-__all__ = ["fill_normal", "normal_filler"]
+__all__ = ["available", "draw", "fill", "plain", "usable"]
 
 # Inductor writes its own vector code and forbids the compiler's; a square root that sets errno is no vector code
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
-Filler = Callable[..., None]
+KINDS = ("normal", "gumbel", "logistic")
 
 
 @functools.cache
@@ -27,40 +27,70 @@ def _library() -> ctypes.CDLL | None:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        source = importlib.resources.files("fastdiff_kernels").joinpath("normal_cpu.cpp").read_text()
+        source = importlib.resources.files("fastdiff_kernels").joinpath("noise_cpu.cpp").read_text()
         wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
         library = CppCodeCache.load(source, device_type="cpu", extra_flags=(*FLAGS, *wide))
-        library.fill_normal.restype = None
-        library.fill_normal.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 3, ctypes.c_int]
+        library.fill_noise.restype = None
+        library.fill_noise.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 3]
         return library
     except Exception as error:  # any failure of the compiler has the same answer: eager
         unusable(error)
         return None
 
 
-def normal_filler() -> Filler | None:
-    """The function (seeds [B], index [B], streams [k], rows [k], out [k, B, n]) that fills out with normals.
-
-    Returns: None (and one warning a process) where no C++ compiler works. The first call on a machine takes 2 s.
-    Numerics: the integers of rng.normal; values within 2e-6 of it, the same in any batch, position and thread count.
-    """
-    return None if _library() is None else fill_normal
+def available() -> bool:
+    """Are there loops? False, and one warning a process, without a C++ compiler. A machine's first call takes 3 s."""
+    return _library() is not None
 
 
-def fill_normal(
-    seeds: Tensor, index: Tensor, streams: Tensor, rows: Tensor, out: Tensor, x: Tensor | None = None,
-    coef: Tensor | None = None,
+def plain(tensors: Sequence[Tensor]) -> bool:
+    """Tensors on the CPU whose memory a loop may touch: outside of tracing and of functorch, no subclasses."""
+    if torch.compiler.is_compiling() or any(
+        type(a) not in (Tensor, torch.nn.Parameter) or not a.is_cpu for a in tensors
+    ):
+        return False
+    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.maybe_current_level() is None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """`plain` and `available`."""
+    return plain(tensors) and available()
+
+
+def fill(
+    out: Tensor, seeds: Tensor, index: Tensor, streams: Tensor, rows: Tensor, *, kind: str = "normal", first: int = 0,
+    paired: bool = False, x: Tensor | None = None, coef: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out[i, b] = n = rng.normal(seeds[b], row=rows[i], stream=streams[i], index=index[b]).
+    """out[i, b] = n = the noise of (seeds[b], index[b], streams[i], rows[i]), from Philox counter `first` on.
 
     With x and coef, for one row: out[b] = coef[b, 0] x[b] + coef[b, 1] n.
-    Args: seeds, index: int64 [B]. streams, rows: int64 [k]. out: fp32 [k, B, *sample]. x: fp32 [B, *sample]. coef: fp32
-        [B, 4]. All on the CPU, contiguous.
+    Args: out: fp32 [k, B, *sample]. seeds, index: int64 [B]. streams, rows: int64 [k]; paired: k = 1, rows [B], one a
+        sample. kind: "normal", "gumbel" or "logistic". x: fp32 [B, *sample]. coef: fp32 [B, 4]. out, x and coef
+        contiguous; all `usable`.
+    Numerics: the integers of rng.normal and fastdiff.gumbel; normals within 2e-6 of theirs, Gumbel and logistic numbers
+        within 4e-6, the same in any batch, position and thread count.
     """
     library = _library()
     assert library is not None
-    k, batch = rows.shape[0], seeds.shape[0]
-    n = out.numel() // max(1, k * batch)
+    if out.numel() == 0:
+        return
+    k, batch = streams.shape[0], seeds.shape[0]
+    held = (out, seeds.contiguous(), index.contiguous(), streams.contiguous(), rows.contiguous(), x, coef)
     threads = 1 if out.numel() < ONE_THREAD else torch.get_num_threads()
-    pointers = (None if v is None else v.data_ptr() for v in (out, seeds, index, streams, rows, x, coef))
-    library.fill_normal(*pointers, k, batch, n, threads)
+    pointers = (None if v is None else v.data_ptr() for v in held)
+    n = out.numel() // (k * batch)
+    library.fill_noise(*pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads)
+
+
+def draw(
+    seeds: Tensor, index: Tensor, row: Tensor, stream: int, n: int, *, kind: str = "normal", first: int = 0
+) -> Tensor | None:
+    """fp32 [B, n] of one row [1] or one a sample [B]; None where the loops are not `usable`."""
+    if not usable(seeds, index, row):
+        return None
+    out = torch.empty(1, seeds.shape[0], n)
+    fill(
+        out, seeds, index, torch.full((1,), stream, dtype=torch.int64), row.long(), kind=kind, first=first,
+        paired=row.shape[0] > 1,
+    )  # fmt: skip
+    return out[0]

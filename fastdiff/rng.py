@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdiff import native
+
 M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
@@ -68,6 +70,16 @@ def normals(seeds: Tensor, index: Tensor, rows: Tensor, stream: int | Tensor, n:
 def paired_normals(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
     """`normals` with one row a sample: seeds, index, rows int64 [B] -> fp32 [B, n]."""
     return _expression(seeds.view(-1, 1), index.view(-1, 1), rows.view(-1, 1), stream, n)
+
+
+def row_normals(seeds: Tensor, index: Tensor, row: Tensor, stream: int, n: int) -> Tensor:
+    """The noise of one row [1] or one a sample [B], traceable: seeds, index int64 [B] -> fp32 [B, n]."""
+    drawn = native.draw(seeds, index, row, stream, n)
+    if drawn is not None:
+        return drawn
+    return (
+        normals(seeds, index, row, stream, n)[0] if row.numel() == 1 else paired_normals(seeds, index, row, stream, n)
+    )
 
 
 def _expression(seeds: Tensor, index: Tensor, rows: Tensor, stream: int | Tensor, n: int) -> Tensor:
@@ -202,6 +214,8 @@ def normal(
         torch.ops.fastdiff.normal(flat, keyed, which, rows, stream)
     elif torch.compiler.is_compiling():
         flat.copy_(normals(keyed, which, rows, stream, n))
+    elif native.usable(flat, keyed, which, rows):
+        native.fill(flat, keyed, which, torch.full((rows.numel(),), stream, dtype=torch.int64), rows)
     else:
         _fill(flat, keyed, which, rows, stream)
     return out

@@ -1,65 +1,125 @@
-"""The CPU's own loop of normals: against the reference, in any batch and position, on any number of threads."""
+"""The CPU's own loops of noise: against the reference, in any batch and position, on any number of threads."""
 
 import pytest
 import torch
 
-from fastdiff import rng
-from fastdiff.native import normal_filler
+from fastdiff import native, rng
+from fastdiff.gumbel import gumbels_at
 
 
-@pytest.fixture(scope="module")
-def fill():
-    found = normal_filler()
-    if found is None:
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    if not native.available():
         pytest.skip("no C++ compiler")
-    return found
 
 
-def drawn(fill, seeds, index, pairs, n):
+def drawn(seeds, index, pairs, n, **options):
     streams, rows = (torch.tensor(v) for v in zip(*pairs, strict=True))
     out = torch.full((len(pairs), len(seeds), n), float("nan"))
-    fill(seeds, index, streams, rows, out)
+    native.fill(out, seeds, index, streams, rows, **options)
     return out
 
 
+SEEDS, INDEX = torch.tensor([0, 7, 2**62 + 5, 2**63 - 1]), torch.tensor([0, 1, 3, 2**31 + 1])
+
+
 @pytest.mark.parametrize("n", [1, 3, 255, 256, 257, 70000])
-def test_equals_the_reference(fill, n):
-    seeds, index = torch.tensor([0, 7, 2**62 + 5, 2**63 - 1]), torch.tensor([0, 1, 3, 2**31 + 1])
-    got = drawn(fill, seeds, index, [(0, 1), (1, 0), (1, 49)], n)
+def test_equals_the_reference(n):
+    got = drawn(SEEDS, INDEX, [(0, 1), (1, 0), (1, 49)], n)
     for i, (stream, row) in enumerate([(0, 1), (1, 0), (1, 49)]):
-        want = rng.normals(seeds, index, torch.tensor([row]), stream, n)[0]
+        want = rng.normals(SEEDS, INDEX, torch.tensor([row]), stream, n)[0]
         assert (got[i] - want).abs().max() <= 2e-6
 
 
-def test_tails_and_ends(fill):
+@pytest.mark.parametrize("n", [1, 3, 256, 70001])
+def test_the_eager_reference_is_the_same(n):
+    """rng.normal takes the loop; its torch form in passes, without a compiler, gives the same numbers within 2e-6."""
+    want = torch.empty(2, 4, n)
+    rng._fill(want, SEEDS, INDEX, torch.tensor([3, 8]), 1)
+    assert (rng.normal(SEEDS, (n,), row=torch.tensor([3, 8]), index=INDEX) - want).abs().max() <= 2e-6
+
+
+def test_tails_and_ends():
     """4 million values against float64 Box-Muller on the same integers: 2e-6, far out too."""
     seeds, index = torch.tensor([11]), torch.tensor([0])
     n = 1 << 22
-    got = drawn(fill, seeds, index, [(1, 2)], n)[0, 0]
+    got = drawn(seeds, index, [(1, 2)], n)[0, 0]
     want = rng.normals(seeds, index, torch.tensor([2]), 1, n)[0, 0]
     assert got.isfinite().all() and got.abs().max() > 4.8
     assert (got - want).abs().max() <= 2e-6
     assert abs(float(got.double().mean())) < 5 / n**0.5 and abs(float(got.double().var()) - 1) < 5 * (2 / n) ** 0.5
 
 
-def test_a_number_does_not_depend_on_what_is_drawn_beside_it(fill):
+def words_of(n):
+    """The uint32 words behind n draws of seed 11, row 2."""
+    key = torch.tensor([11])
+    of = rng.philox(torch.arange(n // 4), torch.tensor([2]), torch.tensor([rng.CATEGORICAL]), key * 0, key, key * 0)
+    return torch.stack(of, -1).flatten()
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "logistic"])
+def test_gumbel_and_logistic_numbers(kind):
+    """4 million against float64 logarithms of the same words: 4e-6 absolute, and relative where the size is above 1."""
+    n = 1 << 22
+    got = drawn(torch.tensor([11]), torch.tensor([0]), [(rng.CATEGORICAL, 2)], n, kind=kind)[0, 0].double()
+    word = words_of(n)
+    v = (word.double() + 0.5) * 2.0**-32
+    if kind == "gumbel":
+        v = word.float() * (2.0**-32 - 2.0**-56) + 2.0**-33  # fp32 by definition: the largest word stays below 1
+        want = -torch.log(-torch.log1p(-v.double()))
+    else:
+        want = torch.log(v) - torch.log1p(-v)
+    assert got.isfinite().all() and got.max() > 14
+    assert ((got - want).abs() / want.abs().clamp_min(1)).max() <= 4e-6
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "logistic"])
+def test_gumbel_equals_the_traceable_expression(kind):
+    args = (SEEDS.view(-1, 1), INDEX.view(-1, 1), torch.tensor([[6]]))
+    want = gumbels_at(torch.arange(250) + 17, *args, 999, logistic=kind == "logistic")
+    got = drawn(SEEDS, INDEX, [(rng.CATEGORICAL, 6)], 999, kind=kind, first=17)[0]
+    assert (got - want).abs().max() <= 1e-5
+
+
+def test_a_row_each_sample():
+    rows = torch.tensor([5, 0, 9, 5])
+    out = torch.empty(1, 4, 301)
+    native.fill(out, SEEDS, INDEX, torch.tensor([1]), rows, paired=True)
+    for b in range(4):
+        assert torch.equal(out[0, b], drawn(SEEDS[b : b + 1], INDEX[b : b + 1], [(1, int(rows[b]))], 301)[0, 0])
+
+
+@pytest.mark.parametrize("kind", ["normal", "gumbel", "logistic"])
+def test_a_number_does_not_depend_on_what_is_drawn_beside_it(kind):
     seeds, index = torch.arange(5) + 3, torch.arange(5) * 2
-    whole = drawn(fill, seeds, index, [(1, 4), (1, 5)], 20000)
-    assert torch.equal(drawn(fill, seeds[2:3], index[2:3], [(1, 5)], 20000)[0, 0], whole[1, 2])
-    assert torch.equal(drawn(fill, seeds[1:3], index[1:3], [(1, 4)], 517)[0], whole[0, 1:3, :517])
+    whole = drawn(seeds, index, [(1, 4), (1, 5)], 20000, kind=kind)
+    assert torch.equal(drawn(seeds[2:3], index[2:3], [(1, 5)], 20000, kind=kind)[0, 0], whole[1, 2])
+    assert torch.equal(drawn(seeds[1:3], index[1:3], [(1, 4)], 517, kind=kind)[0], whole[0, 1:3, :517])
+    assert torch.equal(drawn(seeds, index, [(1, 4)], 517, kind=kind, first=25)[0], whole[0, :, 100:617])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
-        assert torch.equal(drawn(fill, seeds, index, [(1, 4), (1, 5)], 20000), whole)
+        assert torch.equal(drawn(seeds, index, [(1, 4), (1, 5)], 20000, kind=kind), whole)
     finally:
         torch.set_num_threads(threads)
 
 
-def test_noising_in_the_same_loop(fill):
+def test_noising_in_the_same_loop():
     seeds, index = torch.arange(3), torch.arange(3)
     x, coef = torch.randn(3, 1000), torch.rand(3, 4)
-    n = drawn(fill, seeds, index, [(1, 6)], 1000)[0]
+    n = drawn(seeds, index, [(1, 6)], 1000)[0]
     out = torch.empty(1, 3, 1000)
-    fill(seeds, index, torch.tensor([1]), torch.tensor([6]), out, x, coef)
+    native.fill(out, seeds, index, torch.tensor([1]), torch.tensor([6]), x=x, coef=coef)
     want = coef[:, :1].double() * x.double() + coef[:, 1:2].double() * n.double()
     assert (out[0].double() - want).abs().max() <= 1e-6
+
+
+def test_traced_functionalised_and_fake_tensors_take_the_expression():
+    """Where memory is not a tensor's own, the numbers come from traceable operations."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    draw = lambda seeds: rng.row_normals(seeds, seeds * 0, torch.tensor([3]), 1, 50)  # noqa: E731
+    seeds = torch.tensor([4, 5])
+    traced = make_fx(draw)(seeds)
+    assert (traced(torch.tensor([8, 9])) - draw(torch.tensor([8, 9]))).abs().max() <= 2e-6
+    assert (torch.func.vmap(lambda s: draw(s[None])[0])(seeds) - draw(seeds)).abs().max() <= 2e-6

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import rng
+from fastdiff import native, rng
 from fastdiff.inductor import compile_static
-from fastdiff.native import normal_filler
 from fastdiff.ops import _dispatch
 
 log = logging.getLogger("fastdiff")
@@ -41,11 +40,7 @@ def cpu_compiler(enabled: bool) -> Iterator[None]:
 
 def wanted(tensors: Sequence[Tensor], elements: int) -> bool:
     """Plain CPU tensors, FEWEST elements or more, outside of tracing and of functorch."""
-    if not _enabled or elements < FEWEST or torch.compiler.is_compiling() or _dispatch.kernels_for(tensors[0]):
-        return False
-    if any(type(a) not in (Tensor, torch.nn.Parameter) or not a.is_cpu for a in tensors):
-        return False
-    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.maybe_current_level() is None
+    return _enabled and elements >= FEWEST and native.plain(tensors) and not _dispatch.kernels_for(tensors[0])
 
 
 def run(name: str, fn: Callable[..., None], args: Sequence[Tensor], key: Hashable) -> bool:
@@ -80,11 +75,10 @@ def noise_into(
 
     With x and coef [B, 4] (fp32, contiguous): coef[:, 0] x + coef[:, 1] times that.
     """
-    filler = normal_filler() if wanted([out], out.numel()) else None
-    if filler is None:
+    if not (_enabled and native.usable(out, seeds) and not _dispatch.kernels_for(out)):
         rng.normal(seeds, (out.shape[1],), row=row, stream=stream, index=index, out=out)
         return out if x is None or coef is None else out.mul_(coef[:, 1:2]).add_(coef[:, :1] * x)
     index = torch.zeros_like(seeds) if index is None else index
     pair = (torch.full((1,), v, dtype=torch.int64) for v in (stream, row))
-    filler(seeds.contiguous(), index.contiguous(), *pair, out, x, coef)
+    native.fill(out[None], seeds, index, *pair, x=x, coef=coef)
     return out

@@ -178,10 +178,7 @@ def affine_step_ref(
 def _row_noise(seeds: Tensor, index: Tensor | None, row: Tensor, stream: int, sample: torch.Size) -> Tensor:
     """n [B, *sample] for one row [1] or one a sample [B]."""
     index = torch.zeros_like(seeds) if index is None else index
-    n = sample.numel()
-    if row.numel() == 1:
-        return rng.normals(seeds, index, row, stream, n).view(seeds.shape[0], *sample)
-    return rng.paired_normals(seeds, index, row, stream, n).view(seeds.shape[0], *sample)
+    return rng.row_normals(seeds, index, row, stream, sample.numel()).view(seeds.shape[0], *sample)
 
 
 def _check(

@@ -74,8 +74,7 @@ def binned_readout_ref(
     if noise is None:
         assert seeds is not None
         which = torch.zeros_like(seeds) if index is None else index
-        rows = row.long().expand(x.shape[0])
-        noise = rng.paired_normals(seeds, which, rows, stream, x.shape[1:].numel()).view_as(x)
+        noise = rng.row_normals(seeds, which, row.long(), stream, x.shape[1:].numel()).view_as(x)
     return bin_of(mean + std * noise.to(x.dtype), bins)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
-from fastdiff.categorical_cpu import belief_, chunks, normals
+from fastdiff.categorical_cpu import belief_, chunks, drawn
 from fastdiff.ops import _dispatch, _noising
 from fastdiff.ops._categorical import belief, channels, check_classes, rows_of, vectors
 from fastdiff.ops._dispatch import FLOATS64, spread
@@ -113,7 +113,9 @@ def _on_cpu(
         a, s = alpha[some].view(-1, 1, 1), sigma[some].view(-1, 1, 1)
         if noise is None:
             assert seeds is not None and index is not None
-            z = normals((seeds[some], index[some]), which, part.d0 * width // 4, (*part.size, width)).to(a.dtype)
+            z = drawn((seeds[some], index[some]), which, rng.ROWS, part.d0 * width // 4, (*part.size, width)).to(
+                a.dtype
+            )
         else:
             z = part.of(noise).to(a.dtype, copy=True)
         if width == 1:
