@@ -1,17 +1,23 @@
-"""The step on a CPU: in place and allocation-free in eager torch, or one fused loop per row shape by Inductor."""
+"""The step on a CPU: in place and allocation-free in eager torch, or one C++ loop for every row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff.inductor import compile_static
+from fastdiff.inductor import ONE_THREAD
+from fastdiff.native import library
 from fastdiff.plan import ROW_HEADER, Plan
 
 __all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows"]
+
+SLOTS, COPIES = 16, 2  # as fastdiff_kernels/step_cpu.cpp has them
+TERMS = SLOTS + 3
+P, M, N = -1, -2, -3  # what a term may read beside a slot
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Target(NamedTuple):
@@ -160,105 +166,69 @@ class EagerStep:
             out.add_(value, alpha=c)
 
 
-class _Structure(NamedTuple):
-    """What Inductor compiles for: everything about a row but its numbers."""
+class Row(ctypes.Structure):
+    """A row as fastdiff_kernels/step_cpu.cpp reads it."""
 
-    clamps: bool
-    skip: bool
-    uses_p: bool
-    guided: bool
-    noisy: bool
-    x0: bool
-    reads: tuple[tuple[int, int], ...]  # (logical, physical)
-    targets: tuple[tuple[int, int, tuple[int, ...], bool, bool, bool], ...]  # place, logical, sources, b, d, s
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("c_skip", "c_out", "lo", "hi", "c_in_next")),
+        *((name, ctypes.c_int32) for name in ("uses_p", "clamps", "targets")),
+        ("place", ctypes.c_int32 * SLOTS),
+        ("terms", ctypes.c_int32 * SLOTS),
+        ("source", ctypes.c_int32 * TERMS * SLOTS),
+        ("c", ctypes.c_float * TERMS * SLOTS),
+    ]
+
+
+class Call(ctypes.Structure):
+    """The operands of a row there."""
+
+    _fields_ = [
+        ("slots", ctypes.c_void_p * SLOTS),
+        *((name, ctypes.c_void_p) for name in ("m", "uncond", "w", "noise", "x0")),
+        ("copies", ctypes.c_void_p * COPIES),
+        *((name, ctypes.c_int32) for name in ("m_type", "uncond_type", "copy_type", "w_each")),
+        *((name, ctypes.c_int64) for name in ("batch", "n")),
+    ]
+
+
+def _native_row(row: HostRow) -> Row:
+    found = Row(row.c_skip, row.c_out, row.lo, row.hi, row.c_in_next, row.uses_p, row.clamps, len(row.targets))
+    for i, t in enumerate(row.targets):
+        terms = [(source, c) for source, _, c in t.terms]
+        terms += [(source, c) for source, c in ((P, t.b), (M, t.d), (N, t.s if row.noisy else 0)) if c != 0]
+        found.place[i], found.terms[i] = t.place, len(terms)
+        for k, (source, c) in enumerate(terms):
+            found.source[i][k], found.c[i][k] = source, c
+    return found
 
 
 class CompiledStep:
-    """Rows of a plan as fused loops: one compiled function per row structure, coefficients read from the packed row."""
+    """Rows of a plan by one C++ loop that runs any row, shape and dtype: built once a machine, nothing a plan."""
 
     def __init__(self, plan: Plan, slots: list[Tensor], *, copies: list[Tensor]) -> None:
         """copies: buffers that receive c_in_next * S'[0] in their own dtype (the model's next input)."""
-        self.plan, self.slots, self.copies = plan, slots, copies  # the list is shared with EagerStep, which may trade
-        self.rows = host_rows(plan)
-        self.table = list(plan.pack("cpu").unbind(0))
-        self.functions: dict[tuple[int, torch.dtype], Callable[..., object]] = {}
-        self.shared: dict[tuple[_Structure, torch.dtype], Callable[..., object]] = {}
-
-    def _structure(self, row: HostRow, guided: bool, x0: bool) -> _Structure:
-        reads = {j: source for t in row.targets for source, j, _ in t.terms} | {0: 0}
-        targets = tuple(
-            (t.place, t.logical, tuple(j for _, j, _ in t.terms), t.b != 0, t.d != 0, t.s != 0) for t in row.targets
-        )
-        needs_p = row.uses_p or x0
-        return _Structure(row.clamps, row.c_skip != 0, needs_p, guided, row.noisy, x0, tuple(reads.items()), targets)
+        self.slots, self.copies = slots, copies  # the list is shared with EagerStep, which may trade
+        self.rows = [_native_row(row) for row in host_rows(plan)] if len(slots) <= SLOTS else []
+        self.call = Call()
+        self.loop = library("step") if self.rows else None
+        self.threads = 1 if slots[0].numel() < ONE_THREAD else torch.get_num_threads()
 
     def __call__(
         self, k: int, m: Tensor, uncond: Tensor | None, w: Tensor | None, noise: Tensor | None, x0: Tensor | None
     ) -> bool:
-        """Runs row k; False if the compiler is not usable. w: fp32 tensor that broadcasts against m."""
-        row = self.rows[k]
-        args = [*self.slots, *self.copies, self.table[k], m]
-        if uncond is not None:
-            args += (uncond, w)  # type: ignore[arg-type]
-        if row.noisy:
-            args.append(noise)  # type: ignore[arg-type]
-        if x0 is not None:
-            args.append(x0)
-        fn = self.functions.get((k, m.dtype)) or self._compile(k, m.dtype, uncond is not None, x0 is not None, args)
-        if fn is None:
+        """Runs row k on contiguous operands; False if there is no C++ compiler. w: fp32, one number or one a sample."""
+        if self.loop is None:
             return False
-        fn(*args)
+        call, x = self.call, self.slots[0]
+        for i, slot in enumerate(self.slots):
+            call.slots[i] = slot.data_ptr()
+        for i, copy in enumerate(self.copies):
+            call.copies[i], call.copy_type = copy.data_ptr(), TYPES[copy.dtype]
+        call.m, call.m_type = m.data_ptr(), TYPES[m.dtype]
+        call.uncond, call.uncond_type = (None, 0) if uncond is None else (uncond.data_ptr(), TYPES[uncond.dtype])
+        call.w, call.noise, call.x0 = (None if v is None else v.data_ptr() for v in (w, noise, x0))
+        call.w_each = w is not None and w.numel() > 1
+        call.batch = x.shape[0] if call.w_each else 1
+        call.n = x.numel() // max(1, call.batch)
+        self.loop.affine_row(ctypes.byref(self.rows[k]), ctypes.byref(call), self.threads)
         return True
-
-    def _compile(
-        self, k: int, dtype: torch.dtype, guided: bool, x0: bool, args: list[Tensor]
-    ) -> Callable[..., object] | None:
-        """The function of row k, shared by rows of one structure."""
-        structure = self._structure(self.rows[k], guided, x0)
-        fn = self.shared.get((structure, dtype))
-        if fn is None:
-            kept = [v.clone() for v in self.slots]
-            fn = compile_static(self._function(structure), args, elements=self.slots[0].numel())
-            for slot, value in zip(self.slots, kept, strict=True):
-                slot.copy_(value)
-            if fn is None:
-                return None
-            self.shared[structure, dtype] = fn
-        self.functions[k, dtype] = fn
-        return fn
-
-    def _function(self, it: _Structure) -> Callable[..., None]:
-        r, places, copies = self.plan.slots, len(self.slots), len(self.copies)
-        at_b, at_d, at_s = (ROW_HEADER + r * r + r * i for i in range(3))
-
-        def step(*args: Tensor) -> None:
-            slots, out = args[:places], args[places : places + copies]
-            c, m, *extra = args[places + copies :]
-            rest = iter(extra)
-            m = m.float()
-            if it.guided:
-                u, w = next(rest).float(), next(rest)
-                m = u + w * (m - u)
-            n = next(rest) if it.noisy else m
-            S = {j: slots[source] for j, source in it.reads}
-            p = m
-            if it.uses_p:
-                p = c[1] * m + c[0] * S[0] if it.skip else c[1] * m
-                if it.clamps:
-                    p = torch.minimum(torch.maximum(p, c[2]), c[3])
-            values = []
-            for _, i, sources, has_b, has_d, has_s in it.targets:
-                terms = [c[ROW_HEADER + i * r + j] * S[j] for j in sources]
-                terms += [c[at_b + i] * p] if has_b else []
-                terms += [c[at_d + i] * m] if has_d else []
-                terms += [c[at_s + i] * n] if has_s else []
-                values.append(sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(S[0]))
-            for (place, *_), value in zip(it.targets, values, strict=True):
-                slots[place].copy_(value)
-                if place == 0:
-                    for copy in out:
-                        copy.copy_(c[4] * value)
-            if it.x0:
-                next(rest).copy_(p)
-
-        return step

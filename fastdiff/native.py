@@ -1,4 +1,4 @@
-"""Noise on a CPU by compiled loops, fastdiff_kernels/noise_cpu.cpp, built once a machine by torch's toolchain."""
+"""The CPU's C++ loops, fastdiff_kernels/*_cpu.cpp, built once a machine by torch's toolchain: loading, and noise."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import ctypes
 import functools
 import importlib.resources
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastdiff.inductor import ONE_THREAD, unusable
 
-__all__ = ["available", "draw", "fill", "plain", "usable"]
+__all__ = ["available", "draw", "fill", "library", "plain", "usable"]
 
 # Inductor writes its own vector code and forbids the compiler's; a square root that sets errno is no vector code
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
@@ -21,26 +21,34 @@ KINDS = ("normal", "gumbel", "logistic")
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library(name: str) -> ctypes.CDLL | None:
+    """The loops of fastdiff_kernels/<name>_cpu.cpp; None (and one warning a process) where no C++ compiler works."""
     if unusable():
         return None
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        source = importlib.resources.files("fastdiff_kernels").joinpath("noise_cpu.cpp").read_text()
+        source = importlib.resources.files("fastdiff_kernels").joinpath(f"{name}_cpu.cpp").read_text()
         wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-        library = CppCodeCache.load(source, device_type="cpu", extra_flags=(*FLAGS, *wide))
-        library.fill_noise.restype = None
-        library.fill_noise.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 3]
-        return library
+        return CppCodeCache.load(source, device_type="cpu", extra_flags=(*FLAGS, *wide))
     except Exception as error:  # any failure of the compiler has the same answer: eager
         unusable(error)
         return None
 
 
+@functools.cache
+def _filler() -> Callable[..., None] | None:
+    found = library("noise")
+    if found is None:
+        return None
+    found.fill_noise.restype = None
+    found.fill_noise.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 3]
+    return found.fill_noise
+
+
 def available() -> bool:
     """Are there loops? False, and one warning a process, without a C++ compiler. A machine's first call takes 3 s."""
-    return _library() is not None
+    return _filler() is not None
 
 
 def plain(tensors: Sequence[Tensor]) -> bool:
@@ -70,8 +78,8 @@ def fill(
     Numerics: the integers of rng.normal and fastdiff.gumbel; normals within 2e-6 of theirs, Gumbel and logistic numbers
         within 4e-6, the same in any batch, position and thread count.
     """
-    library = _library()
-    assert library is not None
+    filler = _filler()
+    assert filler is not None
     if out.numel() == 0:
         return
     k, batch = streams.shape[0], seeds.shape[0]
@@ -79,7 +87,7 @@ def fill(
     threads = 1 if out.numel() < ONE_THREAD else torch.get_num_threads()
     pointers = (None if v is None else v.data_ptr() for v in held)
     n = out.numel() // (k * batch)
-    library.fill_noise(*pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads)
+    filler(*pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads)
 
 
 def draw(

@@ -50,8 +50,8 @@ class Sampler:
     Args:
         model: model(x, t, **cond) -> Tensor of x's shape. x [B, *] is the sampler's own buffer: do not keep or change
             it. t [B] is float32 or int64 (plan.times).
-        plan: from fastdiff.solvers. mode: see fd.sample; "auto" may compile here (the CPU's step and noise, 20 s at
-            the first call of a shape) and keeps what a measurement after warm-up shows to be fastest.
+        plan: from fastdiff.solvers. mode: see fd.sample; "auto" may compile here (on a CPU steps on classes, 10 s
+            at the first call of a shape) and keeps what a measurement after warm-up shows to be fastest.
         options: any option of fd.sample, as a default for every call.
     """
 
@@ -121,18 +121,17 @@ class Sampler:
             self._runs.move_to_end(key)
             prepared.run.bind(self._model(o.mode), o.cond, o.uncond)
             return prepared
-        compiled = request.device.type in runs.HOST_DEVICES and (
-            o.mode == "compile" or (o.mode == "auto" and not self._one_shot)
-        )
-        if compiled:
+        auto = o.mode == "auto" and not (self._one_shot and self.plan.classes)  # steps on classes take seconds
+        compiled = request.device.type in runs.HOST_DEVICES and (o.mode == "compile" or auto)
+        if compiled and self.plan.classes:
             log.warning(
-                "compiling the step and noise of %s for shape %s (about 20 s; later processes find it in a cache)",
+                "compiling the step of %s for shape %s (about 10 s; later processes find it in a cache)",
                 self.plan.name,
                 request.shape,
             )
         run = make_run(self.model, self.plan, request, compiled=compiled)
         run.bind(self._model(o.mode), o.cond, o.uncond)
-        if compiled and o.mode == "auto":
+        if compiled and auto and not self._one_shot:
             _keep_faster_step(run, request)
         graph = None if self._one_shot and o.mode == "auto" else graphs.build(run, request)
         self._runs[key] = _Prepared(run, graph)
@@ -285,7 +284,7 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
         guide, guide_options: the rule that combines them (cfg, rescale, apg, zero_star) and its options: fd.ops.guide.
         threshold: (quantile, maximum), dynamic thresholding of x0-hat: fd.ops.threshold.
         x_T: the starting state itself. x_init: clean data, noised to the plan's start (plans made with start=k).
-        mode: auto | eager | compile (the model through torch.compile; on a CPU also step and noise) | step_graph |
+        mode: auto | eager | compile (the model through torch.compile; on a CPU steps on classes too) | step_graph |
             loop_graph (CUDA). auto never compiles in this one-shot call; a fd.Sampler may.
         callback: (row, t, x, x0) -> None or a replacement of x, after each row; x may be edited in place.
         trajectory: also return a Trajectory. check_finite: off | warn | raise (read once, at the end).

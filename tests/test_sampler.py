@@ -316,7 +316,12 @@ class _Allocations(TorchDispatchMode):
 
 @plans
 @pytest.mark.parametrize("guided", [False, True])
-def test_an_eager_loop_allocates_nothing_per_step(plan: fd.Plan, guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_an_eager_loop_allocates_nothing_per_step(
+    plan: fd.Plan, guided: bool, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the C++ loop's noise and with torch's; the watch is a dispatch mode, under which the loop would not run."""
+    monkeypatch.setattr("fastdiff.native.plain", lambda tensors: native)
     monkeypatch.setattr("fastdiff.noise.BLOCK_ELEMENTS", 1)  # noise a row at a time, as for large states
     m = torch.linspace(-1, 1, 2 * 4096).view(2, 4096)
 

@@ -1,0 +1,112 @@
+"""The CPU's one C++ loop for every row: against the float64 reference, and what it must leave alone."""
+
+import pytest
+import torch
+
+from fastdiff import Plan, native, ops, schedules, solvers
+from fastdiff.cpu import CompiledStep
+
+SHAPE = (3, 7, 173)  # two blocks and a rest
+UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # rounding to the copy's dtype
+BETAS = schedules.Betas(schedules.linear_betas(1000))
+PLANS = {
+    "ddpm": solvers.ddpm(BETAS, 5, clip=(-1.0, 1.0)),
+    "unipc": solvers.unipc(BETAS, 8, order=3),
+    "dpmpp_2m_sde": solvers.dpmpp_2m_sde(BETAS, 6),
+    "heun": solvers.heun(schedules.EDM(), 6, prediction="edm"),
+    "plms": solvers.plms(BETAS, 8),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    if not native.available():
+        pytest.skip("no C++ compiler")
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounding(plan, k, S, m, u, w, n, p):
+    """What fp32 may be off in p and in the new state: four roundings of the sum of the terms' sizes."""
+    S, m, u, n = (float(v.double().abs().max()) for v in (S, m, u, n))
+    mixed = m if not len(w) else u + float(w.max()) * (m + u)
+    bound_p = 4 * 2.0**-24 * (abs(plan.c_out[k]) * mixed + abs(plan.c_skip[k]) * S)
+    A, b, d, s = (abs(v[k]).sum(-1).max() if v.ndim == 3 else abs(v[k]).max() for v in (plan.A, plan.b, plan.d, plan.s))
+    terms = A * S + b * p + d * mixed + s * n
+    return bound_p, b * bound_p + d * 4 * 2.0**-24 * mixed + 4 * 2.0**-24 * terms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [0, 1, 3])
+@pytest.mark.parametrize("name", PLANS)
+def test_every_row_against_float64(name: str, weights: int, dtype: torch.dtype):
+    """State, prediction and the model's next input, to fp32 rounding (the input to its own dtype's)."""
+    plan: Plan = PLANS[name]
+    table, physical = plan.pack("cpu"), plan.allocate().physical
+    held = random(physical, *SHAPE, seed=0)
+    slots, copies = list(held.unbind(0)), [torch.empty(SHAPE, dtype=dtype) for _ in range(2)]
+    step = CompiledStep(plan, slots, copies=copies)
+    w = torch.linspace(0.5, 7, weights)
+    for k in range(plan.nfe):
+        m, u, n = (random(*SHAPE, seed=s + 10 * k).to(dtype) for s in (1, 2, 3))
+        noise = n.float() if plan.s[k].any() else None
+        guide = {"uncond": u.double(), "guidance": w.view(1, -1).double()} if weights else {}
+        before = held.double()
+        new, x, p = ops.affine_step_ref(
+            held.double(), m.double(), table.double(), torch.tensor([k]), slots=plan.slots,
+            noise=None if noise is None else noise.double(), **guide,
+        )  # fmt: skip
+        x0 = torch.empty(SHAPE)
+        each = w.view(-1, 1, 1) if weights else None
+        assert step(k, m, u if weights else None, each, noise, x0)
+        bound_p, bound = rounding(plan, k, before, m, u, w, n, float(p.abs().max()))
+        assert (x0 - p).abs().max() <= bound_p
+        assert (held - new).abs().max() <= bound
+        for copy in copies:
+            error = (copy.double() - x).abs() - UNIT[dtype] * x.abs()
+            assert error.max() <= 2 * bound * max(1.0, float(plan.c_in.max()))
+
+
+def test_a_clamp_lets_nan_through_and_bounds_the_rest():
+    plan = PLANS["ddpm"]
+    slots, x0 = list(torch.zeros(plan.allocate().physical, 1, 40).unbind(0)), torch.empty(1, 40)
+    m = torch.full((1, 40), 9.0)
+    m[0, 3] = float("nan")
+    m[0, 7] = float("-inf")
+    assert CompiledStep(plan, slots, copies=[])(0, m, None, None, torch.zeros(1, 40), x0)
+    assert x0[0, 3].isnan() and slots[0][0, 3].isnan()
+    rest = torch.arange(40) != 3
+    assert x0[0, 0] == -1 and x0[0, 7] == 1 and slots[0][0, rest].isfinite().all()
+
+
+def test_the_same_bits_in_any_batch_and_thread_count():
+    plan, k = PLANS["unipc"], 4
+    held, m = random(plan.allocate().physical, 5, 30011, seed=4), random(5, 30011, seed=5)
+    whole = held.clone()
+    assert CompiledStep(plan, list(whole.unbind(0)), copies=[])(k, m, None, None, None, None)
+    alone = held[:, 2:3].clone()
+    assert CompiledStep(plan, list(alone.unbind(0)), copies=[])(k, m[2:3].clone(), None, None, None, None)
+    assert torch.equal(whole[:, 2:3], alone)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if before > 1 else 2)
+        again = held.clone()
+        assert CompiledStep(plan, list(again.unbind(0)), copies=[])(k, m, None, None, None, None)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(whole, again)
+
+
+def test_an_output_that_is_the_models_input():
+    """A model may return its own input, a buffer that the row writes."""
+    plan = PLANS["heun"]
+    held = random(plan.allocate().physical, *SHAPE, seed=6)
+    x = random(*SHAPE, seed=7)
+    out = []
+    for m, copy in ((x.clone(), torch.empty(SHAPE)), (x, x)):
+        slots = list(held.clone().unbind(0))
+        assert CompiledStep(plan, slots, copies=[copy])(1, m, None, None, None, None)
+        out.append((slots[0], copy))
+    assert torch.equal(out[0][0], out[1][0]) and torch.equal(out[0][1], out[1][1])
