@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.inductor import ONE_THREAD
-from fastdiff.native import library
+from fastdiff.native import call, library
 from fastdiff.plan import ROW_HEADER, Plan
 
 __all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows"]
@@ -209,7 +209,7 @@ class CompiledStep:
         """copies: buffers that receive c_in_next * S'[0] in their own dtype (the model's next input)."""
         self.slots, self.copies = slots, copies  # the list is shared with EagerStep, which may trade
         self.rows = [_native_row(row) for row in host_rows(plan)] if len(slots) <= SLOTS else []
-        self.call = Call()
+        self.operands = Call()
         self.loop = library("step") if self.rows else None
         self.threads = 1 if slots[0].numel() < ONE_THREAD else torch.get_num_threads()
 
@@ -219,16 +219,18 @@ class CompiledStep:
         """Runs row k on contiguous operands; False if there is no C++ compiler. w: fp32, one number or one a sample."""
         if self.loop is None:
             return False
-        call, x = self.call, self.slots[0]
+        operands, x = self.operands, self.slots[0]
         for i, slot in enumerate(self.slots):
-            call.slots[i] = slot.data_ptr()
+            operands.slots[i] = slot.data_ptr()
         for i, copy in enumerate(self.copies):
-            call.copies[i], call.copy_type = copy.data_ptr(), TYPES[copy.dtype]
-        call.m, call.m_type = m.data_ptr(), TYPES[m.dtype]
-        call.uncond, call.uncond_type = (None, 0) if uncond is None else (uncond.data_ptr(), TYPES[uncond.dtype])
-        call.w, call.noise, call.x0 = (None if v is None else v.data_ptr() for v in (w, noise, x0))
-        call.w_each = w is not None and w.numel() > 1
-        call.batch = x.shape[0] if call.w_each else 1
-        call.n = x.numel() // max(1, call.batch)
-        self.loop.affine_row(ctypes.byref(self.rows[k]), ctypes.byref(call), self.threads)
+            operands.copies[i], operands.copy_type = copy.data_ptr(), TYPES[copy.dtype]
+        operands.m, operands.m_type = m.data_ptr(), TYPES[m.dtype]
+        operands.uncond, operands.uncond_type = (
+            (None, 0) if uncond is None else (uncond.data_ptr(), TYPES[uncond.dtype])
+        )
+        operands.w, operands.noise, operands.x0 = (None if v is None else v.data_ptr() for v in (w, noise, x0))
+        operands.w_each = w is not None and w.numel() > 1
+        operands.batch = x.shape[0] if operands.w_each else 1
+        operands.n = x.numel() // max(1, operands.batch)
+        call(self.loop.affine_row, ctypes.byref(self.rows[k]), ctypes.byref(operands), self.threads)
         return True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.inductor import ONE_THREAD, unusable
 
-__all__ = ["available", "draw", "fill", "library", "plain", "usable"]
+__all__ = ["available", "call", "draw", "fill", "library", "plain", "usable"]
 
 # Inductor writes its own vector code and forbids the compiler's; a square root that sets errno is no vector code
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
@@ -34,6 +34,15 @@ def library(name: str) -> ctypes.CDLL | None:
     except Exception as error:  # any failure of the compiler has the same answer: eager
         unusable(error)
         return None
+
+
+def call(loop: Callable[..., None], *args: object) -> None:
+    """Calls a loop; a profiler that is on sees it by its name, as it sees torch's operations."""
+    if torch.autograd._profiler_enabled():
+        with torch._C._profiler._RecordFunctionFast(f"fastdiff::{loop.__name__}"):
+            loop(*args)
+    else:
+        loop(*args)
 
 
 @functools.cache
@@ -87,7 +96,7 @@ def fill(
     threads = 1 if out.numel() < ONE_THREAD else torch.get_num_threads()
     pointers = (None if v is None else v.data_ptr() for v in held)
     n = out.numel() // (k * batch)
-    filler(*pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads)
+    call(filler, *pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads)
 
 
 def draw(
