@@ -63,9 +63,23 @@ def examine() -> list[Finding]:
     else:
         found.append(Finding("triton", False, "not installed", "no fused GPU kernels; everything runs in plain torch"))
     if compiler is not None:
-        found.append(Finding("C++ compiler", True, compiler, "mode 'compile' can fuse model and step on the CPU"))
+        found.append(
+            Finding(
+                "C++ compiler",
+                True,
+                compiler,
+                "noise and steps on the CPU are C++ loops; mode 'compile' can fuse the model",
+            )
+        )
     else:
-        found.append(Finding("C++ compiler", False, "none found", "mode 'compile' is not available on the CPU"))
+        found.append(
+            Finding(
+                "C++ compiler",
+                False,
+                "none found",
+                "noise and steps on the CPU run as plain torch, several times slower; no mode 'compile'",
+            )
+        )
     owners = sorted(set(metadata.packages_distributions().get("fastdiff", [])) - {"fastdiff-samplers"})
     if owners:
         found.append(Finding("name clash", False, ", ".join(owners), "it installs a package 'fastdiff' too: remove it"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastdiff.inductor import ONE_THREAD, unusable
 
@@ -61,12 +62,13 @@ def available() -> bool:
 
 
 def plain(tensors: Sequence[Tensor]) -> bool:
-    """Tensors on the CPU whose memory a loop may touch: outside of tracing and of functorch, no subclasses."""
+    """Tensors on the CPU whose memory a loop may touch: outside of tracing and of function transforms."""
     if torch.compiler.is_compiling() or any(
         type(a) not in (Tensor, torch.nn.Parameter) or not a.is_cpu for a in tensors
     ):
         return False
-    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.maybe_current_level() is None
+    traced = torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None
+    return not traced and forward_ad._current_level < 0
 
 
 def usable(*tensors: Tensor) -> bool:

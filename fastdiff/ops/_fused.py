@@ -38,19 +38,21 @@ def cpu_compiler(enabled: bool) -> Iterator[None]:
         _enabled = before
 
 
-def wanted(tensors: Sequence[Tensor], elements: int) -> bool:
-    """Plain CPU tensors, FEWEST elements or more, outside of tracing and of functorch."""
-    return _enabled and elements >= FEWEST and native.plain(tensors) and not _dispatch.kernels_for(tensors[0])
+def wanted(*tensors: Tensor) -> bool:
+    """Plain CPU tensors, outside of tracing and of functorch."""
+    return _enabled and native.plain(tensors) and not _dispatch.kernels_for(tensors[0])
 
 
 def run(name: str, fn: Callable[..., None], args: Sequence[Tensor], key: Hashable) -> bool:
     """Runs fn(*args), which writes into some of its contiguous arguments, as a compiled loop; False if it cannot.
 
-    The first call of a signature (name, key, shapes, dtypes) compiles: some 5 seconds, said in the log.
+    Fewer than FEWEST elements are not worth a compilation: False too. The first call of a signature (name, key, shapes, dtypes) compiles: some 5 seconds, said in the log.
     """
     signature = (name, key, torch.get_num_threads(), *((a.shape, a.dtype) for a in args))
     if not all(a.is_contiguous() for a in args):
         raise ValueError(f"{name}: a compiled loop takes contiguous tensors, got strides {[a.stride() for a in args]}")
+    if args[0].numel() < FEWEST:
+        return False
     args = [a.detach() for a in args]
     if signature not in _cache:
         log.warning("compiling %s for shape %s (once, about 5 s)", name, tuple(args[0].shape))
@@ -75,7 +77,7 @@ def noise_into(
 
     With x and coef [B, 4] (fp32, contiguous): coef[:, 0] x + coef[:, 1] times that.
     """
-    if not (_enabled and native.usable(out, seeds) and not _dispatch.kernels_for(out)):
+    if not (wanted(out, seeds) and native.available()):
         rng.normal(seeds, (out.shape[1],), row=row, stream=stream, index=index, out=out)
         return out if x is None or coef is None else out.mul_(coef[:, 1:2]).add_(coef[:, :1] * x)
     index = torch.zeros_like(seeds) if index is None else index

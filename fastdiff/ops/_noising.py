@@ -140,8 +140,8 @@ def on_kernel(x: Tensor, dtype: torch.dtype, *others: object) -> bool:
 
 
 def on_compiled(x: Tensor, noise: Tensor | None, dtype: torch.dtype) -> bool:
-    """The CPU's compiled loop: large batches whose noise is Philox's."""
-    return noise is None and torch.float64 not in (x.dtype, dtype) and _fused.wanted([x], x.numel())
+    """The CPU's loops: Philox noise, no float64."""
+    return noise is None and torch.float64 not in (x.dtype, dtype) and _fused.wanted(x)
 
 
 class Noised(torch.autograd.Function):

@@ -78,7 +78,7 @@ def denoising_loss(
     coef, rows = _coefficients(schedule, at, target, named, options, wide, gather=not on_kernel)
     shape = (model_out.shape[0],)
     args = (model_out, x0, coef, rows, keyed, which, row, stream, LOSSES.index(loss), float(delta), on_kernel)
-    plain = _fused.wanted([model_out] if x0 is None else [model_out, x0], model_out.numel())
+    plain = _fused.wanted(model_out, *([] if x0 is None else [x0]))
     out: Tensor = (_Direct if plain else _DenoisingLoss).apply(*args)[0]
     return out if named == weighting else out * weighting.to(out.dtype).expand(shape)  # type: ignore[union-attr]
 
@@ -166,7 +166,7 @@ def _on_cpu(
     m, flat = model_out.reshape(batch, n).contiguous(), grad.view(batch, n)
     clean = [] if x0 is None else [x0.reshape(batch, n).contiguous()]
     coef = coef.expand(batch, 4).contiguous()
-    if wide == torch.float32 and _fused.wanted([m, *clean], m.numel()):
+    if wide == torch.float32 and _fused.wanted(m, *clean):
         in_place = grad.dtype == torch.float32
         z = _fused.noise_into(flat if in_place else torch.empty(batch, n), seeds, index, row, stream)
 
