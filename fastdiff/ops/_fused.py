@@ -46,7 +46,8 @@ def wanted(*tensors: Tensor) -> bool:
 def run(name: str, fn: Callable[..., None], args: Sequence[Tensor], key: Hashable) -> bool:
     """Runs fn(*args), which writes into some of its contiguous arguments, as a compiled loop; False if it cannot.
 
-    Fewer than FEWEST elements are not worth a compilation: False too. The first call of a signature (name, key, shapes, dtypes) compiles: some 5 seconds, said in the log.
+    Fewer than FEWEST elements are not worth compiling for: False too. The first call of a signature (name, key, shapes,
+    dtypes) compiles: some 5 seconds, said in the log.
     """
     signature = (name, key, torch.get_num_threads(), *((a.shape, a.dtype) for a in args))
     if not all(a.is_contiguous() for a in args):
