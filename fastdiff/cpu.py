@@ -1,18 +1,20 @@
-"""The step on a CPU: in place and allocation-free in eager torch, or one C++ loop for every row."""
+"""The step on a CPU: in place and allocation-free in eager torch, or one C++ loop for every row; and the posterior."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.inductor import ONE_THREAD
-from fastdiff.native import call, library
+from fastdiff.native import call, library, plain
 from fastdiff.plan import ROW_HEADER, Plan
 
-__all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows"]
+__all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows", "posterior_into"]
 
 SLOTS, COPIES = 16, 2  # as fastdiff_kernels/step_cpu.cpp has them
 TERMS = SLOTS + 3
@@ -234,3 +236,36 @@ class CompiledStep:
         operands.n = x.numel() // max(1, operands.batch)
         call(self.loop.affine_row, ctypes.byref(self.rows[k]), ctypes.byref(operands), self.threads)
         return True
+
+
+@functools.cache
+def _posterior() -> Callable[..., None] | None:
+    found = library("step")
+    if found is None:
+        return None
+    found.posterior.restype = None
+    found.posterior.argtypes = [
+        *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4, *[ctypes.c_float] * 2, *[ctypes.c_int64] * 2, ctypes.c_int,
+    ]  # fmt: skip
+    return found.posterior
+
+
+def posterior_into(
+    x: Tensor, m: Tensor, coef: Tensor, clip: tuple[float, float] | None, mean: Tensor, x0: Tensor
+) -> bool:
+    """x0 = clamp(c_skip x + c_out m), mean = k_x0 x0 + k_xt x by the C++ loop; False where it cannot run.
+
+    Args: x, m: [B, *sample] of any float dtypes but float64. coef: fp32 [B or 1, 8]: c_skip, c_out, k_x0, k_xt, ...
+        mean, x0: outputs like x, contiguous.
+    """
+    loop = _posterior() if plain((x, m)) else None
+    if loop is None:
+        return False
+    x, m, coef = x.contiguous(), m.contiguous(), coef.contiguous()
+    pointers = (v.data_ptr() for v in (x, m, coef, mean, x0))
+    batch, threads = x.shape[0], 1 if x.numel() < ONE_THREAD else torch.get_num_threads()
+    call(
+        loop, *pointers, TYPES[x.dtype], TYPES[m.dtype], int(coef.shape[0] > 1), int(clip is not None),
+        *(clip or (0, 0)), batch, x.numel() // max(1, batch), threads,
+    )  # fmt: skip
+    return True

@@ -100,6 +100,20 @@ def test_nan_survives_the_clip(device):
         assert y.isnan().tolist() == [[e == 2 for e in range(6)]]
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize("n", [7, 512, 70003])
+def test_the_cpus_loop_is_the_reference(n, dtypes):
+    """The C++ loop against plain torch in float64, and the same bits for a sample alone."""
+    x_t, m = data(3, n, dtype=dtypes[0]), 2 * data(3, n, seed=1, dtype=dtypes[1])
+    t = torch.tensor([999, 3, 500])
+    got = ops.posterior(x_t, m, t, CHAIN, "v", (-0.5, 0.75))
+    want = ops.posterior_ref(x_t.double(), m.double(), t, CHAIN, "v", (-0.5, 0.75))
+    unit = 2.0**-11 if dtypes[0] == torch.float16 else TOLERANCE
+    assert all(close(g, w, unit) for g, w in zip(got, want, strict=True))
+    alone = ops.posterior(x_t[1:2], m[1:2], t[1:2], CHAIN, "v", (-0.5, 0.75))
+    assert all(torch.equal(a, g[1:2]) for a, g in zip(alone, got, strict=True))
+
+
 def test_gradient(device):
     """d mean / d m of an x0 prediction is its coefficient, sqrt(ab_prev) beta / (1 - ab)."""
     x_t, m = data(2, 4).to(device), data(2, 4, seed=1).to(device).requires_grad_()

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.ops import _dispatch, _noising
+from fastdiff.cpu import posterior_into
+from fastdiff.ops import _dispatch, _fused, _noising
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
 from fastdiff.prediction import conversion
 from fastdiff.schedules import Betas
@@ -43,12 +44,18 @@ def posterior(
     """
     at, lo, hi = _checked(x_t, model_out, t, schedule, prediction, clip)
     graded = torch.is_grad_enabled() and (x_t.requires_grad or model_out.requires_grad)
-    if not _dispatch.kernels_for(x_t) or graded or torch.float64 in (x_t.dtype, model_out.dtype):
+    on_kernel = _dispatch.kernels_for(x_t)
+    if graded or torch.float64 in (x_t.dtype, model_out.dtype) or not (on_kernel or _fused.wanted(x_t, model_out)):
         return posterior_ref(x_t, model_out, at, schedule, prediction, clip)
     coef = _noising.table_of(schedule, f"posterior {prediction}", x_t.device, lambda: _columns(schedule, prediction))
     mean = torch.empty(x_t.shape, dtype=x_t.dtype, device=x_t.device)
     x0, variance = torch.empty_like(mean), torch.empty(2, x_t.shape[0], device=x_t.device)
-    if x_t.numel():
+    if not on_kernel:
+        rows = coef[at]
+        if not posterior_into(x_t, model_out, rows, clip, mean, x0):
+            return posterior_ref(x_t, model_out, at, schedule, prediction, clip)
+        variance = rows[:, 4:6].T.expand(2, x_t.shape[0])
+    elif x_t.numel():
         torch.ops.fastdiff.posterior(x_t, model_out, coef, at, lo, hi, clip is not None, mean, x0, variance)
     else:
         variance = coef[at, 4:6].T.expand(2, x_t.shape[0])

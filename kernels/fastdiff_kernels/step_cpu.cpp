@@ -1,4 +1,4 @@
-// One row of a plan on a CPU: the loop behind fastdiff.cpu.CompiledStep, for any row, shape and model dtype.
+// One row of a plan on a CPU, and the posterior: the loops behind fastdiff.cpu, for any row, shape and dtype.
 //
 // A block of every operand fits a core's first cache, so each is read from memory once and each result written once,
 // however many terms a slot sums.
@@ -60,17 +60,21 @@ void write(const float* from, float c, void* out, int type, int64_t at, int coun
   scaled<float>(from, c, out, at, count);
 }
 
-// p = c_out m + c_skip x, clamped; a NaN passes the clamp
+// a NaN passes
+void clamp(float* p, float lo, float hi, int count) {
+  for (int i = 0; i < count; i++) {
+    const float raised = p[i] < lo ? lo : p[i];
+    p[i] = raised > hi ? hi : raised;
+  }
+}
+
+// p = c_out m + c_skip x, clamped
 const float* prediction(const Row& row, const float* m, const float* x, int count, float* p) {
   if (row.c_skip != 0)
     for (int i = 0; i < count; i++) p[i] = row.c_out * m[i] + row.c_skip * x[i];
   else
     for (int i = 0; i < count; i++) p[i] = row.c_out * m[i];
-  if (row.clamps)
-    for (int i = 0; i < count; i++) {
-      const float raised = p[i] < row.lo ? row.lo : p[i];
-      p[i] = raised > row.hi ? row.hi : raised;
-    }
+  if (row.clamps) clamp(p, row.lo, row.hi, count);
   return p;
 }
 
@@ -118,5 +122,24 @@ extern "C" void affine_row(const Row* row, const Call* call, int threads) {
   for (int64_t job = 0; job < jobs; job++) {
     const int64_t b = job / blocks, start = job % blocks * BLOCK;
     block(*row, *call, b, b * call->n + start, int(std::min<int64_t>(BLOCK, call->n - start)));
+  }
+}
+
+// coef [batch or 1, 8]: c_skip, c_out, k_x0, k_xt: x0 = clamp(c_skip x + c_out m), mean = k_x0 x0 + k_xt x
+extern "C" void posterior(const void* x, const void* m, const float* coef, void* mean, void* x0, int x_type, int m_type,
+                          int each, int clips, float lo, float hi, int64_t batch, int64_t n, int threads) {
+  const int64_t blocks = (n + BLOCK - 1) / BLOCK, jobs = batch * blocks;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t job = 0; job < jobs; job++) {
+    alignas(64) float held[BLOCK], other[BLOCK], p[BLOCK], y[BLOCK];
+    const int64_t b = job / blocks, start = job % blocks * BLOCK, at = b * n + start;
+    const int count = int(std::min<int64_t>(BLOCK, n - start));
+    const float *c = coef + (each ? 8 * b : 0), *v = read(x, x_type, at, count, held);
+    const float* u = read(m, m_type, at, count, other);
+    for (int i = 0; i < count; i++) p[i] = c[0] * v[i] + c[1] * u[i];
+    if (clips) clamp(p, lo, hi, count);
+    for (int i = 0; i < count; i++) y[i] = c[2] * p[i] + c[3] * v[i];
+    write(y, 1.0f, mean, x_type, at, count);
+    write(p, 1.0f, x0, x_type, at, count);
   }
 }
