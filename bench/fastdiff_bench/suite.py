@@ -21,7 +21,7 @@ from fastdiff_bench.energy import Meter
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.networks import build
 from fastdiff_bench.options import Request
-from fastdiff_bench.throughput import ModelError, Settings, measure
+from fastdiff_bench.throughput import ROUNDS, ModelError, Settings, measure
 from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, malloc_is_set
 
 __all__ = ["main", "run"]
@@ -60,7 +60,7 @@ def run(request: Request, model: Callable[..., Any] | None = None, *, say: Calla
         "rows": [],
     }  # fmt: skip
     settings = Settings(
-        device, request.columns, rounds=41, seconds=1.5 if request.quick else 3.0,
+        device, request.columns, rounds=ROUNDS, seconds=2.5 if request.quick else 3.0,
         model=model, copy_gb_s=copy, meter=meter,
     )  # fmt: skip
     work = request.work()

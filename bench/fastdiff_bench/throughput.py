@@ -19,10 +19,10 @@ from fastdiff_bench.tables import best
 from fastdiff_bench.textbook import Textbook
 from fastdiff_bench.timing import interleave, paired, summary
 
-__all__ = ["ModelError", "Settings", "measure"]
+__all__ = ["ROUNDS", "ModelError", "Settings", "measure"]
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-ROUNDS = 41
+ROUNDS = 201  # at most; the medians of short loops need many on a machine that others share
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
