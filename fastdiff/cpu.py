@@ -193,14 +193,22 @@ class Call(ctypes.Structure):
     ]
 
 
-def _native_row(row: HostRow) -> Row:
-    found = Row(row.c_skip, row.c_out, row.lo, row.hi, row.c_in_next, row.uses_p, row.clamps, len(row.targets))
+def _native_row(plan: Plan, k: int, row: HostRow) -> Row:
+    """Row k. Without a clamp p = c_skip x + c_out m is put into the sums in float64: where it would cancel against A,
+    as at the noisy end in sigma space, nothing is lost, and a pass less is made."""
+    clamps = row.clamps
+    found = Row(row.c_skip, row.c_out, row.lo, row.hi, row.c_in_next, clamps and row.uses_p, clamps, len(row.targets))
     for i, t in enumerate(row.targets):
-        terms = [(source, c) for source, _, c in t.terms]
-        terms += [(source, c) for source, c in ((P, t.b), (M, t.d), (N, t.s if row.noisy else 0)) if c != 0]
-        found.place[i], found.terms[i] = t.place, len(terms)
-        for k, (source, c) in enumerate(terms):
-            found.source[i][k], found.c[i][k] = source, c
+        A, b, d, s = plan.A[k, t.logical], plan.b[k, t.logical], plan.d[k, t.logical], plan.s[k, t.logical]
+        terms = {source: float(A[j]) for source, j, _ in t.terms}
+        if not clamps and t.b:
+            terms[0] = terms.get(0, 0.0) + float(b * plan.c_skip[k])
+        terms |= {P: float(b) if clamps else 0.0, M: float(d if clamps else d + b * plan.c_out[k])}
+        terms[N] = float(s) if row.noisy else 0.0
+        kept = [(source, c) for source, c in terms.items() if c != 0]
+        found.place[i], found.terms[i] = t.place, len(kept)
+        for at, (source, c) in enumerate(kept):
+            found.source[i][at], found.c[i][at] = source, c
     return found
 
 
@@ -210,7 +218,7 @@ class CompiledStep:
     def __init__(self, plan: Plan, slots: list[Tensor], *, copies: list[Tensor]) -> None:
         """copies: buffers that receive c_in_next * S'[0] in their own dtype (the model's next input)."""
         self.slots, self.copies = slots, copies  # the list is shared with EagerStep, which may trade
-        self.rows = [_native_row(row) for row in host_rows(plan)] if len(slots) <= SLOTS else []
+        self.rows = [_native_row(plan, k, row) for k, row in enumerate(host_rows(plan))] if len(slots) <= SLOTS else []
         self.operands = Call()
         self.loop = library("step") if self.rows else None
         self.threads = 1 if slots[0].numel() < ONE_THREAD else torch.get_num_threads()
