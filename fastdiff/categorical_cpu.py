@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import native, rng
 from fastdiff.cpu import HostRow
-from fastdiff.gumbel import SCALE, gumbel_of, logistic_of
+from fastdiff.gumbel import SCALE, logistic_of
 from fastdiff.inductor import compile_static
 
 __all__ = ["Chunk", "CompiledStep", "chunks", "step_in_chunks"]
@@ -55,32 +55,11 @@ def _even(n: int, most: int) -> int:
     return next((k for k in range(most, most // 2, -1) if n % k == 0), min(n, most)) if n > most else max(1, n)
 
 
-def words(draws: Draws, row: Tensor, stream: int, first: int | Tensor, n: int) -> tuple[Tensor, ...]:
-    """Philox words of the elements 4 first .. 4 first + n - 1 of some samples: four int64 [b, ceil(n / 4)]."""
-    seeds, index = (v.view(-1, 1) for v in draws)
-    counter = torch.arange((n + 3) // 4) + first
-    which = torch.full((), stream, dtype=torch.int64)
-    return rng.philox(counter, row, which, index, seeds & rng.MASK, seeds >> 32)
-
-
-def normals(draws: Draws, row: Tensor, first: int | Tensor, size: Sequence[int]) -> Tensor:
-    """n of some tokens, shaped like `size` [b, d, K']; `first` is the first counter."""
-    n = size[1] * size[2]
-    i = words(draws, row, rng.ROWS, first, n)
-    lanes = torch.stack((*rng.box_muller(i[0], i[1]), *rng.box_muller(i[2], i[3])), -1)
-    return lanes.flatten(-2)[..., :n].view(*size)
-
-
-def gumbels(draws: Draws, row: Tensor, first: int | Tensor, size: Sequence[int]) -> Tensor:
-    """Gumbel numbers of some tokens (logistic ones for one channel), shaped like `size` [b, d, K']."""
-    n = size[1] * size[2]
-    of = logistic_of if size[2] == 1 else gumbel_of
-    lanes = torch.stack([of(i) for i in words(draws, row, rng.CATEGORICAL, first, n)], -1)
-    return lanes.flatten(-2)[..., :n].view(*size)
-
-
 def drawn(draws: Draws, row: Tensor, stream: int, first: int, size: Sequence[int]) -> Tensor:
-    """`normals` (stream 1) or `gumbels` (stream 2) eagerly: by the native loop, or in buffers that are kept."""
+    """Normals (stream 1) or Gumbel numbers (stream 2; logistic for one channel) of some tokens, shaped like `size`.
+
+    `first` is the first counter. By the native loop, or in buffers that are kept.
+    """
     kind = "normal" if stream == rng.ROWS else _kind(size[2])
     made = native.draw(*draws, row, stream, size[1] * size[2], kind=kind, first=first)
     if made is not None:
@@ -209,9 +188,10 @@ class CompiledStep:
         batch, tokens, width = state.shape[1:]
         self.state, self.table, self.slots, self.classes = state, table, slots, classes
         self.copies = model_in.split(batch)
-        self.parts = [(p, torch.tensor(p.d0 * width // 4)) for p in chunks(batch, tokens, width)]
-        most = max((p.size[0] * p.size[1] * width for p, _ in self.parts), default=0)
-        self.drawn = state.new_empty(2, most) if native.usable(state) else None  # normals and Gumbel numbers of a chunk
+        self.parts = chunks(batch, tokens, width)
+        self.drawn = state.new_empty(
+            2, max((math.prod(p.size) for p in self.parts), default=0) * width
+        )  # normals, Gumbel numbers
         self.functions: dict[tuple[object, ...], Callable[..., object] | None] = {}
 
     def __call__(self, readout: str, row: Tensor, m: Tensor, **given: Tensor | None) -> bool:
@@ -220,13 +200,15 @@ class CompiledStep:
         given: uncond like m, guidance as in categorical_step, seeds and index int64 [B], noise and gumbel like m.
         """
         present = {name: value for name, value in given.items() if value is not None}
-        for part, first in self.parts:
+        if not native.available():
+            return False
+        for part in self.parts:
             args = [part.of(self.state), *map(part.of, self.copies), part.of(m)]
             if self.classes is not None:
                 args.append(self.classes[part.b0 : part.b1, part.d0 : part.d1])
             options = {name: self._cut(part, name, value) for name, value in present.items()}
             self._draw(readout, row, part, options)
-            args += [self.table, row, first, *options.values()]
+            args += [self.table, row, *options.values()]
             key = (readout, part.size, m.dtype, m.stride(), tuple(options))
             if key not in self.functions:
                 fn = self._function(readout, tuple(options))
@@ -241,8 +223,8 @@ class CompiledStep:
         return True
 
     def _draw(self, readout: str, row: Tensor, part: Chunk, options: dict[str, Tensor]) -> None:
-        """Puts the noise that seeds stand for in their place, where there is a native loop."""
-        if self.drawn is None or "seeds" not in options:
+        """Puts the noise that seeds stand for in their place."""
+        if "seeds" not in options:
             return
         seeds = options.pop("seeds")
         index = options.pop("index", None)
@@ -272,14 +254,8 @@ class CompiledStep:
         def step(state: Tensor, *args: Tensor) -> None:
             out, (m, *more) = args[:copies], args[copies:]
             hits = more.pop(0) if classes else None
-            table, row, first, *rest = more
+            table, row, *rest = more
             options = dict(zip(names, rest, strict=True))
-            seeds, index = options.pop("seeds", None), options.pop("index", None)
-            if seeds is not None:
-                draws = (seeds, torch.zeros_like(seeds) if index is None else index)
-                options.setdefault("noise", normals(draws, row, first, m.shape))
-                if readout == "sample":
-                    options.setdefault("gumbel", gumbels(draws, row, first, m.shape))
             new, x, k = categorical_step_ref(state, m, table, row, slots=slots, readout=readout, **options)
             state.copy_(new)
             for copy in out:

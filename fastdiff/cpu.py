@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
+from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.inductor import ONE_THREAD
-from fastdiff.native import call, library, plain
+from fastdiff.native import call, function, plain
 from fastdiff.plan import ROW_HEADER, Plan
 
 __all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows", "posterior_into"]
@@ -172,12 +171,12 @@ class Row(ctypes.Structure):
     """A row as fastdiff_kernels/step_cpu.cpp reads it."""
 
     _fields_ = [
-        *((name, ctypes.c_float) for name in ("c_skip", "c_out", "lo", "hi", "c_in_next")),
+        *((name, c_float) for name in ("c_skip", "c_out", "lo", "hi", "c_in_next")),
         *((name, ctypes.c_int32) for name in ("uses_p", "clamps", "targets")),
         ("place", ctypes.c_int32 * SLOTS),
         ("terms", ctypes.c_int32 * SLOTS),
         ("source", ctypes.c_int32 * TERMS * SLOTS),
-        ("c", ctypes.c_float * TERMS * SLOTS),
+        ("c", c_float * TERMS * SLOTS),
     ]
 
 
@@ -185,11 +184,11 @@ class Call(ctypes.Structure):
     """The operands of a row there."""
 
     _fields_ = [
-        ("slots", ctypes.c_void_p * SLOTS),
-        *((name, ctypes.c_void_p) for name in ("m", "uncond", "w", "noise", "x0")),
-        ("copies", ctypes.c_void_p * COPIES),
+        ("slots", c_void_p * SLOTS),
+        *((name, c_void_p) for name in ("m", "uncond", "w", "noise", "x0")),
+        ("copies", c_void_p * COPIES),
         *((name, ctypes.c_int32) for name in ("m_type", "uncond_type", "copy_type", "w_each")),
-        *((name, ctypes.c_int64) for name in ("batch", "n")),
+        *((name, c_int64) for name in ("batch", "n")),
     ]
 
 
@@ -220,7 +219,7 @@ class CompiledStep:
         self.slots, self.copies = slots, copies  # the list is shared with EagerStep, which may trade
         self.rows = [_native_row(plan, k, row) for k, row in enumerate(host_rows(plan))] if len(slots) <= SLOTS else []
         self.operands = Call()
-        self.loop = library("step") if self.rows else None
+        self.loop = function("step", "affine_row", c_void_p, c_void_p, c_int) if self.rows else None
         self.threads = 1 if slots[0].numel() < ONE_THREAD else torch.get_num_threads()
 
     def __call__(
@@ -242,20 +241,8 @@ class CompiledStep:
         operands.w_each = w is not None and w.numel() > 1
         operands.batch = x.shape[0] if operands.w_each else 1
         operands.n = x.numel() // max(1, operands.batch)
-        call(self.loop.affine_row, ctypes.byref(self.rows[k]), ctypes.byref(operands), self.threads)
+        call(self.loop, ctypes.byref(self.rows[k]), ctypes.byref(operands), self.threads)
         return True
-
-
-@functools.cache
-def _posterior() -> Callable[..., None] | None:
-    found = library("step")
-    if found is None:
-        return None
-    found.posterior.restype = None
-    found.posterior.argtypes = [
-        *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4, *[ctypes.c_float] * 2, *[ctypes.c_int64] * 2, ctypes.c_int,
-    ]  # fmt: skip
-    return found.posterior
 
 
 def posterior_into(
@@ -266,7 +253,8 @@ def posterior_into(
     Args: x, m: [B, *sample] of any float dtypes but float64. coef: fp32 [B or 1, 8]: c_skip, c_out, k_x0, k_xt, ...
         mean, x0: outputs like x, contiguous.
     """
-    loop = _posterior() if plain((x, m)) else None
+    kinds = (*[c_void_p] * 5, *[c_int] * 4, *[c_float] * 2, *[c_int64] * 2, c_int)
+    loop = function("step", "posterior", *kinds) if plain((x, m)) else None
     if loop is None:
         return False
     x, m, coef = x.contiguous(), m.contiguous(), coef.contiguous()

@@ -7,6 +7,7 @@ import functools
 import importlib.resources
 import platform
 from collections.abc import Callable, Sequence
+from ctypes import c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 
 from fastdiff.inductor import ONE_THREAD, unusable
 
-__all__ = ["available", "call", "draw", "fill", "library", "plain", "usable"]
+__all__ = ["available", "call", "draw", "fill", "function", "plain", "usable"]
 
 # Inductor writes its own vector code and forbids the compiler's; a square root that sets errno is no vector code
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
@@ -22,7 +23,7 @@ KINDS = ("normal", "gumbel", "logistic")
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
+def _library(name: str) -> ctypes.CDLL | None:
     """The loops of fastdiff_kernels/<name>_cpu.cpp; None (and one warning a process) where no C++ compiler works."""
     if unusable():
         return None
@@ -47,17 +48,22 @@ def call(loop: Callable[..., None], *args: object) -> None:
 
 
 @functools.cache
-def _filler() -> Callable[..., None] | None:
-    found = library("noise")
+def function(file: str, name: str, *arguments: type) -> Callable[..., None] | None:
+    """A loop of fastdiff_kernels/<file>_cpu.cpp with the ctypes of its arguments; None without a compiler."""
+    found = _library(file)
     if found is None:
         return None
-    found.fill_noise.restype = None
-    found.fill_noise.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 3]
-    return found.fill_noise
+    loop = getattr(found, name)
+    loop.restype, loop.argtypes = None, list(arguments)
+    return loop
+
+
+def _filler() -> Callable[..., None] | None:
+    return function("noise", "fill_noise", *[c_void_p] * 7, *[c_int64] * 4, *[c_int] * 3)
 
 
 def available() -> bool:
-    """Are there loops? False, and one warning a process, without a C++ compiler. A machine's first call takes 3 s."""
+    """Are there loops? False, and one warning a process, without a C++ compiler. A machine's first call takes 5 s."""
     return _filler() is not None
 
 
@@ -87,7 +93,7 @@ def fill(
         sample. kind: "normal", "gumbel" or "logistic". x: fp32 [B, *sample]. coef: fp32 [B, 4]. out, x and coef
         contiguous; all `usable`.
     Numerics: the integers of rng.normal and fastdiff.gumbel; normals within 2e-6 of theirs, Gumbel and logistic numbers
-        within 4e-6, the same in any batch, position and thread count.
+        within 4e-6 (relative above 1), the same in any batch, position and thread count.
     """
     filler = _filler()
     assert filler is not None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastdiff import native, rng
+from fastdiff import rng
 from fastdiff.plan import Plan
 
 __all__ = ["CallableNoise", "Noise", "NoiseFunction", "PhiloxNoise", "ReadoutNoise", "TorchNoise"]
@@ -46,9 +46,7 @@ class PhiloxNoise(Noise):
         self.position = {pair: i for i, pair in enumerate(self.pairs)}
         self.count = min(len(self.pairs), max(1, BLOCK_ELEMENTS // max(1, like.numel())))
         self.buffer = torch.empty(self.count, *like.shape) if self.pairs else None
-        self.streams, self.rows = (torch.zeros(max(1, self.count), dtype=torch.int64) for _ in range(2))
         self.block = -1
-        self.native = compiled and self.buffer is not None and native.usable(self.buffer)
 
     def reset(self, seeds: Tensor, index: Tensor) -> None:
         """New seeds [B] and sample indices [B], copied into the buffers a captured graph reads."""
@@ -77,12 +75,6 @@ class PhiloxNoise(Noise):
 
     def _draw(self, pairs: list[tuple[int, int]]) -> None:
         assert self.buffer is not None
-        if self.native:
-            streams, rows = torch.tensor(pairs).unbind(1)
-            self.streams[: len(pairs)], self.rows[: len(pairs)] = streams, rows
-            count = len(pairs)
-            native.fill(self.buffer[:count], self.seeds, self.index, self.streams[:count], self.rows[:count])
-            return
         for stream in dict.fromkeys(s for s, _ in pairs):
             at = [i for i, (s, _) in enumerate(pairs) if s == stream]
             rows = torch.tensor([pairs[i][1] for i in at])

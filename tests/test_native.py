@@ -78,7 +78,7 @@ def test_gumbel_equals_the_traceable_expression(kind):
     args = (SEEDS.view(-1, 1), INDEX.view(-1, 1), torch.tensor([[6]]))
     want = gumbels_at(torch.arange(250) + 17, *args, 999, logistic=kind == "logistic")
     got = drawn(SEEDS, INDEX, [(rng.CATEGORICAL, 6)], 999, kind=kind, first=17)[0]
-    assert (got - want).abs().max() <= 1e-5
+    assert ((got - want).abs() / want.abs().clamp_min(1)).max() <= 8e-6  # each is within 4e-6 of the exact number
 
 
 def test_a_row_each_sample():
