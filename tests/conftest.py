@@ -36,3 +36,14 @@ def kernel_device() -> Iterator[torch.device]:
 
     with ops.use_kernels():
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def cpp_loops():
+    """The CPU's C++ loops: skips where there is no compiler, fails where there is one and they do not build."""
+    from fastdiff import native
+    from fastdiff.doctor import _compiler
+
+    if not (native.available() and native._library("step")):
+        assert _compiler() is None, "the C++ loops do not build: see the warning"
+        pytest.skip("no C++ compiler")

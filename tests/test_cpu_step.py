@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdiff import Plan, native, ops, schedules, solvers
+from fastdiff import Plan, ops, schedules, solvers
 from fastdiff.cpu import CompiledStep
 
 SHAPE = (3, 7, 173)  # two blocks and a rest
@@ -18,10 +18,7 @@ PLANS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    if not native.available():
-        pytest.skip("no C++ compiler")
+pytestmark = pytest.mark.usefixtures("cpp_loops")
 
 
 def random(*shape, seed):

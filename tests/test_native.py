@@ -6,11 +6,7 @@ import torch
 from fastdiff import native, rng
 from fastdiff.gumbel import gumbels_at
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    if not native.available():
-        pytest.skip("no C++ compiler")
+pytestmark = pytest.mark.usefixtures("cpp_loops")
 
 
 def drawn(seeds, index, pairs, n, **options):
