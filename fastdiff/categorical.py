@@ -94,12 +94,18 @@ class CategoricalRun(Run):
             m = m.clone()  # a model that returns its input, which the step writes
         seeded = seeds_of(self.noise) if (readout == "sample" and gumbel is None) or self.noise_in_kernel else None
         w = None if u is None else self.weight
-        if self.compiled is None or not self.compiled(readout, row, m, u, seeded, noise, gumbel):
+
+        def run() -> None:
             ops.categorical_step(
                 self.slab, m, self.table, row, slots=self.plan.slots, readout=readout, uncond=u, guidance=w,
                 seeds=None if seeded is None else seeded.seeds, index=None if seeded is None else seeded.index,
                 noise=noise, gumbel=gumbel, model_in=self.model_in, classes=self.x0,
             )  # fmt: skip
+
+        if not self.on_host:
+            self.relaunch(f"fastdiff::categorical_step {readout}", run, (m, u, row, noise, gumbel, w))
+        elif self.compiled is None or not self.compiled(readout, row, m, u, seeded, noise, gumbel):
+            run()
         self.watch(row, m)
 
 

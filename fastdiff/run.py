@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.cpu import CompiledStep, EagerStep
 from fastdiff.noise import CallableNoise, Noise, PhiloxNoise, TorchNoise
+from fastdiff.ops._relaunch import Relaunch
 from fastdiff.plan import Plan
 from fastdiff.request import Request
 
@@ -51,7 +52,9 @@ class Run:
         times = (times if times.dtype == torch.int64 else times.float()).to(self.device)
         self.times = times
         self.t = list(times[:, None].expand(plan.nfe, size[0]).contiguous().unbind(0))
-        self.rows = list(torch.arange(plan.nfe, dtype=torch.int32, device=self.device).split(1))
+        rows = torch.arange(plan.nfe, dtype=torch.int32, device=self.device)
+        # 16 bytes apart: Triton compiles a kernel for aligned pointers and one for others
+        self.rows = [row[:1] for row in torch.nn.functional.pad(rows[:, None], (0, 3)).unbind(0)]
         self.rule = {"rule": o.guide, **(o.guide_options or {})} if o.guide != "cfg" else {}
         self.threshold = o.threshold
         self.conversion = [torch.from_numpy(c.astype("float32")).to(self.device) for c in (plan.c_skip, plan.c_out)]
@@ -64,6 +67,7 @@ class Run:
         self.weight = None if request.weight is None else request.weight.to(self.device, copy=True)
         self.compiled: Callable[..., bool] | None = None
         self.w_tensors: list[Tensor] = []
+        self.relaunch = Relaunch()
         self._prepare(compiled)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -223,18 +227,23 @@ class Run:
         if self.on_host:
             m, u = self.adjust(row, m, u)
         if not self.on_host:
-            seeded = self.noise if self.noise_in_kernel and self.plan.stochastic else None
-            ops.affine_step(
-                self.slab, m, self.table, row, slots=self.plan.slots, uncond=u, **self.reduce(row, m, u),
-                seeds=seeded.seeds if seeded else None, index=seeded.index if seeded else None,  # type: ignore[attr-defined]
-                noise=noise, model_in=None if self.aliased else self.model_in, x0=self.x0,
-            )  # fmt: skip
+            reduced = self.reduce(row, m, u)
+            changing = (m, u, row, noise, *reduced.values())
+            self.relaunch("fastdiff::affine_step", lambda: self._launch(row, m, u, noise, reduced), changing)
         elif self.compiled is None or not self.compiled(
             k, m, u, self.w_tensors[k] if self.guided else None, noise, self.x0
         ):
             self.eager(k, m, u, self.w_eager[k] if self.guided else None, noise, self.x0)
             self.refresh(k + 1)
         self.watch(row, m)
+
+    def _launch(self, row: Tensor, m: Tensor, u: Tensor | None, noise: Tensor | None, reduced: dict[str, Any]) -> None:
+        seeded = self.noise if self.noise_in_kernel and self.plan.stochastic else None
+        ops.affine_step(
+            self.slab, m, self.table, row, slots=self.plan.slots, uncond=u, **reduced,
+            seeds=seeded.seeds if seeded else None, index=seeded.index if seeded else None,  # type: ignore[attr-defined]
+            noise=noise, model_in=None if self.aliased else self.model_in, x0=self.x0,
+        )  # fmt: skip
 
     def watch(self, row: Tensor, m: Tensor) -> None:
         """Keeps the first row whose state or model output is not finite."""

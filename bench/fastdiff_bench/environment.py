@@ -27,6 +27,10 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
+    """The source's commit; FASTDIFF_COMMIT names it where a copy has no history."""
+    if named := os.environ.get("FASTDIFF_COMMIT"):
+        return named
+
     def git(*args: str) -> str:
         root = Path(__file__).resolve().parent
         return subprocess.run(["git", *args], capture_output=True, text=True, cwd=root, check=True).stdout.strip()

@@ -8,10 +8,11 @@ first launch only. There is no autotuning at run time: one small table picks the
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,28 @@ GRID_LIMIT = 65535  # of a CUDA grid's second axis
 LIBRARY = torch.library.Library("fastdiff", "DEF")
 
 _forced = False
+
+
+class Call(NamedTuple):
+    """A launch that was made: what Triton compiled, the grid, every argument of the kernel."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    args: list[object]
+
+
+_recorded = threading.local()
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Inside, this thread's launches are also kept in the list (the interpreter's are not)."""
+    calls: list[Call] = []
+    _recorded.calls = calls
+    try:
+        yield calls
+    finally:
+        _recorded.calls = None
 
 
 @contextmanager
@@ -118,9 +141,13 @@ def run(
         filled = [first if a is FIRST else a for a in args]
         if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):
-                kernel[grid](*filled, **constants, enable_fp_fusion=False)
+                compiled = kernel[grid](*filled, **constants, enable_fp_fusion=False)
         else:
-            kernel[grid](*filled, **constants, enable_fp_fusion=False)
+            compiled = kernel[grid](*filled, **constants, enable_fp_fusion=False)
+        calls = getattr(_recorded, "calls", None)
+        if calls is not None and compiled is not None:
+            names = kernel.arg_names[len(filled) :]
+            calls.append(Call(compiled, grid, [*filled, *(constants[name] for name in names)]))
 
 
 FIRST = object()
