@@ -52,6 +52,10 @@ class PhiloxNoise(Noise):
         """New seeds [B] and sample indices [B], copied into the buffers a captured graph reads."""
         self.seeds.copy_(seeds)
         self.index.copy_(index)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Draws again from the first row on."""
         self.block = -1
 
     def start(self, row: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,8 @@ class Request:
     device: torch.device
     dtype: torch.dtype
     out_dtype: torch.dtype
-    seeds: Tensor
-    index: Tensor
+    keys: Callable[[], tuple[Tensor, Tensor]]  # makes rng.keys on the device
+    seeded: tuple[int, int] | None  # (seed, first) that the keys come from; None where each sample has its own seed
     generators: tuple[torch.Generator, ...]
     weight: Tensor | None  # [N or 1, B or 1] fp32 on the host, None without guidance
 
@@ -264,7 +265,16 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
         value = getattr(o, name)
         if value is not None and not isinstance(value, Mapping):
             raise TypeError(f"{name} must be a dict of keyword arguments for the model, got {type(value).__name__}")
-    seed = o.seed if o.seeds is None else None
-    seeds, index = rng.keys(seed, o.seeds, first=o.first, batch=batch, device=device)
+    keys, seeded = _keys(o, batch, device)
     weight = _guidance(o, plan, batch)
-    return Request(o, size, state, device, dtype, out_dtype, seeds, index, _generators(o, batch, device), weight)
+    return Request(o, size, state, device, dtype, out_dtype, keys, seeded, _generators(o, batch, device), weight)
+
+
+def _keys(
+    o: Options, batch: int, device: torch.device
+) -> tuple[Callable[[], tuple[Tensor, Tensor]], tuple[int, int] | None]:
+    if o.seeds is not None:
+        made = rng.keys(seeds=o.seeds, first=o.first, batch=batch, device=device)
+        return lambda: made, None
+    seed = rng.checked_seed(o.seed, o.first, batch)
+    return partial(rng.keys, seed, first=o.first, batch=batch, device=device), (seed, o.first)

@@ -111,9 +111,7 @@ def keys(
     if (seed is None) == (seeds is None):
         raise ValueError("give either seed or seeds, got " + ("neither" if seed is None else "both"))
     if seed is not None:
-        if not 0 <= first < 2**32 - batch:
-            raise ValueError(f"first must be in 0..2**32 - batch - 1, got {first}")
-        value = _checked_seed(seed)
+        value = checked_seed(seed, first, batch)
         index = torch.arange(first, first + batch, dtype=torch.int64, device=device)
         return torch.full((batch,), value, dtype=torch.int64, device=device), index
     if first != 0:
@@ -123,6 +121,13 @@ def keys(
     if tensor.numel() != batch:
         raise ValueError(f"seeds must hold one seed a sample: got {tensor.numel()} for a batch of {batch}")
     return tensor, torch.zeros_like(tensor)
+
+
+def checked_seed(seed: int, first: int, batch: int) -> int:
+    """The seed as an int, it and the index of a batch's first sample inside their ranges."""
+    if not 0 <= first < 2**32 - batch:
+        raise ValueError(f"first must be in 0..2**32 - batch - 1, got {first}")
+    return _checked_seed(seed)
 
 
 def _checked_seed(seed: int) -> int:

@@ -68,6 +68,7 @@ class Run:
         self.compiled: Callable[..., bool] | None = None
         self.w_tensors: list[Tensor] = []
         self.relaunch = Relaunch()
+        self.seeded: tuple[int, int] | None = None  # whose keys the noise holds
         self._prepare(compiled)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -128,7 +129,10 @@ class Run:
         o, plan = request.options, self.plan
         philox = self.noise.philox if isinstance(self.noise, CallableNoise) else self.noise
         if isinstance(philox, PhiloxNoise):
-            philox.reset(request.seeds, request.index)
+            if request.seeded is None or request.seeded != self.seeded:
+                philox.reset(*request.keys())
+                self.seeded = request.seeded
+            philox.rewind()
         if isinstance(self.noise, TorchNoise):
             self.noise.generators = request.generators
         if isinstance(self.noise, CallableNoise):

@@ -12,8 +12,9 @@ from fastdiff.ops._dispatch import FLOATS, check_tensor
 
 READOUTS = ("sample", "argmax", "mean")
 WIDEST_ROW = 1 << 14  # positions of a token in one program; longer ones are split
-PIECE = 1 << 12  # positions of a program of a split token
+PIECE = 1 << 12  # positions of a program of a split token; half of it where tokens start anywhere in a vector
 TILE = 2048  # positions of a program that holds several tokens
+NARROW = 32  # positions of a token up to which a thread holds 8 of them instead of 16
 
 
 def channels(num_classes: int) -> int:
@@ -134,9 +135,11 @@ def rows_of(num_classes: int, tokens: int, *, heavy: bool = False, lanes: int = 
     need = num_classes + (0, 3, 2, 3)[num_classes % 4]  # a window starts up to that many positions early
     cols = max(8, 1 << (need - 1).bit_length())
     if cols > WIDEST_ROW >> heavy:
-        return Rows(1, PIECE, -(-need // PIECE), PIECE // 16 // lanes)
+        piece = PIECE if num_classes % 4 == 0 else PIECE // 2
+        return Rows(1, piece, -(-need // piece), piece // 16 // lanes)
     rows = min(max(1, TILE // cols), 1 << max(0, tokens - 1).bit_length())
-    warps = max(1, rows * cols // 16 // lanes)
+    each = 8 if cols <= NARROW else 16  # positions of a thread
+    warps = max(1, rows * cols // each // lanes)
     return Rows(rows, cols, 1, min(warps, 512 // lanes))
 
 

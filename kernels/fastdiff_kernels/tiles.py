@@ -48,8 +48,11 @@ def load4(ptr, MATH: tl.constexpr):
 
 @triton.jit
 def load_float(ptr, mask):
-    """A tile that is read once, as fp32; bf16 by a shift (one instruction an element fewer than the conversion)."""
-    x = tl.load(ptr, mask=mask, eviction_policy="evict_first")
+    """A tile as fp32; bf16 by a shift (one instruction an element fewer than the conversion).
+
+    No eviction hint: evict_first costs 3 % of the bandwidth on an H200.
+    """
+    x = tl.load(ptr, mask=mask)
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
