@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything a machine with an NVIDIA GPU and no network can show, in 8 minutes: the GPU tests, then the main table
-# (launches, host time, energy, peers), whole loops of small networks, and the roofline of every kernel.
+# Everything a machine with an NVIDIA GPU and no network can show, in 8 minutes: the tests of every kernel and of what
+# only a GPU has, the main table (launches, host time, energy, peers), the kernels' bandwidth, a diffusers pipeline's
+# loop, a policy network's loop, and the roofline of every kernel.
 # Usage: bench/gpu.sh [RESULTS_DIR]      (default $OUT, else bench/results/<gpu>/<date>)
 # What was measured before a step ran out of time is kept.
 set -uo pipefail
@@ -30,22 +31,34 @@ run() { # run SECONDS NAME COMMAND...: output into NAME.txt, its last lines here
     [ "$code" = 0 ] || { failed=1; tail -n 5 "$out/$name.log" 2> /dev/null; }
 }
 
-run 90 tests $PYTHON -m pytest tests/test_gpu*.py tests/test_rng.py tests/test_affine_step.py tests/test_add_noise.py \
-    tests/test_denoising_loss.py -m gpu -q -p no:cacheprovider
-tail -n 2 "$out/tests.txt"
-run 45 kernel-tests $PYTHON -m pytest tests/test_affine_step.py tests/test_add_noise.py tests/test_posterior.py \
-    -m "not gpu" -q -p no:cacheprovider
-tail -n 2 "$out/kernel-tests.txt"
-run 130 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json "$out/throughput.json" ${plots[@]+"${plots[@]}"}
-cat "$out/throughput.txt"
-for network in unet1d mlp; do
-    run 25 "loop-$network" $PYTHON -m fastdiff_bench.suite --device cuda --quick --model "$network" \
-        --json "$out/loop-$network.json"
-    cat "$out/loop-$network.txt"
+echo "== tests"
+begin=$SECONDS
+mkdir -p "$out/tests"
+rm -f "$out/tests.txt"
+for file in gpu gpu_bfn gpu_dropin affine_step add_noise posterior denoising_loss rng times threshold guide forward_step \
+    outer_step binned bound categorical_step categorical_loss categorical_noise learned_variance; do
+    # a process a file: the kernels compile side by side
+    OMP_NUM_THREADS=1 timeout -s INT -k 5 85 $PYTHON -m pytest "tests/test_$file.py" -m "not compiled" -q \
+        -p no:cacheprovider > "$out/tests/$file.txt" 2>&1 &
 done
-run 60 kernels $PYTHON -m fastdiff_bench.gpu --quick --out "$out"
+wait
+echo "$((SECONDS - begin)) s"
+for file in "$out"/tests/*.txt; do
+    last=$(tail -n 1 "$file")
+    echo "$(basename "$file" .txt): $last" >> "$out/tests.txt"
+    case $last in *failed* | *error* | *Error* | *nterrupt* | "") failed=1 ;; esac
+done
+cat "$out/tests.txt"
+run 120 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json "$out/throughput.json" ${plots[@]+"${plots[@]}"}
+cat "$out/throughput.txt"
+run 50 kernels $PYTHON -m fastdiff_bench.gpu --quick --out "$out"
 cat "$out/kernels.txt"
-run 90 roofline $PYTHON -m fastdiff_bench.roofline --device cuda --quick --dtype fp32 bf16 \
+run 45 dropin $PYTHON -m fastdiff_bench.dropin_gpu --json "$out/dropin.json"
+cat "$out/dropin.txt"
+run 40 loop-unet1d $PYTHON -m fastdiff_bench.suite --device cuda --quick --model unet1d --steps 100 \
+    --schedules scaled_linear_betas --solvers ddpm ddim --json "$out/loop-unet1d.json"
+cat "$out/loop-unet1d.txt"
+run 80 roofline $PYTHON -m fastdiff_bench.roofline --device cuda --quick --dtype fp32 bf16 \
     --json "$out/roofline.json" ${plots[@]:+--plot "$out/roofline"}
 cat "$out/roofline.txt"
 echo "results in $out, $SECONDS s"

@@ -62,6 +62,22 @@ def test_cpu_and_every_mode_give_the_same_samples(plan: fd.Plan) -> None:
 
 
 @plans
+def test_rows_after_the_first_are_launched_again(plan: fd.Plan) -> None:
+    """Outputs at changing addresses, one of them not aligned to 16 bytes: the samples stay those of the CPU."""
+    held = [torch.empty(4 * 255 + k, device="cuda")[k:].view(SHAPE) for k in (0, 1, 4)]
+    calls = itertools.count()
+
+    def moving(x: Tensor, t: Tensor) -> Tensor:
+        return held[next(calls) % 3].copy_(model(x, t))
+
+    sampler = fd.Sampler(moving, plan, mode="eager", device="cuda")
+    for seed in (3, 4):
+        assert close(sampler(SHAPE, seed=seed), fd.sample(model, plan, SHAPE, seed=seed))
+    known = next(iter(sampler._runs.values())).run.relaunch.known
+    assert len(known) == 2 and all(known.values())
+
+
+@plans
 @pytest.mark.parametrize("mode", ["eager", "step_graph", "loop_graph"])
 def test_a_sample_does_not_depend_on_its_batch(plan: fd.Plan, mode: str) -> None:
     out = [fd.Sampler(model, plan, mode=mode, device="cuda")((b, *SHAPE[1:]), seed=5) for b in (1, 7, 64)]

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     env = environment()
     copy = timing.copy_bandwidth(torch.device(DEVICE))
-    rows: list[dict[str, Any]] = [{"what": "copy 1 GiB", "elements": 1 << 28, "gb_s": copy, "of_copy": 1.0}]
+    rows: list[dict[str, Any]] = [{"what": "copy", "elements": 1 << 26, "gb_s": copy, "of_copy": 1.0}]
     chain = schedules.Betas(schedules.scaled_linear_betas(1000))
     cases = [
         ("ddim", solvers.ddim(chain, 20), False, False),
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, plan, noise, guided in cases:
             for dtype in (torch.float32, torch.bfloat16):
                 rows.append(step_row(name, plan, 1 << exponent, dtype, copy, noise=noise, guided=guided))
-    rows += categorical_rows(copy, graph_us)
+    rows += categorical_rows(copy, graph_us, quick=args.quick)
     env["after"] = environment().get("throttle_reasons")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu.json").write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n")

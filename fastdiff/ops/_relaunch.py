@@ -63,14 +63,14 @@ class _Launch:
         moving = {i for i, _ in self.places}
         self.kept = [a for i, a in enumerate(call.args) if isinstance(a, Tensor) and i not in moving]
         self.args: list[Any] = [a.data_ptr() if isinstance(a, Tensor) else a for a in call.args]
-        self.device = next(a.device for a in call.args if isinstance(a, Tensor))
+        self.index = next(a.device.index for a in call.args if isinstance(a, Tensor))
         self.run = call.compiled[call.grid]
 
     def __call__(self, pointers: Sequence[int]) -> None:
         for i, v in self.places:
             self.args[i] = pointers[v]
-        if self.device.index == torch.cuda.current_device():
+        if self.index is None or self.index == torch.cuda.current_device():
             self.run(*self.args)
         else:
-            with torch.cuda.device(self.device):
+            with torch.cuda.device(self.index):
                 self.run(*self.args)
