@@ -38,7 +38,7 @@ rm -f "$out/tests.txt"
 for file in gpu gpu_bfn gpu_dropin affine_step add_noise posterior denoising_loss rng times threshold guide forward_step \
     outer_step binned bound categorical_step categorical_loss categorical_noise learned_variance; do
     # a process a file: the kernels compile side by side
-    OMP_NUM_THREADS=1 timeout -s INT -k 5 85 $PYTHON -m pytest "tests/test_$file.py" -m "not compiled" -q \
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 5 80 $PYTHON -m pytest "tests/test_$file.py" -m "not compiled" -q \
         -p no:cacheprovider > "$out/tests/$file.txt" 2>&1 &
 done
 wait
@@ -53,6 +53,9 @@ run 120 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json 
 cat "$out/throughput.txt"
 run 50 kernels $PYTHON -m fastdiff_bench.gpu --quick --out "$out"
 cat "$out/kernels.txt"
+run 20 profile $PYTHON -m fastdiff profile --device cuda --solver ddpm --schedule scaled_linear_betas --steps 50 \
+    --model unet1d --mode step_graph --trace "$out/profile-trace.json"
+cat "$out/profile.txt"
 run 45 dropin $PYTHON -m fastdiff_bench.dropin_gpu --json "$out/dropin.json"
 cat "$out/dropin.txt"
 run 40 loop-unet1d $PYTHON -m fastdiff_bench.suite --device cuda --quick --model unet1d --steps 100 \
