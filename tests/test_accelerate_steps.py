@@ -9,7 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
-from tests.accelerate_cases import ALL, STOCK_STEPS, TOLERANCE, accelerated, exact, far, loop, make, start
+from fastdiff.integrations.diffusers.reading import Setup
+from tests.accelerate_cases import ALL, STOCK_STEPS, TOLERANCE, accelerated, arguments, exact, far, loop, make, start
+from tests.probe_cases import shipped
 
 diffusers = pytest.importorskip("diffusers")
 ONE_EACH = list({case.scheduler: name for name, case in reversed(ALL.items()) if name not in STOCK_STEPS}.values())
@@ -316,3 +318,17 @@ def test_gradients_leave_the_kernel(kernel_device):
             y = scheduler.step(torch.tanh(y), t, y).prev_sample
         grads.append(torch.autograd.grad(y.square().sum(), x)[0])
     assert far(grads[1], grads[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("given", [((6,), {"device": "meta"}), ((6, "meta"), {})], ids=["by name", "by position"])
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_scheduler_on_another_device_is_read_on_the_host(name, given):
+    case, stock = ALL[name], shipped(ALL[name])
+    names = list(inspect.signature(stock.set_timesteps).parameters)[1:]
+    if given[0][1:] and names[1:2] != ["device"]:
+        pytest.skip("its device is given by name only")
+    live = stock(**case.config)
+    args = given[0] if arguments(case) else (None, *given[0][1:])
+    made = Setup(stock, live, (args, {**case.setup, **given[1]}), 0, False, False).make()
+    assert all(v.device.type == "cpu" for v in vars(made).values() if isinstance(v, torch.Tensor))
+    assert torch.equal(made.timesteps, make(case, 6).timesteps)

@@ -54,7 +54,7 @@ class Setup(NamedTuple):
             new = cls(**{k: v for k, v in self.live.config.items() if k in names})
             if self.set_timesteps is not None:
                 new.__class__ = self.stock
-                args, kwargs = self.set_timesteps
+                args, kwargs = _on_host(self.stock, *self.set_timesteps)
                 new.set_timesteps(*args, **kwargs)
         if self.indexed:
             new.set_begin_index(self.begin)
@@ -74,6 +74,18 @@ def _lean(stock: type) -> type:
         stock.set_timesteps(self, 2 if isinstance(n, int) else n, *args, **kwargs)  # type: ignore[attr-defined]
 
     return type(stock.__name__, (stock,), {"set_timesteps": set_timesteps})
+
+
+def _on_host(stock: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of set_timesteps for a scheduler on the CPU, whatever device the live one is on."""
+
+    def host(v: Any) -> Any:
+        return v.detach().cpu() if isinstance(v, Tensor) else v
+
+    names = list(inspect.signature(stock.set_timesteps).parameters)[1:]
+    device = names.index("device") if "device" in names else len(args)
+    moved = tuple("cpu" if i == device else host(v) for i, v in enumerate(args))
+    return moved, {k: "cpu" if k == "device" else host(v) for k, v in kwargs.items()}
 
 
 def _lifted(v: Any) -> Any:
