@@ -52,13 +52,16 @@ def test_reasons_are_nvmls():
 
 
 class Board(types.ModuleType):
-    """The documented calls of NVML on a board that burns 100 W idle and 400 J a call of `run`. Times are real."""
+    """The documented calls of NVML on a board that burns 100 W idle and 400 J a call of `run`. Times are real.
+
+    `cold`: until the first call it idles at 40 W.
+    """
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
 
-    def __init__(self):
+    def __init__(self, cold=False):
         super().__init__("pynvml")
-        self.calls, self.began = 0, None
+        self.calls, self.began, self.cold, self.warm = 0, None, cold, None
 
     def nvmlInit(self):
         import time
@@ -92,16 +95,21 @@ class Board(types.ModuleType):
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):
         import time
 
-        return int(1000 * (100 * (time.perf_counter() - self.began) + 400 * self.calls))
+        now = time.perf_counter()
+        if self.calls and self.warm is None:
+            self.warm = now
+        cold = min(now, self.warm or now) - self.began if self.cold else 0.0
+        return int(1000 * (100 * (now - self.began) - 60 * cold + 400 * self.calls))
 
 
-def test_energy_is_the_counters_difference_less_the_idle_baseline(monkeypatch):
-    board = Board()
+@pytest.mark.parametrize("cold", [False, True])
+def test_energy_is_the_counters_difference_less_the_idle_power_after_it(cold, monkeypatch):
+    board = Board(cold)
     monkeypatch.setitem(sys.modules, "pynvml", board)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="u"))
     meter = Meter(torch.device("cuda", 0))
-    assert meter.why == "" and meter.idle(0.2) == pytest.approx(100, rel=0.02)
+    assert meter.why == "" and meter.idle(0.2) == pytest.approx(40 if cold else 100, rel=0.02)
     state = meter.state()
     assert state["sm_clock_mhz"] == 1980 and state["power_limit_w"] == 700 and state["temperature_c"] == 41
     assert state["throttle_reasons"] == ["software power cap"] and throttled(state)
@@ -115,4 +123,4 @@ def test_energy_is_the_counters_difference_less_the_idle_baseline(monkeypatch):
 
     reading = meter.energy(run, 0.2)
     assert reading.joules == pytest.approx(400, rel=0.02) and reading.calls >= 5
-    assert reading.watts > reading.idle_watts
+    assert reading.watts > reading.idle_watts == pytest.approx(100, rel=0.02)

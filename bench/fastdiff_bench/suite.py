@@ -48,8 +48,6 @@ def run(request: Request, model: Callable[..., Any] | None = None, *, say: Calla
     meter = Meter(device)
     say("measuring the copy bandwidth and the launch floor")
     copy, floor = copy_bandwidth(device), launch_floor_us(device)
-    if meter.nvml is not None:
-        meter.idle()
     data: dict[str, Any] = {
         "environment": environment(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -67,7 +65,7 @@ def run(request: Request, model: Callable[..., Any] | None = None, *, say: Calla
     try:
         for i, (case, shape, dtype) in enumerate(work, 1):
             say(f"[{i}/{len(work)}] {case.schedule} {case.solver} {'x'.join(map(str, shape))} {dtype}")
-            metered = not request.quick or case.solver in METERED  # 10 s a row
+            metered = not request.quick or case.solver in METERED  # 15 s a row
             one = settings if metered else settings._replace(meter=None)
             data["rows"].append(measure(case, shape, dtype, request.dtypes[dtype], one))
             save(request.json, data)
