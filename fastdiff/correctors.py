@@ -77,7 +77,8 @@ class _Corrector:
             parts, count = r.generators, r.shape[0] // len(r.generators)
             drawn = [torch.randn(count, *r.shape[1:], generator=g, device=g.device) for g in parts]
             return torch.cat(drawn).to(r.device)
-        return rng.normal(r.seeds, r.shape[1:], row=row, stream=stream, index=r.index)
+        seeds, index = r.keys()
+        return rng.normal(seeds, r.shape[1:], row=row, stream=stream, index=index)
 
     def output(self, k: int, x: Tensor) -> Tensor:
         """The model's output at row k, guided, in float32."""
