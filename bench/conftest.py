@@ -65,4 +65,6 @@ def pytest_generate_tests(metafunc):
         names = getattr(metafunc.module, "COLUMNS", ())
         if not metafunc.config.getoption("--with-compile"):
             names = [n for n in names if n != "torch.compile"]
+        if not torch.cuda.is_available():
+            names = [n for n in names if not n.endswith("_graph")]  # CUDA graphs
         metafunc.parametrize("column", names)
