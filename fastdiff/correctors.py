@@ -55,6 +55,7 @@ class _Corrector:
     ) -> None:
         self.model, self.plan, self.request, self.count = model, plan, request, count
         self.step = {"snr": snr, "norm": norm}
+        self.keys = request.keys()
         o = request.options
         self.cond = dict(o.cond or {})
         self.uncond = {**self.cond, **(o.uncond or {})}
@@ -77,7 +78,7 @@ class _Corrector:
             parts, count = r.generators, r.shape[0] // len(r.generators)
             drawn = [torch.randn(count, *r.shape[1:], generator=g, device=g.device) for g in parts]
             return torch.cat(drawn).to(r.device)
-        seeds, index = r.keys()
+        seeds, index = self.keys
         return rng.normal(seeds, r.shape[1:], row=row, stream=stream, index=index)
 
     def output(self, k: int, x: Tensor) -> Tensor:

@@ -83,6 +83,13 @@ def test_what_cannot_be_repeated_runs_every_time(copies):
     assert op.runs == 3 and not op.kernel.launched
 
 
+def test_an_output_that_is_a_fixed_buffer_does_not_move_the_buffer():
+    relaunch, op = Relaunch(), Operation()
+    for m in (op.state, *outputs(2)):
+        repeat(relaunch, op, m)
+    assert op.runs == 3 and not op.kernel.launched
+
+
 def test_recording_ends_with_its_block():
     with pytest.raises(ZeroDivisionError), _dispatch.recording() as calls:
         raise ZeroDivisionError

@@ -46,13 +46,14 @@ class Relaunch:
 
 
 def _launches(calls: Sequence[_dispatch.Call], changing: Sequence[Tensor | None]) -> list[_Launch] | None:
-    """What repeats the calls; None where a changing tensor was copied first or given twice, or nothing is compiled."""
-    given = {v for v, x in enumerate(changing) if x is not None}
-    if len({id(x) for x in changing if x is not None}) < len(given):
-        return None
+    """What repeats the calls; None where that cannot be told: a changing tensor was copied first, is given twice or is
+    one of the fixed buffers too (a model that returned its input), or nothing is compiled."""
     made = [_Launch(call, changing) for call in calls]
+    for launch in made:
+        if any(len(set(numbers)) < len(numbers) for numbers in zip(*launch.places, strict=True)):
+            return None
     reached = {v for launch in made for _, v in launch.places}
-    return made if reached == given else None
+    return made if reached == {v for v, x in enumerate(changing) if x is not None} else None
 
 
 class _Launch:
