@@ -12,6 +12,7 @@ from torch._inductor.utils import fresh_cache
 from fastdiff import ops, solvers
 from fastdiff import schedules as S
 from fastdiff.inductor import compile_static
+from fastdiff.training import hybrid_loss, prior_kl, vlb_loss
 
 CHAIN = S.Betas(S.linear_betas(100))
 X = torch.linspace(-2, 2, 60).view(3, 4, 5)
@@ -42,6 +43,39 @@ def test_fullgraph(fn: Callable[..., Any], t: torch.Tensor) -> None:
     want, got = fn(X, t), torch.compile(fn, fullgraph=True)(X, t)
     for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (want, got)), strict=True):
         assert (a - b).abs().max() <= 2e-6
+
+
+BOTH = torch.cat([0.5 * X, 0.1 * X], 1)
+OF_A_CHAIN: dict[str, Callable[[S.Betas], Any]] = {
+    "add_noise": lambda c: ops.add_noise(X, INDEX, c, seeds=SEEDS, target="v"),
+    "forward_step": lambda c: ops.forward_step(X, INDEX, c, seeds=SEEDS),
+    "posterior": lambda c: ops.posterior(X, 0.5 * X, INDEX, c, clip=(-1, 1)),
+    "denoising_loss": lambda c: ops.denoising_loss(0.5 * X, X, INDEX, c, SEEDS, weighting="min_snr"),
+    "vlb_loss": lambda c: vlb_loss(BOTH, X, INDEX, c, SEEDS),
+    "hybrid_loss": lambda c: hybrid_loss(BOTH, X, INDEX, c, SEEDS),
+    "prior_kl": lambda c: prior_kl(X, c),
+}
+
+
+@pytest.mark.parametrize("fn", OF_A_CHAIN.values(), ids=list(OF_A_CHAIN))
+def test_a_chain_nobody_has_used_compiles(fn: Callable[[S.Betas], Any]) -> None:
+    """Its tables are made while tracing and held as constants; another chain gets its own."""
+    sizes: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend=backend)
+    chains = [S.Betas(S.linear_betas(100)), S.Betas(S.cosine_betas(100))]
+    for chain in (*chains, *chains):
+        got, want = compiled(chain), fn(chain)
+        for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, want)), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    used = torch.compile(lambda: fn(chains[0]), fullgraph=True, backend=backend)
+    used()
+    assert len(sizes) == 3 and len(set(sizes)) == 1  # tables that are there and tables that were made: one graph
 
 
 @pytest.mark.compiled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -49,18 +49,22 @@ def times(t: object, schedule: object, x: Tensor) -> Tensor:
     return out
 
 
+@torch.compiler.assume_constant_result
 def table_of(
     schedule: Betas,
-    kind: str,
+    columns: Callable[..., Sequence[Tensor]],
+    options: tuple[Hashable, ...],
     device: torch.device,
-    make: Callable[[], Sequence[Tensor]],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A chain's table [T, columns], made once per schedule, kind, device and dtype from float64 columns."""
+    """A chain's table [T, columns], made once from the float64 columns(schedule, *options), a module's function.
+
+    Compiled code holds it as a constant: traced, it would be made again in every call.
+    """
     cache = schedule.__dict__.setdefault("_op_tables", {})
-    key = (kind, device, dtype)
+    key = (columns, options, device, dtype)
     if key not in cache:
-        cache[key] = torch.stack([c.double() for c in make()], 1).to(device, dtype)
+        cache[key] = torch.stack([c.double() for c in columns(schedule, *options)], 1).to(device, dtype)
     return cache[key]
 
 

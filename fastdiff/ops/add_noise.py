@@ -67,8 +67,7 @@ def add_noise(
         )  # fmt: skip
     which_row: Tensor | None = at
     if isinstance(schedule, Betas):
-        steps = torch.arange(len(schedule.betas))
-        coef = _noising.table_of(schedule, f"add_noise {target}", x0.device, lambda: _columns(schedule, steps, target))
+        coef = _noising.table_of(schedule, _table, (target,), x0.device)
     else:
         coef, which_row = torch.stack(_columns(schedule, at, target), 1).float(), None
     graded = torch.is_grad_enabled() and x0.requires_grad
@@ -104,6 +103,10 @@ def add_noise_ref(
 def _columns(schedule: Schedule, t: Tensor, target: str | None) -> tuple[Tensor, ...]:
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     return alpha, sigma, *TARGETS[target or "eps"](alpha, sigma)
+
+
+def _table(schedule: Betas, target: str | None) -> tuple[Tensor, ...]:
+    return _columns(schedule, torch.arange(len(schedule.betas)), target)
 
 
 def _checked(

@@ -246,17 +246,22 @@ def _coefficients(
     gather: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(coef, t): [T, 4] and its row a sample for a chain, unless gathered; else [B or 1, 4] and None."""
-
-    def columns(at: Tensor) -> tuple[Tensor, ...]:
-        of_x0, of_eps = TARGETS[target](schedule.alpha(at), schedule.sigma(at))
-        weight = target_weight(weighting, target, schedule, at, options)
-        return of_x0, of_eps, weight, torch.zeros_like(weight)
-
     if not isinstance(schedule, Betas):
-        return torch.stack(columns(t), 1).to(dtype), None
-    kind = f"denoising_loss {target} {weighting} {options}"
-    table = _noising.table_of(schedule, kind, t.device, lambda: columns(torch.arange(len(schedule.betas))), dtype)
+        return torch.stack(_columns(schedule, t, target, weighting, options), 1).to(dtype), None
+    table = _noising.table_of(schedule, _table, (target, weighting, options), t.device, dtype)
     return (table[t], None) if gather else (table, t)
+
+
+def _columns(
+    schedule: Schedule, t: Tensor, target: str, weighting: str | None, options: WeightOptions
+) -> tuple[Tensor, ...]:
+    of_x0, of_eps = TARGETS[target](schedule.alpha(t), schedule.sigma(t))
+    weight = target_weight(weighting, target, schedule, t, options)
+    return of_x0, of_eps, weight, torch.zeros_like(weight)
+
+
+def _table(schedule: Betas, target: str, weighting: str | None, options: WeightOptions) -> tuple[Tensor, ...]:
+    return _columns(schedule, torch.arange(len(schedule.betas)), target, weighting, options)
 
 
 def _checked(

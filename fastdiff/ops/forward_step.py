@@ -47,7 +47,7 @@ def forward_step(
             x, at, schedule, a=a, s=s, seeds=keyed, index=which, row=row, stream=stream, noise=noise, out_dtype=dtype
         )
     if isinstance(schedule, Betas):
-        coef = _noising.table_of(schedule, "forward_step", x.device, lambda: _padded(*_chain(schedule, None)))
+        coef = _noising.table_of(schedule, _table, (), x.device)
     else:
         coef = torch.stack(_padded(*_pair(a, s, x)), 1).float()
     return _noising.Noised.apply(x, coef, at, keyed, which, row, stream, noise, dtype, False, True)[0]
@@ -70,15 +70,11 @@ def forward_step_ref(
     """`forward_step` in plain torch: computes in float64 for float64 data, else in float32; differentiable."""
     at, keyed, which = _checked(x, t, schedule, a, s, seeds, index, row, stream, noise)
     n = _noising.noise_of(x, keyed, which, row, stream, noise, _noising.wide(x))
-    pair = _chain(schedule, at) if isinstance(schedule, Betas) else _pair(a, s, x)
+    if isinstance(schedule, Betas):
+        pair = _noising.table_of(schedule, _table, (), x.device, torch.float64)[at][:, :2].unbind(-1)
+    else:
+        pair = _pair(a, s, x)
     return _noising.affine(x, n, *pair).to(_noising.out_type(x, out_dtype))
-
-
-def _chain(schedule: Betas, t: Tensor | None) -> tuple[Tensor, Tensor]:
-    betas = torch.from_numpy(schedule.betas.copy())
-    if t is not None:
-        betas = betas.to(t.device)[t]
-    return torch.sqrt(1 - betas), torch.sqrt(betas)
 
 
 def _pair(a: float | Tensor | None, s: float | Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +98,11 @@ def _pair(a: float | Tensor | None, s: float | Tensor | None, x: Tensor) -> tupl
 
 def _padded(a: Tensor, s: Tensor) -> tuple[Tensor, ...]:
     return a, s, 0 * a, 0 * s
+
+
+def _table(schedule: Betas) -> tuple[Tensor, ...]:
+    betas = torch.from_numpy(schedule.betas.copy())
+    return _padded(torch.sqrt(1 - betas), torch.sqrt(betas))
 
 
 def _checked(

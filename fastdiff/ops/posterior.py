@@ -47,7 +47,7 @@ def posterior(
     on_kernel = _dispatch.kernels_for(x_t)
     if graded or torch.float64 in (x_t.dtype, model_out.dtype) or not (on_kernel or _fused.wanted(x_t, model_out)):
         return posterior_ref(x_t, model_out, at, schedule, prediction, clip)
-    coef = _noising.table_of(schedule, f"posterior {prediction}", x_t.device, lambda: _columns(schedule, prediction))
+    coef = _noising.table_of(schedule, _columns, (prediction,), x_t.device)
     mean = torch.empty(x_t.shape, dtype=x_t.dtype, device=x_t.device)
     x0, variance = torch.empty_like(mean), torch.empty(2, x_t.shape[0], device=x_t.device)
     if not on_kernel:
@@ -73,8 +73,7 @@ def posterior_ref(
     """`posterior` in plain torch: computes in float64 for float64 data, else in float32; differentiable."""
     at, lo, hi = _checked(x_t, model_out, t, schedule, prediction, clip)
     dtype = _noising.wide(x_t)
-    kind = f"posterior {prediction}"
-    coef = _noising.table_of(schedule, kind, x_t.device, lambda: _columns(schedule, prediction), dtype)[at]
+    coef = _noising.table_of(schedule, _columns, (prediction,), x_t.device, dtype)[at]
     c_skip, c_out, k_x0, k_xt = (spread(c, x_t) for c in coef[:, :4].unbind(1))
     x, m = x_t.to(dtype), model_out.to(dtype)
     p = c_skip * x + c_out * m

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -59,17 +58,13 @@ class Betas(Schedule):
     def __hash__(self) -> int:
         return hash(self.betas.tobytes())
 
-    @lru_cache(maxsize=8)  # noqa: B019 - a handful of small tables, one per device
-    def _tables(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.from_numpy(a.copy()).to(device) for a in (self._alpha, self._sigma, self._ell))
-
     def _lookup(self, t: Array) -> tuple[Array, Array]:
         t = self._time(t)
         alpha: Array
         sigma: Array
         ell: Array
         if isinstance(t, torch.Tensor):
-            alpha, sigma, ell = self._tables(t.device)
+            alpha, sigma, ell = _table(self, t.device)
             low = t.floor().clamp(0, max(self.t_max - 1, 0)).long()
         else:
             alpha, sigma, ell = self._alpha, self._sigma, self._ell
@@ -97,7 +92,7 @@ class Betas(Schedule):
             raise ValueError("a chain of one beta has no continuous drift and diffusion")
         sigma, t = self.sigma(t), self._time(t)
         if isinstance(t, torch.Tensor):
-            ell = self._tables(t.device)[2]
+            ell = _table(self, t.device)[2]
             low = (t.ceil() - 1).clamp(0).long()
         else:
             ell = self._ell
@@ -115,6 +110,15 @@ class Betas(Schedule):
         if isinstance(t, torch.Tensor) or not np.all(whole):
             return t
         return t.astype(np.int64)
+
+
+@torch.compiler.assume_constant_result
+def _table(chain: Betas, device: torch.device) -> torch.Tensor:
+    """alpha, sigma and ln(sigma / alpha) as [3, T] on a device, made once; compiled code holds it as a constant."""
+    cache = chain.__dict__.setdefault("_tables", {})
+    if device not in cache:
+        cache[device] = torch.from_numpy(np.stack([chain._alpha, chain._sigma, chain._ell])).to(device)
+    return cache[device]
 
 
 def _count(T: int) -> None:

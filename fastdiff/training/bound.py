@@ -35,16 +35,16 @@ def log_variance_range(schedule: Betas, t: Tensor) -> tuple[Tensor, Tensor]:
     beta~_0 is 0: its logarithm is taken as that of beta~_1 (guided-diffusion's choice). A respaced chain is
     Betas(respaced betas): its own.   Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15.
     """
-
-    def columns() -> tuple[Tensor, Tensor]:
-        betas = torch.from_numpy(schedule.betas.copy())
-        sigma2 = torch.from_numpy(schedule.sigma(np.arange(len(betas))) ** 2)
-        small = betas[1:] * sigma2[:-1] / sigma2[1:]
-        small = torch.cat([small[:1] if len(betas) > 1 else betas[:1], small])
-        return small.log(), betas.log()
-
-    low, high = table_of(schedule, "log variance range", t.device, columns, torch.float64)[t].unbind(-1)
+    low, high = table_of(schedule, _log_variances, (), t.device, torch.float64)[t].unbind(-1)
     return low, high
+
+
+def _log_variances(schedule: Betas) -> tuple[Tensor, Tensor]:
+    betas = torch.from_numpy(schedule.betas.copy())
+    sigma2 = torch.from_numpy(schedule.sigma(np.arange(len(betas))) ** 2)
+    small = betas[1:] * sigma2[:-1] / sigma2[1:]
+    small = torch.cat([small[:1] if len(betas) > 1 else betas[:1], small])
+    return small.log(), betas.log()
 
 
 def vb_term(
@@ -159,11 +159,16 @@ def prior_kl(x0: Tensor, schedule: Betas) -> Tensor:
     check_tensor("x0", x0, dtypes=FLOATS64)
     if not isinstance(schedule, Betas):
         raise TypeError(f"the bound needs Betas, got {schedule!r}")
-    last = len(schedule.betas) - 1
-    alpha, sigma = float(schedule.alpha(last)), float(schedule.sigma(last))
     x = x0.to(wide(x0))
-    log_variance = torch.full((1,) * x.dim(), 2 * math.log(sigma), dtype=x.dtype, device=x.device)
+    end = table_of(schedule, _end, (), x.device, torch.float64)[0].to(x.dtype)
+    alpha, log_variance = end[0], end[1].view((1,) * x.dim())
     return ops.gaussian_kl(alpha * x, log_variance, torch.zeros_like(x), torch.zeros_like(log_variance)) / math.log(2)
+
+
+def _end(schedule: Betas) -> tuple[Tensor, Tensor]:
+    """alpha and ln sigma^2 [1] of the chain's last index."""
+    last = np.array([len(schedule.betas) - 1])
+    return torch.from_numpy(schedule.alpha(last)), 2 * torch.from_numpy(schedule.sigma(last)).log()
 
 
 class BitsPerDim(NamedTuple):
