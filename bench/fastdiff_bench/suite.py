@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, 
 __all__ = ["main", "run"]
 
 BAD_INPUT, REGRESSED = 2, 1
+QUICK_S, FULL_S, LARGE_S = 2.5, 8.0, 16.0  # timed seconds of a row; a loop of a large state takes up to a second
+LARGE = 1 << 18  # elements
 METERED = ("ddim", "ddpm", "bfn_discrete")  # rows of a quick run whose energy is measured
 
 
@@ -58,7 +61,7 @@ def run(request: Request, model: Callable[..., Any] | None = None, *, say: Calla
         "rows": [],
     }  # fmt: skip
     settings = Settings(
-        device, request.columns, rounds=ROUNDS, seconds=2.5 if request.quick else 3.0,
+        device, request.columns, rounds=ROUNDS, seconds=QUICK_S if request.quick else FULL_S,
         model=model, copy_gb_s=copy, meter=meter,
     )  # fmt: skip
     work = request.work()
@@ -67,6 +70,8 @@ def run(request: Request, model: Callable[..., Any] | None = None, *, say: Calla
             say(f"[{i}/{len(work)}] {case.schedule} {case.solver} {'x'.join(map(str, shape))} {dtype}")
             metered = not request.quick or case.solver in METERED  # 15 s a row
             one = settings if metered else settings._replace(meter=None)
+            if math.prod(shape) >= LARGE and not request.quick:
+                one = one._replace(seconds=LARGE_S)
             data["rows"].append(measure(case, shape, dtype, request.dtypes[dtype], one))
             save(request.json, data)
         data["complete"] = True

@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-MIN_SAMPLE_S = 5e-4  # shorter runs are repeated inside one sample
+# shorter runs are repeated inside one sample; a GPU that waited for the host in between has to get going again
+LEAST_SAMPLE_S = {"cpu": 5e-4, "cuda": 3e-3}
 LEAST_ROUNDS = 5
 CACHES = 4
 MOST_CACHE = 64 << 20  # of a CPU: a shared last level of hundreds of MiB cannot be rotated out of
@@ -60,6 +61,9 @@ def _sync(device: torch.device) -> None:
 
 def _sample(run: Callable[[], object], prepare: Callable[[], object], count: int, device: torch.device) -> float:
     spent = 0.0
+    if device.type == "cuda" and count > 1:
+        prepare()
+        run()  # not timed: the column before it was another one
     for _ in range(count):
         prepare()
         _sync(device)
@@ -93,7 +97,7 @@ def interleave(
     for name, run in runs.items():
         _sample(run, ready[name], 1, device)
         spent = min(_sample(run, ready[name], 1, device) for _ in range(2))
-        counts[name] = max(1, min(200, round(MIN_SAMPLE_S / max(spent, 1e-9))))
+        counts[name] = max(1, min(200, round(LEAST_SAMPLE_S.get(device.type, 5e-4) / max(spent, 1e-9))))
         once += spent * counts[name]
     rounds = max(LEAST_ROUNDS, min(rounds, int(seconds / max(once, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -155,7 +159,7 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLAYS
 
 
 def copy_bandwidth(device: torch.device, elements: int | None = None) -> float:
-    """GB/s, read + written, of copying fp32 `elements` between rotated buffers far out of cache.
+    """GB/s, read + written, of copying fp32 `elements` between rotated buffers far out of cache; on a CPU the p90.
 
     Default: 256 MiB, on a GPU the faster of 256 MiB and 1 GiB (an H200 copies 1 GiB a third slower).
     """
@@ -174,7 +178,8 @@ def _copy_rate(device: torch.device, n: int) -> float:
             for copy in copies:
                 copy()
 
-        seconds = statistics.median(interleave({"copy": both}, rounds=11, seconds=3, device=device)["copy"]) / 2
+        # a limit of the machine: of its quiet moments, not of what its neighbours leave
+        seconds = summary(interleave({"copy": both}, rounds=21, seconds=4, device=device)["copy"])["p10"] / 2
     return 2 * 4 * n / seconds / 1e9
 
 
