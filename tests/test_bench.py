@@ -1,6 +1,7 @@
 """fastdiff bench: what is timed computes the same, tables and files are right, bad input is one line."""
 
 import json
+import math
 import re
 import time
 
@@ -141,6 +142,20 @@ def test_a_column_that_computes_something_else_is_not_timed(monkeypatch):
     set_ = throughput.Settings(CPU, ("torch", "diffusers", "fastdiff eager"), rounds=5, seconds=0.05, details=False)
     row = throughput.measure(Case("scaled_linear_betas", "ddim", 5), (1, 64), "fp32", torch.float32, set_)
     assert "diffusers" not in row["us"] and "not the same computation" in row["skipped"]["diffusers"]
+
+
+def test_a_column_that_ends_in_nan_is_not_timed(monkeypatch):
+    loop = stock.diffusers_loop
+
+    def broken(*args):
+        found = loop(*args)
+        return found._replace(loop=lambda x, generator: found.loop(x, generator) * math.nan)
+
+    monkeypatch.setattr(throughput, "diffusers_loop", broken)
+    set_ = throughput.Settings(CPU, ("torch", "diffusers", "fastdiff eager"), rounds=5, seconds=0.05, details=False)
+    row = throughput.measure(Case("scaled_linear_betas", "ddim", 5), (1, 64), "fp32", torch.float32, set_)
+    assert set(row["us"]) == {"torch", "fastdiff eager"}
+    assert row["skipped"]["diffusers"] == "its result differs by nan: not the same computation, not timed"
 
 
 def test_a_library_that_is_not_installed_is_skipped_with_the_line_that_installs_it(monkeypatch):

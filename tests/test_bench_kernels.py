@@ -1,6 +1,7 @@
 """The kernels' benchmarks: every column compared, sizes and bytes as stated, the roofline's points and floors."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -57,6 +58,17 @@ def test_roofline_measures_sizes_and_draws_floors(tmp_path, monkeypatch, capsys)
     assert "2^10" in text and "launch floor" in text
 
 
+def test_the_largest_difference_counts_in_whichever_piece_it_lies(monkeypatch):
+    monkeypatch.setattr(kernels, "PIECE", 8)
+    want = torch.linspace(-2, 2, 30).view(3, 10)
+    for i in (0, 7, 8, 29):
+        got = want.clone()
+        got.view(-1)[i] += 0.5
+        assert kernels._gap(got, want) == pytest.approx(0.25)
+        got.view(-1)[i] = math.nan
+        assert math.isnan(kernels._gap(got, want))
+
+
 def test_sizes_end_at_the_largest_asked_for():
     def sizes(*argv):
         return roofline.exponents(options.Request(options.parser().parse_args(["--device", "cpu", *argv])))
@@ -65,15 +77,16 @@ def test_sizes_end_at_the_largest_asked_for():
     assert sizes("--largest", "28")[-2:] == [26, 28] and sizes("--quick", "--largest", "16") == [10, 16]
 
 
-def test_two_columns_that_disagree_stop_the_roofline(monkeypatch, capsys):
+@pytest.mark.parametrize("gap", [0.5, math.nan])
+def test_two_columns_that_disagree_stop_the_roofline(gap, monkeypatch, capsys):
     def wrong(*args):
         work = kernels.add_noise(*args)
-        work.differs["fastdiff eager"] = 0.5
+        work.differs["fastdiff eager"] = gap
         return work
 
     monkeypatch.setitem(roofline.MAKERS, "add_noise", wrong)
     monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
-    with pytest.raises(RuntimeError, match="differs by 5.0e-01"):
+    with pytest.raises(RuntimeError, match=f"differs by {gap:.1e}"):
         roofline.main(["--quick", "--no-compile", "--kernels", "add_noise"])
 
 
