@@ -32,6 +32,29 @@ def test_a_missed_target_is_printed(tmp_path: Path) -> None:
     assert "a cpu, 2 cores" in text and "GPU: not measured yet" in text
 
 
+def test_the_kernels_of_a_gpu_are_printed_beside_a_copy_and_plain_torch(tmp_path: Path) -> None:
+    folder = tmp_path / "bench" / "results" / "card" / "2026-01-03"
+    folder.mkdir(parents=True)
+    environment = {"gpu": "a card", "python": "3", "torch": "2", "commit": "abc"}
+    (folder / "throughput.json").write_text(
+        json.dumps({"environment": environment, "method": {"copy_gb_s": 4000.0}, "rows": []})
+    )
+    large = {"elements": 1 << 26, "us": 200.0, "gb_s": 3600.0, "of_copy": 0.9}
+    rows = [
+        {"what": "copy", "elements": 1 << 26, "gb_s": 4000.0, "of_copy": 1.0},
+        {"what": "step ddim float32", **large, "of_same_copy": 0.95},
+        {"what": "step ddim float32", **large, "elements": 1 << 16},
+        {"what": "categorical step K=2", **large},
+        {"what": "plain step K=2 torch.compile", "elements": 1 << 27, "us": 2560.0},
+    ]
+    (folder / "gpu.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    text = report.render(tmp_path)
+    assert "on a card: GB/s of the bytes they must move, beside a copy's 4000" in text
+    assert "| step ddim float32 | 67108864 | 200.0 | 3600 | 90 % | 95 % |  |  |" in text
+    assert "| categorical step K=2 | 67108864 | 200.0 | 3600 | 90 % |  |  | 2560 |" in text
+    assert "65536" not in text  # inside the cache
+
+
 def test_the_main_table_is_printed_with_what_was_lost_and_all_rows_beside_the_result(tmp_path: Path) -> None:
     folder = tmp_path / "bench" / "results" / "machine" / "2026-01-02"
     folder.mkdir(parents=True)

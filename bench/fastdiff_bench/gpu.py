@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.gpu_categorical import categorical_rows
 
 DEVICE = "cuda"
+OUT_OF_CACHE = 64 << 20  # bytes moved
 
 
 def graph_us(calls: Sequence[Callable[[], object]]) -> float:
@@ -63,7 +64,14 @@ def step_row(
     repeat = 1 if moved > 1e8 else max(1, 40 // len(sets))
     us = graph_us([partial(call, s) for s in sets] * repeat)
     rate = moved / us / 1e3
-    return {"what": f"step {name} {str(dtype)[6:]}", "elements": n, "us": us, "gb_s": rate, "of_copy": rate / copy}
+    found = {"what": f"step {name} {str(dtype)[6:]}", "elements": n, "us": us, "gb_s": rate, "of_copy": rate / copy}
+    return found | ({"of_same_copy": rate / copy_of(int(moved))} if moved >= OUT_OF_CACHE else {})
+
+
+@cache
+def copy_of(moved: int) -> float:
+    """GB/s of a copy that moves as many bytes: its launch is as large a part of it."""
+    return timing.copy_bandwidth(torch.device(DEVICE), moved // 8)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,8 @@ __all__ = ["main", "render"]
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+OUT_OF_CACHE = 1 << 24  # elements
+PLAIN = ("eager", "torch.compile")
 PAGED = ("throughput.json", "roofline*.json")  # what the page beside results shows
 # instructions per element asked for on sm_90: case prefix -> budget
 ASKED = {
@@ -106,6 +108,30 @@ def _throughput(path: Path, data: dict[str, Any], root: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def _gpu_kernels(data: dict[str, Any]) -> list[str]:
+    """The kernels out of cache; plain torch's times where they were measured beside them."""
+    peers = {r["what"]: r for r in data["rows"]}
+    copy = max(r["gb_s"] for r in data["rows"] if r["what"] == "copy")
+    lines = [
+        f"Kernels out of cache on {data['environment']['gpu']}: GB/s of the bytes they must move, beside a copy's "
+        f"{copy:.0f}; plain torch does the same row:",
+        "",
+        "| kernel | elements | us | GB/s | of copy | of a copy of as many bytes | plain torch us | torch.compile us |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in data["rows"]:
+        what, elements = r["what"], r["elements"]
+        if not what.startswith(("step", "categorical step")) or elements < OUT_OF_CACHE:
+            continue
+        same = f"{100 * r['of_same_copy']:.0f} %" if "of_same_copy" in r else ""
+        plain = [peers.get(f"{what.replace('categorical', 'plain')} {how}") for how in PLAIN]
+        times = " | ".join(f"{p['us']:.0f}" if p else "" for p in plain)
+        lines.append(
+            f"| {what} | {elements} | {r['us']:.1f} | {r['gb_s']:.0f} | {100 * r['of_copy']:.0f} % | {same} | {times} |"
+        )
+    return [*lines, "", f"{describe(data['environment'])}."]
+
+
 def details(data: dict[str, Any]) -> list[str]:
     """Every row of one stored result."""
     parts = ["", f"{_measured_on(data)}."]
@@ -164,6 +190,8 @@ def render(root: Path = ROOT) -> str:
     gpu = newest("throughput", root, gpu=True)
     if gpu:
         blocks += _throughput(*gpu, root)
+        if kernels := newest("gpu", root):
+            blocks += _gpu_kernels(kernels[1])
     else:
         blocks.append(
             "GPU: not measured yet; `bench/gpu.sh` runs the GPU tests and measurements on a machine that has one."
