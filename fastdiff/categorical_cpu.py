@@ -148,9 +148,9 @@ def step_in_chunks(
         values = []
         for target in row.targets:
             if target.terms:
-                source, _, c = target.terms[0]
+                source, c = target.terms[0]
                 y = cut(state[source]) * c
-                for source, _, c in target.terms[1:]:
+                for source, c in target.terms[1:]:
                     y.add_(cut(state[source]), alpha=c)
             else:
                 y = torch.zeros(size)

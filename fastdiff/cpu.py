@@ -25,8 +25,7 @@ class Target(NamedTuple):
     """One slot a row writes: S[place] = sum coefficient * S[source] + b p + d m + s n."""
 
     place: int
-    logical: int
-    terms: tuple[tuple[int, int, float], ...]  # (physical source, logical source, coefficient)
+    terms: tuple[tuple[int, float], ...]  # (source, coefficient)
     b: float
     d: float
     s: float
@@ -40,7 +39,8 @@ class HostRow(NamedTuple):
     """A packed row (fp32 values) as Python numbers, its targets in an order in which no write spoils a later read."""
 
     c_skip: float
-    c_out: float
+    c_ratio: float
+    c_rest: float
     lo: float
     hi: float
     clamps: bool
@@ -63,20 +63,21 @@ def host_row(row: list[float], r: int) -> HostRow:
     targets = []
     for i in range(r):
         if write[i] >= 0:
-            terms = tuple((int(read[j]), j, A[i * r + j]) for j in range(r) if A[i * r + j] != 0 and read[j] >= 0)
-            targets.append(Target(int(write[i]), i, terms, b[i], d[i], s[i]))
+            terms = tuple((int(read[j]), A[i * r + j]) for j in range(r) if A[i * r + j] != 0 and read[j] >= 0)
+            targets.append(Target(int(write[i]), terms, b[i], d[i], s[i]))
     ordered, staged = _order(targets)
-    c_skip, c_out, lo, hi, c_in_next, has_noise = row[:6]
+    c_skip, _, lo, hi, c_in_next, has_noise, _, _, c_ratio, c_rest = row[:ROW_HEADER]
     clamps = lo > -float("inf") or hi < float("inf")
     noisy = has_noise != 0 and any(t.s for t in targets)
-    return HostRow(c_skip, c_out, lo, hi, clamps, c_in_next, any(t.b for t in targets), noisy, ordered, staged)
+    uses_p = any(t.b for t in targets)
+    return HostRow(c_skip, c_ratio, c_rest, lo, hi, clamps, c_in_next, uses_p, noisy, ordered, staged)
 
 
 def _order(targets: list[Target]) -> tuple[tuple[Target, ...], frozenset[int]]:
     rest, ordered, staged = list(targets), [], set()
     while rest:
         for t in rest:
-            if not any(t.place == source for other in rest if other is not t for source, _, _ in other.terms):
+            if not any(t.place == source for other in rest if other is not t for source, _ in other.terms):
                 break
         else:
             t = rest[0]
@@ -118,21 +119,17 @@ class EagerStep:
             m = self.m.mul_(w).add_(uncond)  # type: ignore[arg-type]
         elif m.dtype != x.dtype:
             m = self.m.copy_(m)
-        p, scale = self.p, 1.0
+        p = self.p
         if row.uses_p or x0 is not None:
-            stored = any(t.is_prediction for t in row.targets)
-            if row.c_skip != 0 and not row.clamps and not stored:
-                torch.add(x, m, alpha=row.c_out / row.c_skip, out=p)
-                scale = row.c_skip
-            elif row.c_skip != 0:
-                torch.mul(x, row.c_skip, out=p)
-                p.add_(m, alpha=row.c_out)
+            if row.c_skip != 0:
+                torch.add(x, m, alpha=row.c_ratio, out=p)
+                p.mul_(row.c_skip).add_(m, alpha=row.c_rest)
             else:
-                torch.mul(m, row.c_out, out=p)
+                torch.mul(m, row.c_rest, out=p)
             if row.clamps:
                 p.clamp_(row.lo, row.hi)
             if x0 is not None:
-                torch.mul(p, scale, out=x0)
+                x0.copy_(p)
         spare = iter(self.spare)
         late: list[tuple[int, Tensor]] = []
         trade = None
@@ -144,17 +141,17 @@ class EagerStep:
             if t.place in row.staged:
                 out = next(spare)
                 late.append((t.place, out))
-            self._combine(t, out, p, scale, m, noise)
+            self._combine(t, out, p, m, noise)
         for place, value in late:
             S[place].copy_(value)
         if trade is not None:
             S[trade], self.p = p, S[trade]
 
-    def _combine(self, t: Target, out: Tensor, p: Tensor, scale: float, m: Tensor, noise: Tensor | None) -> None:
+    def _combine(self, t: Target, out: Tensor, p: Tensor, m: Tensor, noise: Tensor | None) -> None:
         S = self.slots
-        terms = [(S[source], c) for source, _, c in t.terms]
+        terms = [(S[source], c) for source, c in t.terms]
         terms.sort(key=lambda term: term[0] is not out)
-        terms += [(v, c) for v, c in ((p, t.b * scale), (m, t.d), (noise, t.s)) if c != 0]  # type: ignore[misc]
+        terms += [(v, c) for v, c in ((p, t.b), (m, t.d), (noise, t.s)) if c != 0]  # type: ignore[misc]
         if not terms:
             out.zero_()
             return
@@ -171,7 +168,7 @@ class Row(ctypes.Structure):
     """A row as fastdiff_kernels/step_cpu.cpp reads it."""
 
     _fields_ = [
-        *((name, c_float) for name in ("c_skip", "c_out", "lo", "hi", "c_in_next")),
+        *((name, c_float) for name in ("c_skip", "c_ratio", "c_rest", "lo", "hi", "c_in_next")),
         *((name, ctypes.c_int32) for name in ("uses_p", "clamps", "targets")),
         ("place", ctypes.c_int32 * SLOTS),
         ("terms", ctypes.c_int32 * SLOTS),
@@ -192,18 +189,11 @@ class Call(ctypes.Structure):
     ]
 
 
-def _native_row(plan: Plan, k: int, row: HostRow) -> Row:
-    """Row k. Without a clamp p = c_skip x + c_out m is put into the sums in float64: where it would cancel against A,
-    as at the noisy end in sigma space, nothing is lost, and a pass less is made."""
-    clamps = row.clamps
-    found = Row(row.c_skip, row.c_out, row.lo, row.hi, row.c_in_next, clamps and row.uses_p, clamps, len(row.targets))
+def _native_row(row: HostRow) -> Row:
+    head = (row.c_skip, row.c_ratio, row.c_rest, row.lo, row.hi, row.c_in_next)
+    found = Row(*head, row.uses_p, row.clamps, len(row.targets))
     for i, t in enumerate(row.targets):
-        A, b, d, s = plan.A[k, t.logical], plan.b[k, t.logical], plan.d[k, t.logical], plan.s[k, t.logical]
-        terms = {source: float(A[j]) for source, j, _ in t.terms}
-        if not clamps and t.b:
-            terms[0] = terms.get(0, 0.0) + float(b * plan.c_skip[k])
-        terms |= {P: float(b) if clamps else 0.0, M: float(d if clamps else d + b * plan.c_out[k])}
-        terms[N] = float(s) if row.noisy else 0.0
+        terms = dict(t.terms) | {P: t.b, M: t.d, N: t.s if row.noisy else 0.0}
         kept = [(source, c) for source, c in terms.items() if c != 0]
         found.place[i], found.terms[i] = t.place, len(kept)
         for at, (source, c) in enumerate(kept):
@@ -217,7 +207,7 @@ class CompiledStep:
     def __init__(self, plan: Plan, slots: list[Tensor], *, copies: list[Tensor]) -> None:
         """copies: buffers that receive c_in_next * S'[0] in their own dtype (the model's next input)."""
         self.slots, self.copies = slots, copies  # the list is shared with EagerStep, which may trade
-        self.rows = [_native_row(plan, k, row) for k, row in enumerate(host_rows(plan))] if len(slots) <= SLOTS else []
+        self.rows = [_native_row(row) for row in host_rows(plan)] if len(slots) <= SLOTS else []
         self.operands = Call()
         self.loop = function("step", "affine_row", c_void_p, c_void_p, c_int) if self.rows else None
         self.threads = 1 if slots[0].numel() < ONE_THREAD else torch.get_num_threads()

@@ -10,11 +10,13 @@ import torch
 
 from fastdiff.allocate import Allocation, allocate, liveness
 from fastdiff.grid import Points
+from fastdiff.prediction import ratio_and_rest
 from fastdiff.readout import BINNED, CATEGORICAL, check_readout, sentence
 
 __all__ = ["MAX_SLOTS", "ROW_HEADER", "Plan", "row_width"]
 
-ROW_HEADER = 8  # c_skip, c_out, lo, hi, c_in of the next row, has_noise, log_var_lo, log_var_hi
+# c_skip, c_out, lo, hi, c_in of the next row, has_noise, log_var_lo, log_var_hi, c_ratio, c_rest
+ROW_HEADER = 10
 MAX_SLOTS = 6
 END_TOLERANCE = 1e-9
 LEARNED = ("log_var_lo", "log_var_hi")
@@ -216,14 +218,34 @@ class Plan:
         second = self.learned_variance & np.any(self.s != 0, axis=1)
         return 4 * slots + model_bytes * ((1 + guided) * (uses_m.astype(np.int64) + own_input) + second)
 
+    def _sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A, b, d with b_i p = b_i (c_skip x + c_out m) put into A_i0 x + d_i m where that leaves x no larger.
+
+        A derivative (x - p) / sigma is then m, in which nothing cancels. Where x would be taken many times, as of a
+        noise prediction at the noisy end, p stays apart: x and m nearly cancel in it, and it is accurate (c_ratio).
+        So does a slot that is p alone, stored as it is.
+        """
+        c_skip, c_out = self._conversion
+        free = np.isneginf(self.lo) & np.isposinf(self.hi) & (c_out != 0) & (self.readout not in CATEGORICAL)
+        alone = ~self.A.any(-1) & (self.d == 0) & (np.arange(self.slots) > 0)
+        x = np.where(free[:, None], self.b * c_skip[:, None], 0.0)
+        small = abs(self.A[:, :, 0] + x) <= 2 * np.maximum(abs(self.A[:, :, 0]), 1.0)
+        moved = np.where(free[:, None] & small & ~alone, self.b, 0.0)
+        A = self.A.copy()
+        A[:, :, 0] += np.where(moved != 0, x, 0.0)
+        return A, self.b - moved, self.d + moved * c_out[:, None]
+
     def packed(self) -> np.ndarray:
         """The table the kernels read, [N, row_width(r)] float32, cast from float64 once."""
         n, r, a = self.nfe, self.slots, self._allocation
         noisy = np.any(self.s != 0, axis=1)
         c_in_next = np.append(self.c_in[1:], 1.0)
         learned = [0 * noisy if v is None else v for v in (self.log_var_lo, self.log_var_hi)]
-        head = np.stack([*self._conversion, self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
-        blocks = (head, self.A.reshape(n, r * r), self.b, self.d, self.s, a.read, a.write)
+        c_skip, c_out = self._conversion
+        split = ratio_and_rest(c_skip, c_out)
+        head = np.stack([c_skip, c_out, self.lo, self.hi, c_in_next, noisy, *learned, *split], axis=1)
+        A, b, d = self._sums()
+        blocks = (head, A.reshape(n, r * r), b, d, self.s, a.read, a.write)
         table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)
         table = np.pad(table, ((0, 0), (0, row_width(r) - table.shape[1])))
         return table.astype(np.float32)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["PREDICTIONS", "Conversion", "Prediction", "conversion"]
+__all__ = ["PREDICTIONS", "Conversion", "Prediction", "conversion", "ratio_and_rest"]
 
 Array = np.ndarray
+MOST = 1e6  # beyond, x is too small to cancel against
 
 
 class Conversion(NamedTuple):
@@ -99,3 +100,15 @@ def conversion(
     if not (np.all(np.isfinite(skip)) and np.all(np.isfinite(out))):
         raise ValueError(f"prediction {prediction!r} gives c_skip or c_out that are not finite on this grid")
     return Conversion(skip, sign * out, e_skip, sign * e_out, c_in)
+
+
+def ratio_and_rest(c_skip: Array, c_out: Array) -> tuple[Array, Array]:
+    """c_ratio and c_rest [N] float64: c_skip x + c_out m = c_skip (x + c_ratio m) + c_rest m.
+
+    c_ratio is an fp32 number and c_rest what it leaves over: where x and m nearly cancel, as of a noise prediction at
+    the noisy end, the right side is accurate in fp32, the left side by 1 / alpha less.
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratio = np.asarray(c_out / c_skip, np.float32).astype(np.float64)
+    ratio = np.where(np.abs(ratio) <= MOST, ratio, 0.0)
+    return ratio, c_out - ratio * c_skip

@@ -183,6 +183,27 @@ def small(monkeypatch):
 SMALL = ["--quick", "--no-compile", "--schedules", "scaled_linear_betas", "--solvers", "ddim", "--steps", "4"]
 
 
+def test_a_full_run_visits_every_row_twice_and_pools_the_rounds(small, monkeypatch, tmp_path, capsys):
+    visits = []
+    once = suite.measure
+
+    def measure(case, *args, **kwargs):
+        visits.append(case.solver)
+        return once(case, *args, **kwargs)
+
+    monkeypatch.setattr(suite, "measure", measure)
+    monkeypatch.setattr(suite, "FULL_S", 1e-9)  # five rounds a visit
+    stored = tmp_path / "a.json"
+    at = SMALL.index("ddim") + 1
+    full = [*SMALL[1:at], "ddpm", *SMALL[at:], "--shapes", "1x32"]
+    assert suite.main([*full, "--peers", "torch", "--json", str(stored)]) == 0
+    rows = json.loads(stored.read_text())["rows"]
+    assert visits == ["ddim", "ddpm", "ddim", "ddpm"] and [r["solver"] for r in rows] == ["ddim", "ddpm"]
+    for row in rows:
+        assert row["rounds"] == 2 * timing.LEAST_ROUNDS and "times" not in row
+        assert row["launches"]["torch"] > 0 and row["us"]["torch"]["p10"] < row["us"]["torch"]["p90"]
+
+
 def test_a_run_prints_writes_compares_and_draws(small, tmp_path, capsys):
     stored, plots = tmp_path / "deep" / "a.json", tmp_path / "plots"
     assert suite.main([*SMALL, "--shapes", "1x32", "--json", str(stored)]) == 0

@@ -10,9 +10,9 @@ ENVIRONMENT = {"cpu": "a cpu", "commit": "abc"}
 def result(*rows):
     return {"environment": ENVIRONMENT, "rows": [
         {"schedule": "vp", "solver": name, "shape": [1, 4], "dtype": "fp32", "steps": 5, "against": "torch",
-         "us": {"fastdiff eager": {"median": 10.0}},
+         "us": {"fastdiff eager": {"median": 10.0, "p10": 8.0}, "torch": {"median": 20.0, "p10": quiet or 8.0 * m}},
          "times_faster": {"fastdiff eager": {"median": m, "p10": lo, "p90": hi}}}
-        for name, m, lo, hi in rows
+        for name, m, lo, hi, quiet in ((*row, *[None] * (5 - len(row))) for row in rows)
     ]}  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def test_repeatability_is_the_median_change_and_the_share_within_15_percent():
     assert found["median_change"] == pytest.approx(0.03) and found["within"] == 0.75
     text = comparison_text(found)
     assert "median change 3.0 %, 75 % of them within 15 %" in text and "nothing is slower" in text
+    assert "p10 of both sides): median change 3.0 %, 75 % of them within 15 %" in text
     assert "unstable" in text and "2.00 (1.90 to 2.10) times faster, now 3.00 (1.90 to 3.10)" in text
 
 
@@ -46,3 +47,11 @@ def test_rows_that_differ_in_size_or_peer_are_not_compared():
     new["rows"][0]["shape"] = [1, 8]
     found = compare(old, new)
     assert found["columns"] == 0 and "no row in common" in comparison_text(found)
+
+
+def test_what_neighbours_add_is_not_in_the_quiet_change():
+    old = result(("s0", 2.0, 1.9, 2.1, 16.0), ("s1", 2.0, 1.9, 2.1, 16.0))
+    new = result(("s0", 3.0, 1.9, 3.1, 16.0), ("s1", 2.0, 1.9, 2.1, 16.16))  # the median moved, the quiet tenth did not
+    found = compare(old, new)
+    assert found["median_change"] == pytest.approx(0.25) and found["within"] == 0.5
+    assert found["quiet_median_change"] == pytest.approx(0.005) and found["quiet_within"] == 1.0

@@ -122,7 +122,12 @@ def test_packed_rows_are_aligned_and_exact() -> None:
     table = plan.packed()
     assert table.dtype == np.float32 and table.shape == (7, row_width(2)) and row_width(2) % 4 == 0
     np.testing.assert_array_equal(table[:, 0], plan.c_skip.astype(np.float32))
-    np.testing.assert_array_equal(table[:, ROW_HEADER : ROW_HEADER + 4], plan.A.reshape(7, 4).astype(np.float32))
+    A, (b, d) = table[:, 10:14].reshape(7, 2, 2), table[:, 14:18].reshape(7, 2, 2).transpose(1, 0, 2)
+    np.testing.assert_array_equal(A[:, :, 1], plan.A[:, :, 1].astype(np.float32))
+    # p may be written out: what x and m are multiplied with in all stays
+    of_x, of_m = plan.A[:, :, 0] + plan.b * plan.c_skip[:, None], plan.d + plan.b * plan.c_out[:, None]
+    np.testing.assert_allclose(A[:, :, 0] + b * plan.c_skip[:, None], of_x, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(d + b * plan.c_out[:, None], of_m, rtol=0, atol=1e-6)
     assert table[0, 4] == 1.0 and not table[:, 5].any()
     assert plan.pack("cpu") is plan.pack("cpu")
     assert torch.equal(plan.pack("cpu"), torch.from_numpy(table))

@@ -2,6 +2,7 @@
 
 A row's figure is how many times faster than the first peer it is, from interleaved rounds: a busy machine slows both
 sides. It is flagged only where it moved by more than 10 % and each run's median lies outside the other's p10 to p90.
+On a machine that others share, their work only ever adds: the p10 of both sides repeat better and are given beside.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
             change = b["median"] / a["median"] - 1
             real = abs(change) > FLAG and _outside(b["median"], a) and _outside(a["median"], b)
             us = [r["us"][name]["median"] for r in (other, row)]
+            peer = row["against"]
+            then, now = (r["us"][peer]["p10"] / r["us"][name]["p10"] for r in (other, row))
             found.append({
                 "row": " ".join([row["schedule"], row["solver"], "x".join(map(str, row["shape"])), row["dtype"]]),
-                "column": name, "before": a, "after": b, "us": us, "change": change, "real": real,
+                "column": name, "before": a, "after": b, "us": us, "change": change, "quiet_change": now / then - 1,
+                "real": real,
             })  # fmt: skip
     return found
 
@@ -49,9 +53,11 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
 def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Slower and faster columns, and how well two runs repeat: median |change|, share within 15 %, unstable ones."""
     found = changes(old, new)
-    size = [abs(c["change"]) for c in found]
+    size, quiet = ([abs(c[k]) for c in found] for k in ("change", "quiet_change"))
     return {
         "columns": len(found),
+        "quiet_median_change": statistics.median(quiet) if quiet else None,
+        "quiet_within": sum(s <= STABLE for s in quiet) / len(quiet) if quiet else None,
         "slower": [c for c in found if c["real"] and c["change"] < 0],
         "faster": [c for c in found if c["real"] and c["change"] > 0],
         "median_change": statistics.median(size) if size else None,
@@ -76,6 +82,12 @@ def comparison_text(found: dict[str, Any]) -> str:
         f"compared {found['columns']} columns of {found['commits'][0]} and {found['commits'][1]}: median change "
         f"{100 * found['median_change']:.1f} %, {100 * found['within']:.0f} % of them within {100 * STABLE:.0f} %"
     ]
+    if found.get("quiet_median_change") is not None:
+        lines.append(
+            "of the quietest tenth of each (p10 of both sides): median change "
+            f"{100 * found['quiet_median_change']:.1f} %, {100 * found['quiet_within']:.0f} % of them within "
+            f"{100 * STABLE:.0f} %"
+        )
     if len(set(found["machines"])) > 1:
         lines.append(f"the machines differ: {found['machines'][0]}; {found['machines'][1]}")
     for name in ("slower", "faster"):

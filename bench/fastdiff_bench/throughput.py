@@ -150,9 +150,12 @@ def _start(plan: fd.Plan, shape: tuple[int, ...], device: torch.device) -> Tenso
     return (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * plan.init_scale).to(device)
 
 
-def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dtype, set_: Settings) -> dict[str, Any]:
+def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dtype, set_: Settings, *,
+            earlier: dict[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     """One row of the table: seconds of whole loops, a step's share, compared outputs, and what else a loop costs.
 
+    Args: earlier: the row of an earlier visit, whose rounds count too where it timed the same columns.
+    Returns: the row; under "times" the seconds of every round.
     Raises: ModelError where the given model does; ValueError for a case that does not exist.
     """
     plan, device = case.plan(), set_.device
@@ -206,6 +209,9 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
         runs = {name: partial(column.run, x_T, None) for name, column in columns.items()}
         prepare = {name: column.prepare for name, column in columns.items()}
         times = interleave(runs, rounds=set_.rounds, seconds=set_.seconds, device=device, prepare=prepare)
+        if earlier is not None and set(earlier["times"]) == set(times):
+            times = {name: earlier["times"][name] + values for name, values in times.items()}
+        row["times"] = times
         row["rounds"] = len(next(iter(times.values()), ()))
         row["us"] = {n: summary([1e6 * v / plan.nfe for v in values]) for n, values in times.items()}
         row["steps_per_s"] = {n: 1e6 / v["median"] for n, v in row["us"].items()}

@@ -11,7 +11,9 @@ from fastdiff.ops._dispatch import FLOATS, INTS, check_tensor, spread
 from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
 from fastdiff.plan import ROW_HEADER, row_width
 
-FIELDS = ("c_skip", "c_out", "lo", "hi", "c_in_next", "has_noise", "log_var_lo", "log_var_hi")
+FIELDS = (
+    "c_skip", "c_out", "lo", "hi", "c_in_next", "has_noise", "log_var_lo", "log_var_hi", "c_ratio", "c_rest"
+)  # fmt: skip
 
 
 def affine_step(
@@ -37,7 +39,7 @@ def affine_step(
 
         m   = uncond + w (model_out - uncond)                      with guidance, else model_out
         m   = k_c model_out + k_d (model_out - uncond)             with scales
-        q   = c_skip S_0 + c_out m
+        q   = c_skip S_0 + c_out m                                 as c_skip (S_0 + c_ratio m) + c_rest m
         q   = clamp(q, -bound, bound) / bound;  m = (q - c_skip S_0) / c_out     with bound
         p   = clamp(q, lo, hi)                                     a NaN stays NaN
         S'_i = sum_j A_ij S_j + b_i p + d_i m + s_i n
@@ -48,7 +50,7 @@ def affine_step(
             to write[j] (-1: absent, taken as 0 or dropped); logical 0 is always physical 0.
         model_out: [B, *sample], fp32, bf16 or fp16 (made contiguous if it is not).
         table: fp32 [N, W] of `Plan.pack()`, W = row_width(slots): c_skip, c_out, lo, hi, c_in_next, has_noise,
-            log_var_lo, log_var_hi, A (row-major over logical slots), b, d, s, read, write, padding.
+            log_var_lo, log_var_hi, c_ratio, c_rest, A (row-major over logical slots), b, d, s, read, write, padding.
         row: int32 or int64, [1] or one row a sample [B], on the device. On CUDA its range is not looked at.
         slots: logical slots, 1 to 6.   uncond: like model_out.
         guidance: fp32 w, one number or [N or 1, B or 1]: per plan row, per sample.
@@ -157,7 +159,7 @@ def affine_step_ref(
     for j in range(1, r):
         at = read[:, j].long().expand(batch)
         old.append(torch.where(spread(at >= 0, m), state[at.clamp(min=0), everyone], torch.zeros_like(m)))
-    p = column["c_skip"] * old[0] + column["c_out"] * m
+    p = column["c_skip"] * (old[0] + column["c_ratio"] * m) + column["c_rest"] * m
     if bound is not None:
         limit = spread(bound.to(dtype), m)
         p = torch.clamp(p, -limit, limit) / limit

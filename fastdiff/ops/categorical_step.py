@@ -24,8 +24,10 @@ from fastdiff.ops._categorical import (
 )
 from fastdiff.ops._dispatch import FLOATS, check_tensor, spread
 from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
-from fastdiff.ops.affine_step import affine_step_ref
+from fastdiff.ops.affine_step import FIELDS, affine_step_ref
 from fastdiff.plan import ROW_HEADER, row_width
+
+AS_X0 = {"c_skip": 0.0, "c_out": 1.0, "lo": -torch.inf, "hi": torch.inf, "c_ratio": 0.0, "c_rest": 1.0}
 
 
 def categorical_step(
@@ -148,8 +150,8 @@ def categorical_step_ref(
         p = torch.tanh(0.5 * m) if binary else torch.softmax(m, -1)
     p = torch.where(top.isnan(), torch.nan, p)
     plain = table.to(dtype).clone()  # p as the model's output, taken as x0
-    for i, value in enumerate((0.0, 1.0, -torch.inf, torch.inf)):
-        plain[:, i] = value
+    for name, value in AS_X0.items():
+        plain[:, FIELDS.index(name)] = value
     plain[:, ROW_HEADER + slots * (slots + 1) : ROW_HEADER + slots * (slots + 2)] = 0
     new, _, _ = affine_step_ref(
         state, p, plain, row, slots=slots, seeds=None if noise is not None else seeds, index=index, noise=noise

@@ -4,8 +4,8 @@
     m = uncond + w (cond - uncond), or k_c cond + k_d (cond - uncond);  p = clamp(c_skip S0 + c_out m, lo, hi)
     S'_i = sum_j A_ij S_j + b_i p + d_i m + s_i n;  model_in = c_in_next S'_0
 
-A row is [c_skip, c_out, lo, hi, c_in_next, has_noise, log_var_lo, log_var_hi, A, b, d, s, read, write], padded
-to a multiple of 4.
+A row is [c_skip, c_out, lo, hi, c_in_next, has_noise, log_var_lo, log_var_hi, c_ratio, c_rest, A, b, d, s, read,
+write], padded to a multiple of 4. p is computed as c_skip (S0 + c_ratio m) + c_rest m: S0 and m may nearly cancel.
 """
 
 import triton
@@ -109,7 +109,7 @@ def affine_step_kernel(
             m = tl.fma(w, m - u, u)
         if GUIDED == 2:
             m = tl.fma(k_d, m - u, k_c * m)
-        p = tl.fma(c[0], slots[0], c[1] * m)
+        p = tl.fma(c[0], tl.fma(c[8], m, slots[0]), c[9] * m)
         if bound_ptr is not None:
             p = tl.clamp(p, -bound, bound, propagate_nan=tl.PropagateNan.ALL) / bound
             m = tl.where(c[1] != 0.0, (p - c[0] * slots[0]) / c[1], m)

@@ -76,7 +76,7 @@ def outer_step_kernel(
         if NOISE == 2:
             drawn = lane < tl.where(c[5] != 0.0, left, 0)
             z = tl.load(noise_ptr + (base + start) + lane, mask=drawn, other=0.0).to(tl.float32)
-        p = tl.fma(c[0], slots[0], c[1] * m)
+        p = tl.fma(c[0], tl.fma(c[8], m, slots[0]), c[9] * m)
         p = tl.clamp(p, c[2], c[3], propagate_nan=tl.PropagateNan.ALL)
         if x0_ptr is not None:
             tl.store(x0_ptr + (base + start) + lane, p, mask=inside)

@@ -1,0 +1,164 @@
+"""A row in fp32: p where x and m nearly cancel, and p put into the sums where that loses nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+import fastdiff as fd
+from fastdiff import ops, schedules, solvers
+from fastdiff.cpu import CompiledStep, EagerStep
+from fastdiff.plan import ROW_HEADER
+from fastdiff.prediction import ratio_and_rest
+from fastdiff.reference import reference_sample
+
+CHAIN = schedules.Betas(schedules.cosine_betas(1000))
+PLAN = solvers.ddim(CHAIN, 50)  # alpha of the first row is 5e-5: x0 = (x - sigma eps) / alpha
+SHAPE = (2, 3, 517)
+M = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+X0 = torch.rand(SHAPE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+X = (PLAN.alpha[0] * X0.double() + PLAN.sigma[0] * M.double()).float()
+U = 2.0**-24
+
+
+def columns(plan, k):
+    """A_00, b_0, d_0 of a packed row."""
+    row, r = plan.packed()[k].astype(np.float64), plan.slots
+    at = ROW_HEADER + r * r
+    return row[ROW_HEADER], row[at], row[at + r]
+
+
+def eager(x0):
+    slots = [X.clone()]
+    EagerStep(PLAN, slots)(0, M, None, None, None, x0)
+    return slots[0]
+
+
+def compiled(x0):
+    slots = [X.clone()]
+    assert CompiledStep(PLAN, slots, copies=[])(0, M, None, None, None, x0)
+    return slots[0]
+
+
+def operation(x0, device="cpu"):
+    state, seen = X.clone()[None].to(device), x0.to(device)
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+    ops.affine_step(state, M.to(device), PLAN.pack(device), row, slots=1, x0=seen)
+    x0.copy_(seen)
+    return state[0].cpu()
+
+
+def outer(x0, device):
+    seen = x0.to(device)
+    got = ops.outer_step(X.to(device), M.to(device), PLAN.pack(device), 0, slots=1, x0=seen)
+    x0.copy_(seen)
+    return got.cpu()
+
+
+def check(run):
+    """p to 2^-22 of what is left of x - sigma eps over alpha; c_skip x and c_out m alone are 2e4."""
+    x, m, x0 = X.double(), M.double(), torch.empty_like(X)
+    p = PLAN.c_skip[0] * x + PLAN.c_out[0] * m
+    want = PLAN.A[0, 0, 0] * x + PLAN.b[0, 0] * p
+    assert PLAN.c_skip[0] > 2e4 and p.abs().max() < 10
+    got = run(x0)
+    # the difference, its multiple, the rest's product and sum; c_skip and c_rest as fp32
+    ratio, rest = (float(c[0]) for c in ratio_and_rest(PLAN.c_skip, PLAN.c_out))
+    scale = PLAN.c_skip[0] * (x + ratio * m).abs() + abs(rest) * m.abs()
+    assert ((x0 - p).abs() <= 4 * U * scale).all() and scale.max() < 20
+    assert ((got - want).abs() <= 4 * U * (PLAN.A[0, 0, 0] * x.abs() + PLAN.b[0, 0] * scale)).all()
+
+
+def test_eager():
+    check(eager)
+
+
+def test_compiled(cpp_loops):
+    check(compiled)
+
+
+def test_operation():
+    check(operation)
+
+
+def test_kernel(kernel_device):
+    check(lambda x0: operation(x0, kernel_device))
+
+
+def test_outer_kernel(kernel_device):
+    check(lambda x0: outer(x0, kernel_device))
+
+
+def test_bound_of_thresholding(device):
+    """The largest |x0| of the sample, where 1e-7 of c_skip x would be 2e-3."""
+    x, m = 4 * X.double() - 3 * M, M.double()  # x0 in [-4, 4]
+    x = x.float()
+    want = (PLAN.c_skip[0] * x.double() + PLAN.c_out[0] * m).abs().flatten(1).amax(1)
+    assert (want > 2).all()
+    table, row = PLAN.pack(device), torch.zeros(1, dtype=torch.int64, device=device)
+    got = ops.threshold_bound(x.to(device), 1.0, model_out=M.to(device), table=table, row=row).cpu()
+    torch.testing.assert_close(got.double(), want, rtol=4e-6, atol=0)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "score", "flow"])
+@pytest.mark.parametrize("schedule", [CHAIN, schedules.VE(), schedules.Flow(), schedules.EDM()], ids=repr)
+def test_ratio_and_rest_are_the_conversion(schedule, prediction):
+    t = None if schedule is CHAIN else 0.9 * schedule.t_max
+    plan = solvers.ddim(schedule, 20, prediction=prediction, t_start=t)
+    ratio, rest = ratio_and_rest(plan.c_skip, plan.c_out)
+    assert np.array_equal(ratio, ratio.astype(np.float32))
+    np.testing.assert_allclose(plan.c_skip * ratio + rest, plan.c_out, rtol=1e-15)
+    assert np.all(np.abs(rest) <= np.where(plan.c_skip == 0, np.inf, U) * np.abs(plan.c_out))
+
+
+@pytest.mark.parametrize(("solver", "limit"), [("ddim", 1e-6), ("dpmpp_2m", 1e-6), ("unipc", 1.5e-6), ("heun", 1e-4)])
+@pytest.mark.parametrize("mode", ["eager", "auto"])
+def test_whole_loops_of_the_cosine_chain(solver, limit, mode):
+    """Data N(0, 1/4) and its exact noise prediction rounded to fp32; heun's first derivative is taken at alpha 5e-5."""
+    plan = getattr(solvers, solver)(CHAIN, 20)
+    data = 0.25 * plan.alpha**2
+    eps = dict(zip(plan.times.tolist(), plan.sigma / (data + plan.sigma**2), strict=False))
+
+    def model(x, t):
+        return (x.double() * eps[t[0].item()]).float().to(x.dtype)
+
+    x_T = torch.randn(2, 999, generator=torch.Generator().manual_seed(5))
+    want = reference_sample(model, plan, x_T.double(), lambda k, like: like)
+    got = fd.Sampler(model, plan, mode=mode)(tuple(x_T.shape), x_T=x_T)
+    assert (got - want).abs().max() <= limit * want.abs().max()
+
+
+def test_a_derivative_is_the_models_output():
+    """Flow matching with v: (x - p) / sigma is m itself, exactly."""
+    plan = solvers.heun(schedules.Flow(), 5, prediction="flow")
+    kept = plan.packed()[:-1:2, ROW_HEADER + 2 : ROW_HEADER + 8]  # A_10, A_11, b_0, b_1, d_0, d_1
+    np.testing.assert_allclose(kept[:, [0, 1, 3]], 0, atol=1e-12)
+    np.testing.assert_allclose(kept[:, 5] / kept[0, 5], 1, rtol=2e-7)
+
+
+@pytest.mark.parametrize("k", [5, 20, 49])
+def test_the_sums_of_a_row(k):
+    """ddim in closed form: x' = a' / a x + (s' - s a' / a) eps, with a, s before and a', s' after the row."""
+    a, s = PLAN.alpha[k], PLAN.sigma[k]
+    after, noise = (PLAN.alpha[k + 1], PLAN.sigma[k + 1]) if k < 49 else (1.0, 0.0)
+    A, b, d = columns(PLAN, k)
+    assert b == 0
+    np.testing.assert_allclose([A, d], [after / a, noise - s * after / a], rtol=2e-7)
+
+
+@pytest.mark.parametrize("plan", [PLAN, solvers.ddim(CHAIN, 50, clip=(-1, 1))], ids=["noisy end", "clamp"])
+def test_p_stays_apart(plan):
+    A, b, d = columns(plan, 0)
+    np.testing.assert_allclose([A, b, d], [plan.A[0, 0, 0], plan.b[0, 0], plan.d[0, 0]], rtol=2e-7)
+    assert b != 0
+
+
+def test_a_slot_that_is_p_stays_p():
+    """dpmpp_2m keeps its prediction: stored as computed, an exchange of buffers on a CPU."""
+    plan = solvers.dpmpp_2m(CHAIN, 10)
+    kept = plan.packed()[3, ROW_HEADER + 4 : ROW_HEADER + 8]  # b_0, b_1, d_0, d_1
+    assert kept[0] == 0 and kept[1] == plan.b[3, 1] == 1 and kept[2] != 0 and kept[3] == 0
+
+
+def test_classes_keep_p_apart():
+    plan = solvers.bfn_discrete(schedules.BFNDiscrete(3.0, 27), 10)
+    np.testing.assert_array_equal([columns(plan, k)[1] for k in range(11)], plan.b[:, 0].astype(np.float32))
