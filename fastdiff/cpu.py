@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff.inductor import ONE_THREAD
 from fastdiff.native import call, function, plain
 from fastdiff.plan import ROW_HEADER, Plan
+from fastdiff.prediction import NO_SKIP
 
 __all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows", "posterior_into"]
 
@@ -38,9 +39,9 @@ class Target(NamedTuple):
 class HostRow(NamedTuple):
     """A packed row (fp32 values) as Python numbers, its targets in an order in which no write spoils a later read."""
 
-    c_skip: float
+    c_skip: float  # 0 where the model's output alone is the prediction
+    c_out: float
     c_ratio: float
-    c_rest: float
     lo: float
     hi: float
     clamps: bool
@@ -66,11 +67,12 @@ def host_row(row: list[float], r: int) -> HostRow:
             terms = tuple((int(read[j]), A[i * r + j]) for j in range(r) if A[i * r + j] != 0 and read[j] >= 0)
             targets.append(Target(int(write[i]), terms, b[i], d[i], s[i]))
     ordered, staged = _order(targets)
-    c_skip, _, lo, hi, c_in_next, has_noise, _, _, c_ratio, c_rest = row[:ROW_HEADER]
+    c_skip, c_ratio, lo, hi, c_in_next, has_noise = row[:6]
+    c_out, c_skip = c_skip * c_ratio, c_skip if c_skip != NO_SKIP else 0.0
     clamps = lo > -float("inf") or hi < float("inf")
     noisy = has_noise != 0 and any(t.s for t in targets)
     uses_p = any(t.b for t in targets)
-    return HostRow(c_skip, c_ratio, c_rest, lo, hi, clamps, c_in_next, uses_p, noisy, ordered, staged)
+    return HostRow(c_skip, c_out, c_ratio, lo, hi, clamps, c_in_next, uses_p, noisy, ordered, staged)
 
 
 def _order(targets: list[Target]) -> tuple[tuple[Target, ...], frozenset[int]]:
@@ -119,17 +121,20 @@ class EagerStep:
             m = self.m.mul_(w).add_(uncond)  # type: ignore[arg-type]
         elif m.dtype != x.dtype:
             m = self.m.copy_(m)
-        p = self.p
+        p, scale = self.p, 1.0
         if row.uses_p or x0 is not None:
             if row.c_skip != 0:
                 torch.add(x, m, alpha=row.c_ratio, out=p)
-                p.mul_(row.c_skip).add_(m, alpha=row.c_rest)
+                if row.clamps or any(t.is_prediction for t in row.targets):
+                    p.mul_(row.c_skip)
+                else:
+                    scale = row.c_skip
             else:
-                torch.mul(m, row.c_rest, out=p)
+                torch.mul(m, row.c_out, out=p)
             if row.clamps:
                 p.clamp_(row.lo, row.hi)
             if x0 is not None:
-                x0.copy_(p)
+                torch.mul(p, scale, out=x0)
         spare = iter(self.spare)
         late: list[tuple[int, Tensor]] = []
         trade = None
@@ -141,17 +146,17 @@ class EagerStep:
             if t.place in row.staged:
                 out = next(spare)
                 late.append((t.place, out))
-            self._combine(t, out, p, m, noise)
+            self._combine(t, out, p, scale, m, noise)
         for place, value in late:
             S[place].copy_(value)
         if trade is not None:
             S[trade], self.p = p, S[trade]
 
-    def _combine(self, t: Target, out: Tensor, p: Tensor, m: Tensor, noise: Tensor | None) -> None:
+    def _combine(self, t: Target, out: Tensor, p: Tensor, scale: float, m: Tensor, noise: Tensor | None) -> None:
         S = self.slots
         terms = [(S[source], c) for source, c in t.terms]
         terms.sort(key=lambda term: term[0] is not out)
-        terms += [(v, c) for v, c in ((p, t.b), (m, t.d), (noise, t.s)) if c != 0]  # type: ignore[misc]
+        terms += [(v, c) for v, c in ((p, t.b * scale), (m, t.d), (noise, t.s)) if c != 0]  # type: ignore[misc]
         if not terms:
             out.zero_()
             return
@@ -168,7 +173,7 @@ class Row(ctypes.Structure):
     """A row as fastdiff_kernels/step_cpu.cpp reads it."""
 
     _fields_ = [
-        *((name, c_float) for name in ("c_skip", "c_ratio", "c_rest", "lo", "hi", "c_in_next")),
+        *((name, c_float) for name in ("c_skip", "c_out", "c_ratio", "lo", "hi", "c_in_next")),
         *((name, ctypes.c_int32) for name in ("uses_p", "clamps", "targets")),
         ("place", ctypes.c_int32 * SLOTS),
         ("terms", ctypes.c_int32 * SLOTS),
@@ -190,7 +195,7 @@ class Call(ctypes.Structure):
 
 
 def _native_row(row: HostRow) -> Row:
-    head = (row.c_skip, row.c_ratio, row.c_rest, row.lo, row.hi, row.c_in_next)
+    head = (row.c_skip, row.c_out, row.c_ratio, row.lo, row.hi, row.c_in_next)
     found = Row(*head, row.uses_p, row.clamps, len(row.targets))
     for i, t in enumerate(row.targets):
         terms = dict(t.terms) | {P: t.b, M: t.d, N: t.s if row.noisy else 0.0}

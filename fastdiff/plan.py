@@ -10,13 +10,12 @@ import torch
 
 from fastdiff.allocate import Allocation, allocate, liveness
 from fastdiff.grid import Points
-from fastdiff.prediction import ratio_and_rest
+from fastdiff.prediction import NO_SKIP, ratio
 from fastdiff.readout import BINNED, CATEGORICAL, check_readout, sentence
 
 __all__ = ["MAX_SLOTS", "ROW_HEADER", "Plan", "row_width"]
 
-# c_skip, c_out, lo, hi, c_in of the next row, has_noise, log_var_lo, log_var_hi, c_ratio, c_rest
-ROW_HEADER = 10
+ROW_HEADER = 8  # c_skip, c_ratio, lo, hi, c_in of the next row, has_noise, log_var_lo, log_var_hi
 MAX_SLOTS = 6
 END_TOLERANCE = 1e-9
 LEARNED = ("log_var_lo", "log_var_hi")
@@ -222,18 +221,19 @@ class Plan:
         """A, b, d with b_i p = b_i (c_skip x + c_out m) put into A_i0 x + d_i m where that leaves x no larger.
 
         A derivative (x - p) / sigma is then m, in which nothing cancels. Where x would be taken many times, as of a
-        noise prediction at the noisy end, p stays apart: x and m nearly cancel in it, and it is accurate (c_ratio).
-        So does a slot that is p alone, stored as it is.
+        noise prediction at the noisy end, p stays apart: x and m nearly cancel in it, and c_skip (x + c_ratio m) is
+        accurate; what c_ratio leaves over joins d. A slot that is p alone stays so too, to be stored as it is.
         """
         c_skip, c_out = self._conversion
         free = np.isneginf(self.lo) & np.isposinf(self.hi) & (c_out != 0) & (self.readout not in CATEGORICAL)
         alone = ~self.A.any(-1) & (self.d == 0) & (np.arange(self.slots) > 0)
-        x = np.where(free[:, None], self.b * c_skip[:, None], 0.0)
-        small = abs(self.A[:, :, 0] + x) <= 2 * np.maximum(abs(self.A[:, :, 0]), 1.0)
-        moved = np.where(free[:, None] & small & ~alone, self.b, 0.0)
+        b = np.where(free[:, None] & ~alone, self.b, 0.0)
+        own, x = self.A[:, :, 0], b * c_skip[:, None]
+        small = abs(own + x) <= 2 * np.maximum(abs(own), 1.0)
+        rest = c_out - c_skip * ratio(c_skip, c_out)
         A = self.A.copy()
-        A[:, :, 0] += np.where(moved != 0, x, 0.0)
-        return A, self.b - moved, self.d + moved * c_out[:, None]
+        A[:, :, 0] += np.where(small, x, 0.0)
+        return A, np.where(small, self.b - b, self.b), self.d + b * np.where(small, c_out[:, None], rest[:, None])
 
     def packed(self) -> np.ndarray:
         """The table the kernels read, [N, row_width(r)] float32, cast from float64 once."""
@@ -242,8 +242,8 @@ class Plan:
         c_in_next = np.append(self.c_in[1:], 1.0)
         learned = [0 * noisy if v is None else v for v in (self.log_var_lo, self.log_var_hi)]
         c_skip, c_out = self._conversion
-        split = ratio_and_rest(c_skip, c_out)
-        head = np.stack([c_skip, c_out, self.lo, self.hi, c_in_next, noisy, *learned, *split], axis=1)
+        skip = np.where(c_skip == 0, NO_SKIP, c_skip)
+        head = np.stack([skip, ratio(c_skip, c_out), self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
         A, b, d = self._sums()
         blocks = (head, A.reshape(n, r * r), b, d, self.s, a.read, a.write)
         table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["PREDICTIONS", "Conversion", "Prediction", "conversion", "ratio_and_rest"]
+__all__ = ["NO_SKIP", "PREDICTIONS", "Conversion", "Prediction", "conversion", "ratio"]
 
 Array = np.ndarray
-MOST = 1e6  # beyond, x is too small to cancel against
+NO_SKIP = 2.0**-60
 
 
 class Conversion(NamedTuple):
@@ -102,13 +102,10 @@ def conversion(
     return Conversion(skip, sign * out, e_skip, sign * e_out, c_in)
 
 
-def ratio_and_rest(c_skip: Array, c_out: Array) -> tuple[Array, Array]:
-    """c_ratio and c_rest [N] float64: c_skip x + c_out m = c_skip (x + c_ratio m) + c_rest m.
+def ratio(c_skip: Array, c_out: Array) -> Array:
+    """c_ratio [N], fp32 numbers as float64: p = c_skip x + c_out m = c_skip (x + c_ratio m), to its rounding.
 
-    c_ratio is an fp32 number and c_rest what it leaves over: where x and m nearly cancel, as of a noise prediction at
-    the noisy end, the right side is accurate in fp32, the left side by 1 / alpha less.
+    Where x and m nearly cancel, as of a noise prediction at the noisy end, the right side is accurate in fp32, the
+    left side by 1 / alpha less. Where c_skip is 0 it is taken as NO_SKIP, so small that x is rounded away.
     """
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = np.asarray(c_out / c_skip, np.float32).astype(np.float64)
-    ratio = np.where(np.abs(ratio) <= MOST, ratio, 0.0)
-    return ratio, c_out - ratio * c_skip
+    return (c_out / np.where(c_skip == 0, NO_SKIP, c_skip)).astype(np.float32).astype(np.float64)

@@ -13,7 +13,6 @@ from fastdiff.cpu import CompiledStep, EagerStep
 from fastdiff.noise import CallableNoise, Noise, PhiloxNoise, TorchNoise
 from fastdiff.ops._relaunch import Relaunch
 from fastdiff.plan import Plan
-from fastdiff.prediction import ratio_and_rest
 from fastdiff.request import Request
 
 __all__ = ["Run"]
@@ -58,8 +57,7 @@ class Run:
         self.rows = [row[:1] for row in torch.nn.functional.pad(rows[:, None], (0, 3)).unbind(0)]
         self.rule = {"rule": o.guide, **(o.guide_options or {})} if o.guide != "cfg" else {}
         self.threshold = o.threshold
-        columns = (plan.c_skip, plan.c_out, *ratio_and_rest(plan.c_skip, plan.c_out))
-        self.conversion = [torch.from_numpy(c.astype("float32")).to(self.device) for c in columns]
+        self.conversion = plan.pack(self.device)[:, :2].unbind(1)
         self.first: Tensor | None = None  # two-pass guidance keeps the conditional output here
         self.x0 = self._watched(o.trajectory or o.callback is not None)
         self.cond: dict[str, Any] = {}
@@ -284,10 +282,9 @@ class Run:
             w = self.weight[0] if self.weight.shape[0] == 1 else self.weight.index_select(0, row)[0]
             m, u = ops.guide(m, u, w.expand(self.shape[0]), **self.rule), None
         if self.threshold is not None:
-            c_skip, c_out, c_ratio, c_rest = (c.index_select(0, row) for c in self.conversion)
-            m = m.float()
-            p = ops.threshold(c_skip * (self.x + c_ratio * m) + c_rest * m, *self.threshold)
-            m = (p - c_skip * self.x) / c_out
+            c_skip, c_ratio = (c.index_select(0, row) for c in self.conversion)
+            p = ops.threshold(c_skip * (self.x + c_ratio * m.float()), *self.threshold)
+            m = (p - c_skip * self.x) / (c_skip * c_ratio)
         return m, u
 
 

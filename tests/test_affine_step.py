@@ -19,7 +19,6 @@ def make_table(rows, slots, *, clip=False, noisy=True, physical=None, seed=0):
     head = torch.randn(rows, ROW_HEADER, generator=g)
     head[:, 2], head[:, 3] = (-0.7, 0.9) if clip else (-math.inf, math.inf)
     head[:, 5] = float(noisy)
-    head[:, 9] = head[:, 1] - head[:, 8] * head[:, 0]  # c_rest of c_out, c_ratio and c_skip
     body = torch.randn(rows, slots * slots + 3 * slots, generator=g)
     ends = torch.full((2, rows, slots), -1.0)
     for k in range(rows):
@@ -92,7 +91,7 @@ def test_reference_is_the_definition():
         for e in range(n):
             old = [float(state[int(p), b, e]) if p >= 0 else 0.0 for p in read]
             mm = float(u[b, e]) + w * (float(m[b, e]) - float(u[b, e]))
-            p = min(max(c[0] * (old[0] + c[8] * mm) + c[9] * mm, c[2]), c[3])
+            p = min(max(c[0] * (old[0] + c[1] * mm), c[2]), c[3])
             new = [
                 sum(A[i * slots + j] * old[j] for j in range(slots)) + b_[i] * p + d_[i] * mm + s_[i] * noise[e]
                 for i in range(slots)

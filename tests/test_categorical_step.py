@@ -75,7 +75,7 @@ def test_reference_is_the_paper_in_theta_space():
     K, tokens, a = 4, 5, 0.19
     state, m, _, options = random_case(K, tokens, batch=1)
     table = torch.zeros(1, row_width(1), dtype=torch.float64)
-    table[0, [4, 5, 10, 11, 13]] = torch.tensor([1.0, 1.0, 1.0, a * K, math.sqrt(a * K)], dtype=torch.float64)
+    table[0, [4, 5, 8, 9, 11]] = torch.tensor([1.0, 1.0, 1.0, a * K, math.sqrt(a * K)], dtype=torch.float64)
     z, x, k = ops.categorical_step_ref(
         state[:1].double(), m.double(), table, torch.tensor([0]), readout="sample", **options
     )
@@ -98,7 +98,7 @@ def test_two_classes_are_the_difference_of_two_logits():
     state, m, _, _ = random_case(2, tokens, batch=1)
     n, gumbel = torch.randn(2, 1, tokens, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     table = torch.zeros(1, row_width(1), dtype=torch.float64)
-    table[0, [4, 5, 10, 11, 13]] = torch.tensor([1.0, 1.0, A, b, math.sqrt(2) * s], dtype=torch.float64)
+    table[0, [4, 5, 8, 9, 11]] = torch.tensor([1.0, 1.0, A, b, math.sqrt(2) * s], dtype=torch.float64)
     d, x, k = ops.categorical_step_ref(
         state[:1].double(), m.double(), table, torch.tensor([0]), slots=1, readout="sample", noise=n, gumbel=gumbel
     )
@@ -251,7 +251,7 @@ def test_no_overflow_at_the_largest_case(device):
     g = torch.Generator().manual_seed(0)
     m = (4 * torch.randn(1, 1, K, generator=g)).bfloat16()
     table = torch.zeros(1, row_width(1))
-    table[0, [4, 5, 10, 11, 13]] = torch.tensor([1.0, 1.0, 1.0, 16.0 * K, math.sqrt(16.0 * K)])
+    table[0, [4, 5, 8, 9, 11]] = torch.tensor([1.0, 1.0, 1.0, 16.0 * K, math.sqrt(16.0 * K)])
     z, x, k = run(
         device, torch.zeros(1, 1, 1, K), m, table, torch.tensor([0]), dtype=torch.bfloat16, slots=1, readout="sample",
         seeds=torch.tensor([1]),
@@ -311,7 +311,7 @@ from fastdiff import ops
 from fastdiff.plan import row_width
 torch.set_num_threads(1)
 K, tokens = 4096, 8192
-table = torch.zeros(1, row_width(1)); table[0, [4, 5, 10, 11, 13]] = 1.0
+table = torch.zeros(1, row_width(1)); table[0, [4, 5, 8, 9, 11]] = 1.0
 state, m = torch.zeros(1, 1, tokens, K), torch.zeros(1, tokens, K, dtype=torch.bfloat16)
 x, k = torch.zeros(1, tokens, K, dtype=torch.bfloat16), torch.zeros(1, tokens, dtype=torch.int64)
 def step(n):

@@ -104,7 +104,8 @@ def test_rules_in_the_step(rule: str, dtype: torch.dtype, clipped: bool, device:
     elif name == "threshold":
         m = u.double() + weights[k].double().view(-1, 1, 1, 1) * (c.double() - u.double())
     table = torch.from_numpy(plan.packed())
-    x, (c_skip, c_out) = state[0].double(), table[k, :2].double()
+    x, (c_skip, c_ratio) = state[0].double(), table[k, :2].double()
+    c_out = c_skip * c_ratio
     if name == "threshold" or bounded:
         m = (ops.threshold_ref(c_skip * x + c_out * m, 0.9, 2.5) - c_skip * x) / c_out
     want, _, p = ops.affine_step_ref(state.double(), m, table, row, slots=plan.slots)

@@ -48,7 +48,7 @@ def physical(plan: Plan, x: np.ndarray, m: np.ndarray, n: np.ndarray) -> np.ndar
     for k, row in enumerate(plan.packed().astype(np.float64)):
         body = row[ROW_HEADER:]
         A, (b, d, s, read, write) = body[: r * r].reshape(r, r), body[r * r : r * r + 5 * r].reshape(5, r)
-        p = np.clip(row[0] * P[0] + row[1] * m[k], row[2], row[3])
+        p = np.clip(row[0] * (P[0] + row[1] * m[k]), row[2], row[3])
         new = {}
         for i in range(r):
             if write[i] >= 0:
@@ -122,7 +122,7 @@ def test_packed_rows_are_aligned_and_exact() -> None:
     table = plan.packed()
     assert table.dtype == np.float32 and table.shape == (7, row_width(2)) and row_width(2) % 4 == 0
     np.testing.assert_array_equal(table[:, 0], plan.c_skip.astype(np.float32))
-    A, (b, d) = table[:, 10:14].reshape(7, 2, 2), table[:, 14:18].reshape(7, 2, 2).transpose(1, 0, 2)
+    A, (b, d) = table[:, 8:12].reshape(7, 2, 2), table[:, 12:16].reshape(7, 2, 2).transpose(1, 0, 2)
     np.testing.assert_array_equal(A[:, :, 1], plan.A[:, :, 1].astype(np.float32))
     # p may be written out: what x and m are multiplied with in all stays
     of_x, of_m = plan.A[:, :, 0] + plan.b * plan.c_skip[:, None], plan.d + plan.b * plan.c_out[:, None]

@@ -11,9 +11,7 @@ from fastdiff.ops._dispatch import FLOATS, INTS, check_tensor, spread
 from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
 from fastdiff.plan import ROW_HEADER, row_width
 
-FIELDS = (
-    "c_skip", "c_out", "lo", "hi", "c_in_next", "has_noise", "log_var_lo", "log_var_hi", "c_ratio", "c_rest"
-)  # fmt: skip
+FIELDS = ("c_skip", "c_ratio", "lo", "hi", "c_in_next", "has_noise", "log_var_lo", "log_var_hi")
 
 
 def affine_step(
@@ -39,8 +37,8 @@ def affine_step(
 
         m   = uncond + w (model_out - uncond)                      with guidance, else model_out
         m   = k_c model_out + k_d (model_out - uncond)             with scales
-        q   = c_skip S_0 + c_out m                                 as c_skip (S_0 + c_ratio m) + c_rest m
-        q   = clamp(q, -bound, bound) / bound;  m = (q - c_skip S_0) / c_out     with bound
+        q   = c_skip (S_0 + c_ratio m)                             S_0 and m may nearly cancel
+        q   = clamp(q, -bound, bound) / bound;  m = (q - c_skip S_0) / (c_skip c_ratio)     with bound
         p   = clamp(q, lo, hi)                                     a NaN stays NaN
         S'_i = sum_j A_ij S_j + b_i p + d_i m + s_i n
         model_in = c_in_next S'_0;  x0 = p
@@ -49,8 +47,8 @@ def affine_step(
         state: fp32 [P, B, *sample], contiguous: P physical slots. Logical slot j is read from slot read[j] and written
             to write[j] (-1: absent, taken as 0 or dropped); logical 0 is always physical 0.
         model_out: [B, *sample], fp32, bf16 or fp16 (made contiguous if it is not).
-        table: fp32 [N, W] of `Plan.pack()`, W = row_width(slots): c_skip, c_out, lo, hi, c_in_next, has_noise,
-            log_var_lo, log_var_hi, c_ratio, c_rest, A (row-major over logical slots), b, d, s, read, write, padding.
+        table: fp32 [N, W] of `Plan.pack()`, W = row_width(slots): c_skip, c_ratio, lo, hi, c_in_next, has_noise,
+            log_var_lo, log_var_hi, A (row-major over logical slots), b, d, s, read, write, padding.
         row: int32 or int64, [1] or one row a sample [B], on the device. On CUDA its range is not looked at.
         slots: logical slots, 1 to 6.   uncond: like model_out.
         guidance: fp32 w, one number or [N or 1, B or 1]: per plan row, per sample.
@@ -159,11 +157,12 @@ def affine_step_ref(
     for j in range(1, r):
         at = read[:, j].long().expand(batch)
         old.append(torch.where(spread(at >= 0, m), state[at.clamp(min=0), everyone], torch.zeros_like(m)))
-    p = column["c_skip"] * (old[0] + column["c_ratio"] * m) + column["c_rest"] * m
+    p = column["c_skip"] * (old[0] + column["c_ratio"] * m)
     if bound is not None:
         limit = spread(bound.to(dtype), m)
         p = torch.clamp(p, -limit, limit) / limit
-        m = torch.where(column["c_out"] != 0, (p - column["c_skip"] * old[0]) / column["c_out"], m)
+        c_out = column["c_skip"] * column["c_ratio"]
+        m = torch.where(c_out != 0, (p - column["c_skip"] * old[0]) / c_out, m)
     p = torch.clamp(p, column["lo"], column["hi"])
     slabs = list(state.unbind(0))
     for i in range(r):

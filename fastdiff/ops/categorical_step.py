@@ -26,8 +26,9 @@ from fastdiff.ops._dispatch import FLOATS, check_tensor, spread
 from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
 from fastdiff.ops.affine_step import FIELDS, affine_step_ref
 from fastdiff.plan import ROW_HEADER, row_width
+from fastdiff.prediction import NO_SKIP
 
-AS_X0 = {"c_skip": 0.0, "c_out": 1.0, "lo": -torch.inf, "hi": torch.inf, "c_ratio": 0.0, "c_rest": 1.0}
+AS_X0 = {"c_skip": NO_SKIP, "c_ratio": 1 / NO_SKIP, "lo": -torch.inf, "hi": torch.inf}
 
 
 def categorical_step(

@@ -31,7 +31,7 @@ def outer_step(
 ) -> Tensor:
     """Runs one row of a plan from x to a new x', for loops that hold x themselves (a scheduler's step).
 
-        p = clamp(c_skip x + c_out m, lo, hi);   (x', S') = A (x, S) + b p + d m + s n
+        p = clamp(c_skip (x + c_ratio m), lo, hi);   (x', S') = A (x, S) + b p + d m + s n
 
     Args:
         x, model_out: [B, *sample], fp32, bf16 or fp16; made contiguous where they are not. Only read.

@@ -58,7 +58,7 @@ def threshold_bound(
 ) -> Tensor:
     """The part of dynamic thresholding that needs the whole sample: its bound s, which the step then applies.
 
-        x0 = c_skip x + c_out m,  m = model_out guided as in `affine_step`;   without model_out x0 = x
+        x0 = c_skip (x + c_ratio m),  m = model_out guided as in `affine_step`;   without model_out x0 = x
         s  = clamp(quantile of |x0|, 1, maximum)
 
     Args:
@@ -110,7 +110,7 @@ def threshold_bound_ref(
                 k_c, k_d = torch.ones((), dtype=m.dtype, device=m.device), spread(w.reshape(-1) - 1, m)
             m = k_c * m + k_d * (m - uncond.to(m.dtype))
         c = table.index_select(0, row)[0].to(m.dtype)
-        x0 = c[0] * (x0 + c[8] * m) + c[9] * m
+        x0 = c[0] * (x0 + c[1] * m)
     if not x.numel():
         return torch.ones(x.shape[0], dtype=x0.dtype, device=x.device)
     flat = x0.abs().reshape(len(x), -1)

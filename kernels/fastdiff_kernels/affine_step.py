@@ -1,11 +1,11 @@
 # mypy: disable-error-code="misc, var-annotated"
 """One row of a plan on one tile of one sample: guidance, conversion, clamp, A, b, d, s, noise, low-precision copy.
 
-    m = uncond + w (cond - uncond), or k_c cond + k_d (cond - uncond);  p = clamp(c_skip S0 + c_out m, lo, hi)
+    m = uncond + w (cond - uncond), or k_c cond + k_d (cond - uncond);  p = clamp(c_skip (S0 + c_ratio m), lo, hi)
     S'_i = sum_j A_ij S_j + b_i p + d_i m + s_i n;  model_in = c_in_next S'_0
 
-A row is [c_skip, c_out, lo, hi, c_in_next, has_noise, log_var_lo, log_var_hi, c_ratio, c_rest, A, b, d, s, read,
-write], padded to a multiple of 4. p is computed as c_skip (S0 + c_ratio m) + c_rest m: S0 and m may nearly cancel.
+A row is [c_skip, c_ratio, lo, hi, c_in_next, has_noise, log_var_lo, log_var_hi, A, b, d, s, read, write], padded
+to a multiple of 4.
 """
 
 import triton
@@ -109,10 +109,11 @@ def affine_step_kernel(
             m = tl.fma(w, m - u, u)
         if GUIDED == 2:
             m = tl.fma(k_d, m - u, k_c * m)
-        p = tl.fma(c[0], tl.fma(c[8], m, slots[0]), c[9] * m)
+        p = c[0] * tl.fma(c[1], m, slots[0])
         if bound_ptr is not None:
             p = tl.clamp(p, -bound, bound, propagate_nan=tl.PropagateNan.ALL) / bound
-            m = tl.where(c[1] != 0.0, (p - c[0] * slots[0]) / c[1], m)
+            c_out = c[0] * c[1]
+            m = tl.where(c_out != 0.0, (p - c[0] * slots[0]) / c_out, m)
         p = tl.clamp(p, c[2], c[3], propagate_nan=tl.PropagateNan.ALL)
         if x0_ptr is not None:
             tl.store(x0_ptr + (b * n + start) + lane, p, mask=inside)

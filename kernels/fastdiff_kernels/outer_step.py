@@ -1,7 +1,7 @@
 # mypy: disable-error-code="misc, var-annotated"
 """One row of a plan between tensors of somebody else: x is read, x' is a new tensor, the other slots are a slab.
 
-    p = clamp(c_skip x + c_out m, lo, hi);   x' = A_0 (x, S) + b_0 p + d_0 m + s_0 n;   S'_i likewise
+    p = clamp(c_skip (x + c_ratio m), lo, hi);   x' = A_0 (x, S) + b_0 p + d_0 m + s_0 n;   S'_i likewise
 
 The row is that of affine_step; physical slot j > 0 lies in the slab at j - 1, physical 0 is x itself.
 """
@@ -76,7 +76,7 @@ def outer_step_kernel(
         if NOISE == 2:
             drawn = lane < tl.where(c[5] != 0.0, left, 0)
             z = tl.load(noise_ptr + (base + start) + lane, mask=drawn, other=0.0).to(tl.float32)
-        p = tl.fma(c[0], tl.fma(c[8], m, slots[0]), c[9] * m)
+        p = c[0] * tl.fma(c[1], m, slots[0])
         p = tl.clamp(p, c[2], c[3], propagate_nan=tl.PropagateNan.ALL)
         if x0_ptr is not None:
             tl.store(x0_ptr + (base + start) + lane, p, mask=inside)

@@ -17,7 +17,7 @@ enum Source { P = -1, M = -2, N = -3 };  // else a slot
 
 // what fastdiff.cpu.Row declares
 struct Row {
-  float c_skip, c_ratio, c_rest, lo, hi, c_in_next;
+  float c_skip, c_out, c_ratio, lo, hi, c_in_next;
   int32_t uses_p, clamps, targets;
   int32_t place[SLOTS], terms[SLOTS];
   int32_t source[SLOTS][TERMS];
@@ -68,12 +68,12 @@ void clamp(float* p, float lo, float hi, int count) {
   }
 }
 
-// p = c_skip (x + c_ratio m) + c_rest m, clamped: x and m may nearly cancel
+// p = c_skip (x + c_ratio m), clamped: x and m may nearly cancel; without x c_out m
 const float* prediction(const Row& row, const float* m, const float* x, int count, float* p) {
   if (row.c_skip != 0)
-    for (int i = 0; i < count; i++) p[i] = row.c_skip * (x[i] + row.c_ratio * m[i]) + row.c_rest * m[i];
+    for (int i = 0; i < count; i++) p[i] = row.c_skip * (x[i] + row.c_ratio * m[i]);
   else
-    for (int i = 0; i < count; i++) p[i] = row.c_rest * m[i];
+    for (int i = 0; i < count; i++) p[i] = row.c_out * m[i];
   if (row.clamps) clamp(p, row.lo, row.hi, count);
   return p;
 }

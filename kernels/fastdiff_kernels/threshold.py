@@ -17,14 +17,14 @@ BINS = tl.constexpr(256)
 
 
 @triton.jit
-def magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_ratio, c_rest, k_c, k_d, at, inside):
+def magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_ratio, k_c, k_d, at, inside):
     """The bits of |x0|; x itself without a model's output."""
     x = load_again(x_ptr + at, inside)
     if model_ptr is not None:
         m = load_again(model_ptr + at, inside)
         if uncond_ptr is not None:
             m = tl.fma(k_d, m - load_again(uncond_ptr + at, inside), k_c * m)
-        x = tl.fma(c_skip, tl.fma(c_ratio, m, x), c_rest * m)
+        x = c_skip * tl.fma(c_ratio, m, x)
     return tl.abs(x).to(tl.int32, bitcast=True)
 
 
@@ -60,15 +60,13 @@ def bound_kernel(
     x_ptr += b * n
     c_skip = 1.0
     c_ratio = 0.0
-    c_rest = 0.0
     k_c = 1.0
     k_d = 0.0
     if model_ptr is not None:
         model_ptr += b * n
         row = tl.load(row_ptr).to(tl.int64)
         c_skip = tl.load(table_ptr + row * width)
-        c_ratio = tl.load(table_ptr + row * width + 8)
-        c_rest = tl.load(table_ptr + row * width + 9)
+        c_ratio = tl.load(table_ptr + row * width + 1)
         if uncond_ptr is not None:
             uncond_ptr += b * n
             if SCALED:
@@ -86,7 +84,7 @@ def bound_kernel(
         counts = tl.zeros([BINS], tl.int32)
         for start in range(0, n, BLOCK):
             inside = lane < n - start
-            bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_ratio, c_rest, k_c, k_d, start + lane, inside)
+            bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_ratio, k_c, k_d, start + lane, inside)
             if digit > 0:
                 inside = inside & ((bits >> known) == value)
             counts += tl.histogram((bits >> low) & ((1 << (known - low)) - 1), BINS, mask=inside)
@@ -98,7 +96,7 @@ def bound_kernel(
     largest = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n, BLOCK):
         inside = lane < n - start
-        bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_ratio, c_rest, k_c, k_d, start + lane, inside)
+        bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_ratio, k_c, k_d, start + lane, inside)
         above = tl.where(inside & (bits > value), tl.minimum(above, bits), above)
         largest = tl.where(inside, tl.maximum(largest, bits), largest)
     most = tl.max(largest, axis=0)
