@@ -10,7 +10,7 @@ import torch
 
 from fastdiff.allocate import Allocation, allocate, liveness
 from fastdiff.grid import Points
-from fastdiff.prediction import NO_SKIP, ratio
+from fastdiff.prediction import factored
 from fastdiff.readout import BINNED, CATEGORICAL, check_readout, sentence
 
 __all__ = ["MAX_SLOTS", "ROW_HEADER", "Plan", "row_width"]
@@ -230,7 +230,8 @@ class Plan:
         b = np.where(free[:, None] & ~alone, self.b, 0.0)
         own, x = self.A[:, :, 0], b * c_skip[:, None]
         small = abs(own + x) <= 2 * np.maximum(abs(own), 1.0)
-        rest = c_out - c_skip * ratio(c_skip, c_out)
+        skip, c_ratio = factored(c_skip, c_out)
+        rest = c_out - skip * c_ratio
         A = self.A.copy()
         A[:, :, 0] += np.where(small, x, 0.0)
         return A, np.where(small, self.b - b, self.b), self.d + b * np.where(small, c_out[:, None], rest[:, None])
@@ -241,9 +242,7 @@ class Plan:
         noisy = np.any(self.s != 0, axis=1)
         c_in_next = np.append(self.c_in[1:], 1.0)
         learned = [0 * noisy if v is None else v for v in (self.log_var_lo, self.log_var_hi)]
-        c_skip, c_out = self._conversion
-        skip = np.where(c_skip == 0, NO_SKIP, c_skip)
-        head = np.stack([skip, ratio(c_skip, c_out), self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
+        head = np.stack([*factored(*self._conversion), self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
         A, b, d = self._sums()
         blocks = (head, A.reshape(n, r * r), b, d, self.s, a.read, a.write)
         table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["NO_SKIP", "PREDICTIONS", "Conversion", "Prediction", "conversion", "ratio"]
+__all__ = ["NO_SKIP", "PREDICTIONS", "Conversion", "Prediction", "conversion", "factored"]
 
 Array = np.ndarray
 NO_SKIP = 2.0**-60
@@ -102,10 +102,11 @@ def conversion(
     return Conversion(skip, sign * out, e_skip, sign * e_out, c_in)
 
 
-def ratio(c_skip: Array, c_out: Array) -> Array:
-    """c_ratio [N], fp32 numbers as float64: p = c_skip x + c_out m = c_skip (x + c_ratio m), to its rounding.
+def factored(c_skip: Array, c_out: Array) -> tuple[Array, Array]:
+    """c_skip and c_ratio [N] float64, the latter fp32 numbers: c_skip x + c_out m = c_skip (x + c_ratio m).
 
     Where x and m nearly cancel, as of a noise prediction at the noisy end, the right side is accurate in fp32, the
-    left side by 1 / alpha less. Where c_skip is 0 it is taken as NO_SKIP, so small that x is rounded away.
+    left side by 1 / alpha less. A c_skip below NO_SKIP is taken as that: x is rounded away beside m.
     """
-    return (c_out / np.where(c_skip == 0, NO_SKIP, c_skip)).astype(np.float32).astype(np.float64)
+    skip = np.where(np.abs(c_skip) < NO_SKIP, NO_SKIP, c_skip)
+    return skip, (c_out / skip).astype(np.float32).astype(np.float64)

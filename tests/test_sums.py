@@ -8,7 +8,7 @@ import fastdiff as fd
 from fastdiff import ops, schedules, solvers
 from fastdiff.cpu import CompiledStep, EagerStep
 from fastdiff.plan import ROW_HEADER
-from fastdiff.prediction import ratio
+from fastdiff.prediction import factored
 from fastdiff.reference import reference_sample
 
 CHAIN = schedules.Betas(schedules.cosine_betas(1000))
@@ -61,7 +61,7 @@ def check(run):
     want = PLAN.A[0, 0, 0] * x + PLAN.b[0, 0] * p
     assert PLAN.c_skip[0] > 2e4 and p.abs().max() < 10
     got = run(x0)
-    of_ratio = abs(PLAN.c_out[0] - PLAN.c_skip[0] * ratio(PLAN.c_skip, PLAN.c_out)[0])
+    of_ratio = abs(PLAN.c_out[0] - PLAN.c_skip[0] * factored(PLAN.c_skip, PLAN.c_out)[1][0])
     assert of_ratio < 3e-5  # of 2e4: -sigma is a float plus 1e-9
     assert ((x0 - p).abs() <= 4 * U * p.abs() + of_ratio * m.abs()).all()
     scale = p.abs() + of_ratio * m.abs()
@@ -116,6 +116,14 @@ def test_the_ratio_is_the_conversion(schedule, prediction):
         np.testing.assert_array_equal(fp32, np.float32(m))
 
 
+def test_a_skip_too_small_to_matter_does_not_overflow():
+    """Of v prediction at zero terminal SNR: cos(pi / 2) is 6e-17, and smaller numbers come with other schedules."""
+    for c_skip in (6e-17, 1e-30, 1e-45, -1e-40, 0.0):
+        skip, c_ratio = (np.float32(c) for c in factored(np.array([c_skip]), np.array([-1.0])))
+        p = skip * (np.float32(3.0) + c_ratio * np.float32(2.5))
+        np.testing.assert_allclose(p, -2.5, rtol=2e-7)
+
+
 @pytest.mark.parametrize(("solver", "limit"), [("ddim", 1e-6), ("dpmpp_2m", 1e-6), ("unipc", 1.5e-6), ("heun", 1e-4)])
 @pytest.mark.parametrize("mode", ["eager", "auto"])
 def test_whole_loops_of_the_cosine_chain(solver, limit, mode):
@@ -155,7 +163,7 @@ def test_the_sums_of_a_row(k):
 def test_p_stays_apart(plan):
     """Without a clamp m also has what the fp32 c_ratio leaves over; a clamped p is what it is."""
     A, b, d = columns(plan, 0)
-    rest = 0.0 if plan.clamped else plan.c_out[0] - plan.c_skip[0] * ratio(plan.c_skip, plan.c_out)[0]
+    rest = 0.0 if plan.clamped else plan.c_out[0] - plan.c_skip[0] * factored(plan.c_skip, plan.c_out)[1][0]
     np.testing.assert_allclose([A, b, d], [plan.A[0, 0, 0], plan.b[0, 0], plan.b[0, 0] * rest], rtol=2e-7)
     assert b != 0 and abs(d) < 1e-6
 
