@@ -243,9 +243,9 @@ class CompiledStep:
 def posterior_into(
     x: Tensor, m: Tensor, coef: Tensor, clip: tuple[float, float] | None, mean: Tensor, x0: Tensor
 ) -> bool:
-    """x0 = clamp(c_skip x + c_out m), mean = k_x0 x0 + k_xt x by the C++ loop; False where it cannot run.
+    """x0 = clamp(c_skip (x + c_ratio m)), mean = k_x0 x0 + k_xt x by the C++ loop; False where it cannot run.
 
-    Args: x, m: [B, *sample] of any float dtypes but float64. coef: fp32 [B or 1, 8]: c_skip, c_out, k_x0, k_xt, ...
+    Args: x, m: [B, *sample] of any float dtypes but float64. coef: fp32 [B or 1, 8]: c_skip, c_ratio, k_x0, k_xt, ...
         mean, x0: outputs like x, contiguous.
     """
     kinds = (*[c_void_p] * 5, *[c_int] * 4, *[c_float] * 2, *[c_int64] * 2, c_int)

@@ -231,7 +231,7 @@ class Plan:
         own, x = self.A[:, :, 0], b * c_skip[:, None]
         small = abs(own + x) <= 2 * np.maximum(abs(own), 1.0)
         skip, c_ratio = factored(c_skip, c_out)
-        rest = c_out - skip * c_ratio
+        rest = c_out - skip * c_ratio.astype(np.float32)
         A = self.A.copy()
         A[:, :, 0] += np.where(small, x, 0.0)
         return A, np.where(small, self.b - b, self.b), self.d + b * np.where(small, c_out[:, None], rest[:, None])

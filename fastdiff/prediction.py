@@ -10,7 +10,7 @@ import numpy as np
 __all__ = ["NO_SKIP", "PREDICTIONS", "Conversion", "Prediction", "conversion", "factored"]
 
 Array = np.ndarray
-NO_SKIP = 2.0**-60
+NO_SKIP = 2.0**-80
 
 
 class Conversion(NamedTuple):
@@ -103,10 +103,10 @@ def conversion(
 
 
 def factored(c_skip: Array, c_out: Array) -> tuple[Array, Array]:
-    """c_skip and c_ratio [N] float64, the latter fp32 numbers: c_skip x + c_out m = c_skip (x + c_ratio m).
+    """c_skip and c_ratio [N] float64: c_skip x + c_out m = c_skip (x + c_ratio m).
 
     Where x and m nearly cancel, as of a noise prediction at the noisy end, the right side is accurate in fp32, the
     left side by 1 / alpha less. A c_skip below NO_SKIP is taken as that: x is rounded away beside m.
     """
     skip = np.where(np.abs(c_skip) < NO_SKIP, NO_SKIP, c_skip)
-    return skip, (c_out / skip).astype(np.float32).astype(np.float64)
+    return skip, c_out / skip

@@ -6,7 +6,8 @@ import torch
 
 import fastdiff as fd
 from fastdiff import ops, schedules, solvers
-from fastdiff.cpu import CompiledStep, EagerStep
+from fastdiff.cpu import CompiledStep, EagerStep, posterior_into
+from fastdiff.ops.posterior import _columns as posterior_columns
 from fastdiff.plan import ROW_HEADER
 from fastdiff.prediction import factored
 from fastdiff.reference import reference_sample
@@ -61,7 +62,7 @@ def check(run):
     want = PLAN.A[0, 0, 0] * x + PLAN.b[0, 0] * p
     assert PLAN.c_skip[0] > 2e4 and p.abs().max() < 10
     got = run(x0)
-    of_ratio = abs(PLAN.c_out[0] - PLAN.c_skip[0] * factored(PLAN.c_skip, PLAN.c_out)[1][0])
+    of_ratio = abs(PLAN.c_out[0] - PLAN.c_skip[0] * PLAN.packed()[0, 1].astype(np.float64))
     assert of_ratio < 3e-5  # of 2e4: -sigma is a float plus 1e-9
     assert ((x0 - p).abs() <= 4 * U * p.abs() + of_ratio * m.abs()).all()
     scale = p.abs() + of_ratio * m.abs()
@@ -88,6 +89,25 @@ def test_outer_kernel(kernel_device):
     check(lambda x0: outer(x0, kernel_device))
 
 
+def test_posterior(device):
+    """x0 and the mean of the last index, alpha 5e-5, as float64 has them."""
+    t = 999
+    want = ops.posterior_ref(X.double(), M.double(), t, CHAIN)
+    got = [v.cpu().double() for v in ops.posterior(X.to(device), M.to(device), t, CHAIN)]
+    assert want[3].abs().max() < 10
+    of_ratio = abs(PLAN.c_out[0] - PLAN.c_skip[0] * PLAN.packed()[0, 1].astype(np.float64))
+    assert ((got[3] - want[3]).abs() <= 4 * U * want[3].abs() + of_ratio * M.abs()).all()
+    assert (got[0] - want[0]).abs().max() <= 2e-6
+
+
+def test_posterior_compiled(cpp_loops):
+    mean, x0 = torch.empty_like(X), torch.empty_like(X)
+    coef = torch.from_numpy(np.stack([c.numpy() for c in posterior_columns(CHAIN, "eps")], 1)).float()[999:]
+    assert posterior_into(X, M, coef, None, mean, x0)
+    want = ops.posterior_ref(X.double(), M.double(), 999, CHAIN)
+    assert (x0 - want[3]).abs().max() <= 2e-4 and (mean - want[0]).abs().max() <= 2e-6
+
+
 def test_bound_of_thresholding(device):
     """The largest |x0| of the sample, where 1e-7 of c_skip x would be 2e-3."""
     x, m = 4 * X.double() - 3 * M, M.double()  # x0 in [-4, 4]
@@ -111,7 +131,7 @@ def test_the_ratio_is_the_conversion(schedule, prediction):
     bound = 2 * U * (np.abs(plan.c_skip * x) + np.abs(plan.c_out * m))
     assert np.all(np.abs(got - want) <= bound)
     if prediction == "x0":
-        assert np.all(c_skip == 2.0**-60)
+        assert np.all(c_skip == 2.0**-80)
         fp32 = np.float32(c_skip) * (np.float32(c_ratio) * np.float32(m) + np.float32(x))
         np.testing.assert_array_equal(fp32, np.float32(m))
 
@@ -163,7 +183,7 @@ def test_the_sums_of_a_row(k):
 def test_p_stays_apart(plan):
     """Without a clamp m also has what the fp32 c_ratio leaves over; a clamped p is what it is."""
     A, b, d = columns(plan, 0)
-    rest = 0.0 if plan.clamped else plan.c_out[0] - plan.c_skip[0] * factored(plan.c_skip, plan.c_out)[1][0]
+    rest = 0.0 if plan.clamped else plan.c_out[0] - plan.c_skip[0] * plan.packed()[0, 1].astype(np.float64)
     np.testing.assert_allclose([A, b, d], [plan.A[0, 0, 0], plan.b[0, 0], plan.b[0, 0] * rest], rtol=2e-7)
     assert b != 0 and abs(d) < 1e-6
 

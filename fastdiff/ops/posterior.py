@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdiff.cpu import posterior_into
 from fastdiff.ops import _dispatch, _fused, _noising
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
-from fastdiff.prediction import conversion
+from fastdiff.prediction import conversion, factored
 from fastdiff.schedules import Betas
 
 POSTERIOR_PREDICTIONS = ("eps", "x0", "v", "score", "flow")
@@ -27,7 +27,7 @@ def posterior(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean and variance of x_{t-1} given x_t and the model's output.
 
-        x0   = clamp(c_skip x_t + c_out m, *clip)
+        x0   = clamp(c_skip x_t + c_out m, *clip),  as c_skip (x_t + c_out / c_skip m)
         mean = sqrt(ab_{t-1}) beta_t / (1 - ab_t) x0 + sqrt(1 - beta_t) (1 - ab_{t-1}) / (1 - ab_t) x_t
         variance = beta_t (1 - ab_{t-1}) / (1 - ab_t)
 
@@ -74,9 +74,9 @@ def posterior_ref(
     at, lo, hi = _checked(x_t, model_out, t, schedule, prediction, clip)
     dtype = _noising.wide(x_t)
     coef = _noising.table_of(schedule, _columns, (prediction,), x_t.device, dtype)[at]
-    c_skip, c_out, k_x0, k_xt = (spread(c, x_t) for c in coef[:, :4].unbind(1))
+    c_skip, c_ratio, k_x0, k_xt = (spread(c, x_t) for c in coef[:, :4].unbind(1))
     x, m = x_t.to(dtype), model_out.to(dtype)
-    p = c_skip * x + c_out * m
+    p = c_skip * (x + c_ratio * m)
     if clip is not None:
         p = p.clamp(lo, hi)
     variance, log_variance = (c.expand(x_t.shape[0]) for c in coef[:, 4:6].unbind(1))
@@ -84,10 +84,11 @@ def posterior_ref(
 
 
 def _columns(schedule: Betas, prediction: str) -> tuple[Tensor, ...]:
-    """c_skip, c_out, k_x0, k_xt, variance, log_variance, 0, 0: float64 [T] each."""
+    """c_skip, c_ratio, k_x0, k_xt, variance, log_variance, 0, 0: float64 [T] each."""
     steps = np.arange(len(schedule.betas))
     alpha, sigma = schedule.alpha(steps), schedule.sigma(steps)
     convert = conversion(prediction, alpha, sigma)
+    c_skip, c_ratio = factored(convert.c_skip, convert.c_out)
     beta = schedule.betas
     before, noise_before = np.append(1.0, alpha[:-1]), np.append(0.0, sigma[:-1] ** 2)
     k_x0 = before * beta / sigma**2
@@ -99,7 +100,7 @@ def _columns(schedule: Betas, prediction: str) -> tuple[Tensor, ...]:
     if len(beta) > 1:
         log_variance[0] = log_variance[1]
     zero = 0 * beta
-    columns = (convert.c_skip, convert.c_out, k_x0, k_xt, variance, log_variance, zero, zero)
+    columns = (c_skip, c_ratio, k_x0, k_xt, variance, log_variance, zero, zero)
     return tuple(torch.from_numpy(np.array(c, np.float64)) for c in columns)
 
 

@@ -1,8 +1,8 @@
 """The reverse posterior of a Gaussian chain: x0, its mean and its two variances, in one pass.
 
-    x0 = clamp(c_skip x_t + c_out m, lo, hi);  mean = k_x0 x0 + k_xt x_t
+    x0 = clamp(c_skip (x_t + c_ratio m), lo, hi);  mean = k_x0 x0 + k_xt x_t
 
-A row of coefficients is [c_skip, c_out, k_x0, k_xt, variance, log_variance, 0, 0].
+A row of coefficients is [c_skip, c_ratio, k_x0, k_xt, variance, log_variance, 0, 0].
 """
 
 import triton
@@ -38,7 +38,7 @@ def posterior_kernel(
     b = tl.program_id(1).to(tl.int64) + first
     t, valid = coef_row(t_ptr, b * t_stride, rows)
     coef_ptr += t * 8
-    c_skip, c_out, k_x0, k_xt = load4(coef_ptr, MATH)
+    c_skip, c_ratio, k_x0, k_xt = load4(coef_ptr, MATH)
     c_skip = tl.where(valid, c_skip, float("nan"))
     if tl.program_id(0) == 0:
         tl.store(variance_ptr + b, tl.where(valid, tl.load(coef_ptr + 4), float("nan")))
@@ -53,7 +53,7 @@ def posterior_kernel(
         inside = lane < n - start
         x = load_float(x_ptr + start + lane, inside)
         m = load_float(model_ptr + start + lane, inside)
-        p = tl.fma(c_skip, x, c_out * m)
+        p = c_skip * tl.fma(c_ratio, m, x)
         if CLIP:
             p = tl.clamp(p, lo, hi, propagate_nan=tl.PropagateNan.ALL)
         tl.store(x0_ptr + start + lane, p.to(x0_ptr.dtype.element_ty), mask=inside)

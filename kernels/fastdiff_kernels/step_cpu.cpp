@@ -125,7 +125,7 @@ extern "C" void affine_row(const Row* row, const Call* call, int threads) {
   }
 }
 
-// coef [batch or 1, 8]: c_skip, c_out, k_x0, k_xt: x0 = clamp(c_skip x + c_out m), mean = k_x0 x0 + k_xt x
+// coef [batch or 1, 8]: c_skip, c_ratio, k_x0, k_xt: x0 = clamp(c_skip (x + c_ratio m)), mean = k_x0 x0 + k_xt x
 extern "C" void posterior(const void* x, const void* m, const float* coef, void* mean, void* x0, int x_type, int m_type,
                           int each, int clips, float lo, float hi, int64_t batch, int64_t n, int threads) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK, jobs = batch * blocks;
@@ -136,7 +136,7 @@ extern "C" void posterior(const void* x, const void* m, const float* coef, void*
     const int count = int(std::min<int64_t>(BLOCK, n - start));
     const float *c = coef + (each ? 8 * b : 0), *v = read(x, x_type, at, count, held);
     const float* u = read(m, m_type, at, count, other);
-    for (int i = 0; i < count; i++) p[i] = c[0] * v[i] + c[1] * u[i];
+    for (int i = 0; i < count; i++) p[i] = c[0] * (v[i] + c[1] * u[i]);
     if (clips) clamp(p, lo, hi, count);
     for (int i = 0; i < count; i++) y[i] = c[2] * p[i] + c[3] * v[i];
     write(y, 1.0f, mean, x_type, at, count);
