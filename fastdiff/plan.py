@@ -217,7 +217,7 @@ class Plan:
         second = self.learned_variance & np.any(self.s != 0, axis=1)
         return 4 * slots + model_bytes * ((1 + guided) * (uses_m.astype(np.int64) + own_input) + second)
 
-    def _sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A, b, d with b_i p = b_i (c_skip x + c_out m) put into A_i0 x + d_i m where that leaves x no larger.
 
         A derivative (x - p) / sigma is then m, in which nothing cancels. Where x would be taken many times, as of a
@@ -243,7 +243,7 @@ class Plan:
         c_in_next = np.append(self.c_in[1:], 1.0)
         learned = [0 * noisy if v is None else v for v in (self.log_var_lo, self.log_var_hi)]
         head = np.stack([*factored(*self._conversion), self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
-        A, b, d = self._sums()
+        A, b, d = self.sums()
         blocks = (head, A.reshape(n, r * r), b, d, self.s, a.read, a.write)
         table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)
         table = np.pad(table, ((0, 0), (0, row_width(r) - table.shape[1])))

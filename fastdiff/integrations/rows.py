@@ -41,7 +41,7 @@ def rows_of(plan: Plan) -> list[HostRow]:
     """The plan's rows for `History`.
 
     Where x0 is neither clamped nor kept, it is folded into x and m: (A + b c_skip) x + (d + b c_out) m, summed in
-    float64 and rounded once. Its bound of rounding errors is no larger (triangle inequality), and it saves passes.
+    float64 and rounded once, which saves passes; but not where x would be taken many times (see Plan.sums).
     """
     a, rows = plan.allocate(), []
     for k in range(plan.nfe):
@@ -65,8 +65,10 @@ def _is_p(plan: Plan, k: int, i: int) -> bool:
 def _terms(plan: Plan, k: int, i: int, cut: bool, keeps: bool) -> Terms:
     """What slot i becomes in row k."""
     A, b, d = plan.A[k, i].copy(), float(plan.b[k, i]), float(plan.d[k, i])
-    if b and not cut and (i == 0 or not _is_p(plan, k, i)) and (not keeps or (A[0] and d)):
-        A[0] += b * plan.c_skip[k]
+    x = b * plan.c_skip[k]
+    folds = not cut and (i == 0 or not _is_p(plan, k, i)) and (not keeps or (A[0] and d))
+    if b and folds and abs(A[0] + x) <= 2 * max(abs(A[0]), 1.0):
+        A[0] += x
         d += b * plan.c_out[k]
         b = 0.0
     read = plan.allocate().read[k]
