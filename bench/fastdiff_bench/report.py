@@ -23,7 +23,7 @@ __all__ = ["main", "render"]
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-OUT_OF_CACHE = 1 << 24  # elements
+LARGE = 1 << 25  # elements; the page beside has the smaller ones
 PLAIN = ("eager", "torch.compile")
 PAGED = ("throughput.json", "roofline*.json")  # what the page beside results shows
 # instructions per element asked for on sm_90: case prefix -> budget
@@ -108,12 +108,12 @@ def _throughput(path: Path, data: dict[str, Any], root: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _gpu_kernels(data: dict[str, Any]) -> list[str]:
-    """The kernels out of cache; plain torch's times where they were measured beside them."""
+def _gpu_kernels(data: dict[str, Any], least: int = LARGE) -> list[str]:
+    """The kernels on states of at least so many elements; plain torch's times where they were measured beside them."""
     peers = {r["what"]: r for r in data["rows"]}
     copy = max(r["gb_s"] for r in data["rows"] if r["what"] == "copy")
     lines = [
-        f"Kernels out of cache on {data['environment']['gpu']}: GB/s of the bytes they must move, beside a copy's "
+        f"Kernels on {data['environment']['gpu']}: GB/s of the bytes they must move, beside a copy's "
         f"{copy:.0f}; plain torch does the same row:",
         "",
         "| kernel | elements | us | GB/s | of copy | of a copy of as many bytes | plain torch us | torch.compile us |",
@@ -121,7 +121,7 @@ def _gpu_kernels(data: dict[str, Any]) -> list[str]:
     ]
     for r in data["rows"]:
         what, elements = r["what"], r["elements"]
-        if not what.startswith(("step", "categorical step")) or elements < OUT_OF_CACHE:
+        if not what.startswith(("step", "categorical step")) or elements < least:
             continue
         same = f"{100 * r['of_same_copy']:.0f} %" if "of_same_copy" in r else ""
         plain = [peers.get(f"{what.replace('categorical', 'plain')} {how}") for how in PLAIN]
@@ -159,6 +159,8 @@ def page(folder: Path) -> str:
     for name in PAGED:
         for path in sorted(folder.glob(name)):
             parts += details(json.loads(path.read_text()))
+    if (folder / "gpu.json").exists():
+        parts += ["", "## Bandwidth", "", *_gpu_kernels(json.loads((folder / "gpu.json").read_text()), 0)]
     for path in sorted(folder.glob("roofline*.png")):
         parts += ["", f"![us against elements, with the floors]({path.name})"]
     return "\n".join(parts) + "\n"

@@ -12,6 +12,7 @@ from fastdiff import rng
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
 from fastdiff.schedules import Betas, Schedule
+from fastdiff.schedules.base import traced_constant
 
 Seeds = Sequence[int] | Tensor
 
@@ -49,7 +50,7 @@ def times(t: object, schedule: object, x: Tensor) -> Tensor:
     return out
 
 
-@torch.compiler.assume_constant_result
+@traced_constant
 def table_of(
     schedule: Betas,
     columns: Callable[..., Sequence[Tensor]],

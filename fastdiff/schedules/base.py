@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+Made = TypeVar("Made", bound=Callable[..., torch.Tensor])
 Array = Any  # float64 np.ndarray or torch.Tensor: the two share the functions used here
 
 
@@ -26,6 +28,12 @@ def positive(**values: float) -> None:
     for name, value in values.items():
         if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def traced_constant(function: Made) -> Made:
+    """What torch.compiler.assume_constant_result does, which would import the compiler with the package (a second)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Schedule(ABC):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastdiff.schedules.base import Array, Schedule, positive, quiet, xp_of
+from fastdiff.schedules.base import Array, Schedule, positive, quiet, traced_constant, xp_of
 
 
 class Betas(Schedule):
@@ -112,7 +112,7 @@ class Betas(Schedule):
         return t.astype(np.int64)
 
 
-@torch.compiler.assume_constant_result
+@traced_constant
 def _table(chain: Betas, device: torch.device) -> torch.Tensor:
     """alpha, sigma and ln(sigma / alpha) as [3, T] on a device, made once; compiled code holds it as a constant."""
     cache = chain.__dict__.setdefault("_tables", {})
