@@ -102,7 +102,7 @@ def _chain(schedule: str) -> Betas:
 def affine_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str], *,
                 solver: str = "ddim") -> Work:  # fmt: skip
     """A plan's rows on a model output that stands still: on a CPU whole loops, on a GPU the kernel of a middle row."""
-    case = Case(schedule, solver, 50 if elements <= 1 << 18 else 8)
+    case = Case(schedule, solver, 50 if elements <= 1 << 18 else 8 if elements <= 1 << 24 else 2)
     plan, shape = case.plan(), (1, elements)
     size = torch.finfo(dtype).bits // 8
     moved = float(plan.bytes_per_element(model_bytes=size)[plan.nfe // 2]) + (size if size < 4 else 0)

@@ -32,6 +32,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "100
 # shorter runs are repeated inside one sample; a GPU that waited for the host in between has to get going again
 LEAST_SAMPLE_S = {"cpu": 5e-4, "cuda": 3e-3}
 LEAST_ROUNDS = 5
+SLOW_S = 1.0
 CACHES = 4
 MOST_CACHE = 64 << 20  # of a CPU: a shared last level of hundreds of MiB cannot be rotated out of
 GRAPH_REPLAYS = 9
@@ -95,8 +96,9 @@ def interleave(
     ready = {name: (prepare or {}).get(name, _nothing) for name in runs}
     counts, once = {}, 0.0
     for name, run in runs.items():
-        _sample(run, ready[name], 1, device)
-        spent = min(_sample(run, ready[name], 1, device) for _ in range(2))
+        spent = _sample(run, ready[name], 1, device)
+        if spent < SLOW_S:  # else the first call tells enough
+            spent = min(_sample(run, ready[name], 1, device) for _ in range(2))
         counts[name] = max(1, min(200, round(LEAST_SAMPLE_S.get(device.type, 5e-4) / max(spent, 1e-9))))
         once += spent * counts[name]
     rounds = max(LEAST_ROUNDS, min(rounds, int(seconds / max(once, 1e-9))))
