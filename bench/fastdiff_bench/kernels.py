@@ -230,7 +230,7 @@ def posterior(schedule: str, elements: int, dtype: torch.dtype, device: torch.de
     for i, part in ((0, 0), (1, 3)):
         gap = _gap(ours(*sets[0])[part], textbook(*sets[0])[i])
         work.differs["fastdiff eager"] = max(gap, work.differs.get("fastdiff eager", 0.0))
-    return _finish(work, names, found, ours, device)
+    return _finish(work, names, found, ours, device, compiles=True)
 
 
 def categorical_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str], *,
