@@ -17,14 +17,14 @@ BINS = tl.constexpr(256)
 
 
 @triton.jit
-def magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_ratio, k_c, k_d, at, inside):
-    """The bits of |x0|; x itself without a model's output."""
+def magnitude(x_ptr, model_ptr, uncond_ptr, c_ratio, k_c, k_d, at, inside):
+    """The bits of |x0 / c_skip|; x itself without a model's output."""
     x = load_again(x_ptr + at, inside)
     if model_ptr is not None:
         m = load_again(model_ptr + at, inside)
         if uncond_ptr is not None:
             m = tl.fma(k_d, m - load_again(uncond_ptr + at, inside), k_c * m)
-        x = c_skip * tl.fma(c_ratio, m, x)
+        x = tl.fma(c_ratio, m, x)
     return tl.abs(x).to(tl.int32, bitcast=True)
 
 
@@ -84,7 +84,7 @@ def bound_kernel(
         counts = tl.zeros([BINS], tl.int32)
         for start in range(0, n, BLOCK):
             inside = lane < n - start
-            bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_ratio, k_c, k_d, start + lane, inside)
+            bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_ratio, k_c, k_d, start + lane, inside)
             if digit > 0:
                 inside = inside & ((bits >> known) == value)
             counts += tl.histogram((bits >> low) & ((1 << (known - low)) - 1), BINS, mask=inside)
@@ -96,13 +96,14 @@ def bound_kernel(
     largest = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n, BLOCK):
         inside = lane < n - start
-        bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_skip, c_ratio, k_c, k_d, start + lane, inside)
+        bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_ratio, k_c, k_d, start + lane, inside)
         above = tl.where(inside & (bits > value), tl.minimum(above, bits), above)
         largest = tl.where(inside, tl.maximum(largest, bits), largest)
     most = tl.max(largest, axis=0)
     next_value = tl.where(k + 1 < equal, value, tl.minimum(tl.min(above, axis=0), most))
     s = value.to(tl.float32, bitcast=True)
     s = tl.where(fraction == 0.0, s, s + fraction * (next_value.to(tl.float32, bitcast=True) - s))
+    s *= tl.abs(c_skip)
     s = tl.minimum(tl.maximum(s, 1.0), maximum)
     tl.store(bound_ptr + b, tl.where(most > INFINITY, float("nan"), s))
 
