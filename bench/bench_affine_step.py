@@ -14,8 +14,7 @@ COLUMNS = ("torch", "torch.compile", "diffusers", "fastdiff eager", "fastdiff co
 def test_affine_step(timed, device, schedule, dtype, exponent, column, solver):
     with torch.no_grad():
         work = affine_step(schedule, 1 << exponent, dtype, device, (column, "fastdiff eager"), solver=solver)
-        if column not in work.columns:
-            pytest.skip(work.skipped.get(column, f"no {column} on {device}"))
+        assert column in work.columns, work.skipped
         units = len(work.sets) * work.units
         group = f"affine_step {schedule} 2^{exponent} {str(dtype)[6:]}"
         timed(work.run(column), group=group, units=units, moved=work.bytes_per_element * work.elements)

@@ -7,7 +7,10 @@ import torch
 
 from fastdiff_bench.energy import Meter, throttled
 from fastdiff_bench.environment import environment
+from fastdiff_bench.stock import INSTALL, installed, offers
 from fastdiff_bench.timing import copy_bandwidth, malloc_is_set
+
+NO_STEP = ("diffusers", "bench_affine_step")
 
 
 def pytest_addoption(parser):
@@ -65,6 +68,13 @@ def pytest_generate_tests(metafunc):
         names = getattr(metafunc.module, "COLUMNS", ())
         if not metafunc.config.getoption("--with-compile"):
             names = [n for n in names if n != "torch.compile"]
-        if not torch.cuda.is_available():
-            names = [n for n in names if not n.endswith("_graph")]  # CUDA graphs
-        metafunc.parametrize("column", names)
+        kernel, cuda = "exponent" in metafunc.fixturenames, torch.cuda.is_available()
+        names = [n for n in names if (cuda or not n.endswith("_graph")) and (n not in INSTALL or installed(n))]
+        if cuda and kernel:  # a kernel is a kernel; diffusers has no single step to time there
+            names = [n for n in names if n != "fastdiff compiled" and (n, metafunc.module.__name__) != NO_STEP]
+        if kernel:
+            metafunc.parametrize("column", names)
+        else:
+            loops = [(n, c, k) for n, c in metafunc.module.LOOPS for k in names if k not in INSTALL or offers(k, c)]
+            ids = [f"{n}-{c.kind}-{c.solver}-{k}" for n, c, k in loops]
+            metafunc.parametrize(("network", "case", "column"), loops, ids=ids)

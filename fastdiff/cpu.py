@@ -54,7 +54,7 @@ class HostRow(NamedTuple):
 
 def host_rows(plan: Plan) -> list[HostRow]:
     """The packed table as host numbers, so that CPU and kernels use the same fp32 coefficients."""
-    return [host_row(row, plan.slots) for row in plan.packed().tolist()]
+    return [host_row(row, plan.slots) for row in plan.pack().tolist()]
 
 
 def host_row(row: list[float], r: int) -> HostRow:

@@ -13,12 +13,17 @@ from fastdiff.grid import Points
 from fastdiff.prediction import factored
 from fastdiff.readout import BINNED, CATEGORICAL, check_readout, sentence
 
-__all__ = ["MAX_SLOTS", "ROW_HEADER", "Plan", "row_width"]
+__all__ = ["MAX_SLOTS", "ROW_HEADER", "Plan", "row_width", "stays_small"]
 
 ROW_HEADER = 8  # c_skip, c_ratio, lo, hi, c_in of the next row, has_noise, log_var_lo, log_var_hi
 MAX_SLOTS = 6
 END_TOLERANCE = 1e-9
 LEARNED = ("log_var_lo", "log_var_hi")
+
+
+def stays_small(own: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Is x, added to a coefficient of its own, still taken at most twice, or twice as often as before?"""
+    return np.abs(own + x) <= 2 * np.maximum(np.abs(own), 1.0)
 
 
 def row_width(slots: int) -> int:
@@ -229,7 +234,7 @@ class Plan:
         alone = ~self.A.any(-1) & (self.d == 0) & (np.arange(self.slots) > 0)
         b = np.where(free[:, None] & ~alone, self.b, 0.0)
         own, x = self.A[:, :, 0], b * c_skip[:, None]
-        small = abs(own + x) <= 2 * np.maximum(abs(own), 1.0)
+        small = stays_small(own, x)
         skip, c_ratio = factored(c_skip, c_out)
         rest = c_out - skip * c_ratio.astype(np.float32)
         A = self.A.copy()

@@ -23,7 +23,7 @@ __all__ = ["main", "render"]
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-LARGE = 1 << 25  # elements; the page beside has the smaller ones
+LARGE = (1 << 24) + 1  # elements; the page beside has the smaller ones
 PLAIN = ("eager", "torch.compile")
 PAGED = ("throughput.json", "roofline*.json")  # what the page beside results shows
 # instructions per element asked for on sm_90: case prefix -> budget

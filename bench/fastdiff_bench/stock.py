@@ -16,7 +16,7 @@ import fastdiff as fd
 from fastdiff_bench.cases import Case
 from fastdiff_bench.peers import k_diffusion_sampling
 
-__all__ = ["INSTALL", "Stock", "diffusers_loop", "k_diffusion_loop"]
+__all__ = ["INSTALL", "Stock", "diffusers_loop", "installed", "k_diffusion_loop", "offers"]
 
 INSTALL = {"diffusers": "pip install diffusers", "k-diffusion": "pip install --no-deps k-diffusion scipy"}
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -75,14 +75,26 @@ class Stock(NamedTuple):
     loop: Callable[[Tensor, torch.Generator | None], Tensor]
 
 
+def offers(name: str, case: Case) -> bool:
+    """Has this library a loop that does the same as the case?"""
+    if name == "diffusers":
+        return case.schedule == case.kind and (case.kind, case.solver) in DIFFUSERS
+    return case.kind == "edm" and case.solver in K_DIFFUSION
+
+
+def installed(name: str) -> bool:
+    """Can this library's samplers be imported?"""
+    return importlib.util.find_spec("diffusers") is not None if name == "diffusers" else bool(k_diffusion_sampling())
+
+
 def diffusers_loop(case: Case, plan: fd.Plan, model: Model, dtype: torch.dtype, device: torch.device) -> Stock | None:
     """diffusers' loop as its pipelines write it, or None where it has none.
 
     Raises: ModuleNotFoundError with the line that installs it.
     """
-    if case.schedule != case.kind or (case.kind, case.solver) not in DIFFUSERS:
+    if not offers("diffusers", case):
         return None
-    if importlib.util.find_spec("diffusers") is None:
+    if not installed("diffusers"):
         raise ModuleNotFoundError(f"diffusers is not installed: {INSTALL['diffusers']}")
     import diffusers
 
@@ -112,7 +124,7 @@ def k_diffusion_loop(case: Case, plan: fd.Plan, model: Model, dtype: torch.dtype
 
     Raises: ModuleNotFoundError with the line that installs it.
     """
-    if case.kind != "edm" or case.solver not in K_DIFFUSION:
+    if not offers("k-diffusion", case):
         return None
     sampling = k_diffusion_sampling()
     if sampling is None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.plan import Plan
+from fastdiff.plan import Plan, stays_small
 
 __all__ = ["History", "HostRow", "Terms", "combine", "predict", "rows_of"]
 
@@ -67,7 +67,7 @@ def _terms(plan: Plan, k: int, i: int, cut: bool, keeps: bool) -> Terms:
     A, b, d = plan.A[k, i].copy(), float(plan.b[k, i]), float(plan.d[k, i])
     x = b * plan.c_skip[k]
     folds = not cut and (i == 0 or not _is_p(plan, k, i)) and (not keeps or (A[0] and d))
-    if b and folds and abs(A[0] + x) <= 2 * max(abs(A[0]), 1.0):
+    if b and folds and stays_small(A[0], x):
         A[0] += x
         d += b * plan.c_out[k]
         b = 0.0
