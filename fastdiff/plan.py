@@ -44,7 +44,8 @@ class Plan:
         name: for people. times: [N] int64 or float64, what the model receives as t. t: [N] schedule time.
         alpha, sigma: [N] noise level of the state at row i. c_in, c_skip, c_out, lo, hi: [N].
         A: [N, r, r]; b, d, s: [N, r]. draws: [N] int64, normal tensors the replaced sampler draws in this row
-        (default 1 where s != 0). init_scale, init_noise: scale of the start. end: (alpha, sigma) after the last row.
+        (default 1 where s != 0; it is at least that). init_scale, init_noise: scale of the start. end: (alpha, sigma)
+        after the last row.
         guidance: None or [N], the weight w of a row, used where sampling gives none.
         readout: how p comes from the model's output, affine as above or fastdiff.readout.READOUTS: p of K classes or
         bins. classes: K, 0 for affine. last_readout: the last row's, default `readout`.
@@ -77,7 +78,7 @@ class Plan:
     last_readout: str = ""
     log_var_lo: np.ndarray | None = None
     log_var_hi: np.ndarray | None = None
-    _device_tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+    _device_tables: dict[torch.device, torch.Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -123,6 +124,9 @@ class Plan:
                 raise ValueError(f"plan {self.name!r}: {name} is not finite at row {int(bad[0])}")
         if np.any(np.isnan(self.lo) | np.isnan(self.hi)) or np.any(self.lo > self.hi):
             raise ValueError(f"plan {self.name!r}: every row needs lo <= hi")
+        silent = self.draws < np.any(self.s != 0, axis=-1)
+        if np.any(silent):
+            raise ValueError(f"plan {self.name!r}: row {int(np.argmax(silent))} adds noise (s), but draws none (draws)")
         if 0 not in self._need[-1] or self._need[0] != frozenset({0}):
             raise ValueError(
                 f"plan {self.name!r}: the first row reads slots {sorted(self._need[0])}, only 0 exists there"

@@ -134,6 +134,15 @@ def test_packed_rows_are_aligned_and_exact() -> None:
     assert np.all(solvers.ddpm(CHAIN, 4).packed()[:, 5] == [1, 1, 1, 0])
 
 
+def test_a_changed_plan_packs_its_own_rows() -> None:
+    """Whatever the plan it was made from has packed: its noise, and so its buffers, follow the new columns."""
+    plan = solvers.ddpm(CHAIN, 4)
+    plan.pack("cpu")
+    changed = dataclasses.replace(plan, s=np.where(np.arange(4)[:, None] == 1, 0, plan.s))
+    assert changed.pack("cpu")[:, 5].tolist() == [1, 0, 1, 0] and plan.pack("cpu")[:, 5].tolist() == [1, 1, 1, 0]
+    assert torch.equal(changed.pack("cpu"), torch.from_numpy(changed.packed()))
+
+
 def test_frozen() -> None:
     plan = solvers.ddim(CHAIN, 4)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -167,7 +176,8 @@ def broken(**changes: object) -> None:
         ({"init_scale": np.nan}, "init_scale is not finite"),
         ({"lo": np.ones(4), "hi": -np.ones(4)}, "lo <= hi"),
         ({"lo": np.full(4, np.nan)}, "lo <= hi"),
-        ({"s": np.ones((4, 1))}, "the last row adds noise"),
+        ({"s": np.ones((4, 1)), "draws": np.ones(4)}, "the last row adds noise"),
+        ({"s": np.array([[0], [1], [1], [0]])}, "row 1 adds noise .*, but draws none"),
         ({"b": np.full((4, 1), 0.5)}, "must return x0 itself"),
         ({"A": np.ones((4, 7, 7))}, "1 to 6 slots"),
     ],

@@ -277,8 +277,8 @@ def test_torch_noise_is_torchs_own_stream() -> None:
 
 def test_callable_noise_is_drawn_as_often_as_the_plan_says() -> None:
     draws = np.array([2] * 6 + [0] + [1] * 5)
-    plan = dataclasses.replace(PLANS["ddpm"], draws=draws)
-    plan = dataclasses.replace(plan, s=np.where(np.arange(12)[:, None] == 6, 0, plan.s))
+    plan = PLANS["ddpm"]
+    plan = dataclasses.replace(plan, draws=draws, s=np.where(np.arange(12)[:, None] == 6, 0, plan.s))
     calls: list[int] = []
 
     def noise(row: int, like: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def _plan(solver: Callable[..., Plan], s_noise: float = 1.0, **options: Any) -> 
         edm = EDM(low if len(levels) > 1 else 0.5 * top, top)
         ends = {"final": "zero"} if clean else {"final": "min"}
         plan = solver(edm, len(sigmas) - 1, prediction="x0", sigmas=levels, **ends, **options)
-        return plan if s_noise == 1 else replace(plan, s=s_noise * plan.s, _device_tables={})
+        return plan if s_noise == 1 else replace(plan, s=s_noise * plan.s)
 
     return make
 

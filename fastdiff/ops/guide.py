@@ -176,7 +176,7 @@ def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
     inside = (plan.t >= min(start, end)) & (plan.t <= max(start, end))
-    return dataclasses.replace(plan, guidance=np.where(inside, float(w), 1.0), _device_tables={})
+    return dataclasses.replace(plan, guidance=np.where(inside, float(w), 1.0))
 
 
 def _checked(

@@ -36,5 +36,4 @@ def with_second_plane(read: Callable[[float], Plan]) -> Plan:
         raise Refused("the second plane of the model's output does not interpolate the logarithm of a variance")
     return replace(
         low, s=noisy[:, None] * np.eye(1, low.slots), log_var_lo=2 * np.log(least), log_var_hi=2 * np.log(most),
-        _device_tables={},
     )  # fmt: skip

@@ -76,7 +76,7 @@ def _from_nothing(plan: Plan, schedule: Schedule, prediction: Prediction) -> Pla
     made["times"] = before(float(schedule.model_time(schedule.t_max)), plan.times)
     made["b"][0, 0], made["s"][0, 0] = plan.alpha[0], plan.sigma[0]
     assert made["A"].shape == (n, r, r)
-    return replace(plan, **made, init_scale=0.0, draws=np.append(plan.sigma[0] > 0, plan.draws), _device_tables={})
+    return replace(plan, **made, init_scale=0.0, draws=np.append(plan.sigma[0] > 0, plan.draws))
 
 
 def on_classes(plan: Plan, schedule: BFNDiscrete, readout: str, last_readout: str, name: str) -> Plan:
@@ -88,5 +88,5 @@ def on_classes(plan: Plan, schedule: BFNDiscrete, readout: str, last_readout: st
     wide = np.sqrt(2.0) if schedule.num_classes == 2 else 1.0
     return replace(
         plan, name=name, s=wide * plan.s, init_scale=float(wide * plan.init_scale), readout=readout,
-        classes=int(schedule.num_classes), last_readout=last_readout, _device_tables={},
+        classes=int(schedule.num_classes), last_readout=last_readout,
     )  # fmt: skip
