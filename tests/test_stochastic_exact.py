@@ -154,6 +154,10 @@ def test_third_order_with_the_whole_second_difference() -> None:
 
 
 def test_given_levels_replace_the_default_grid() -> None:
+    draws = [
+        solvers.consistency(S.EDM(), n, floor=0.0, final=end).draws.tolist() for n in (1, 2) for end in ("zero", "min")
+    ]
+    assert draws == [[0], [1], [1, 1], [1, 1]]  # a single row draws what it adds
     plan = solvers.consistency(S.EDM(), 3, sigmas=[80.0, 12.0, 1.5], floor=0.1)
     np.testing.assert_allclose(plan.sigma, [80, 12, 1.5], rtol=1e-9)
     np.testing.assert_allclose(plan.s[:, 0], np.sqrt([12**2 - 0.01, 1.5**2 - 0.01, 0]), rtol=1e-9)

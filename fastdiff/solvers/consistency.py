@@ -99,7 +99,7 @@ def consistency(schedule: Schedule, steps: int, *, floor: float | None = None, *
         p = d^2 / ((r - floor)^2 + d^2) y + (r - floor) d / sqrt(r^2 + d^2) F(c_in x, ln(r) / 4),  d = sigma_data
     Args: floor: the level at which the model's x0 lives, default the schedule's lowest sigma/alpha; spacing: default
         "trailing" (t_start down to t_start / steps); the rest: fastdiff.grid.GridOptions.
-    Returns: Plan, nfe = steps, 1 slot; as good as the model, it has no order. draws: one a row if steps > 1.
+    Returns: Plan, nfe = steps, 1 slot; as good as the model, no order. draws: one a row; a single row without s: none.
     Source: Song et al. 2023, arXiv:2303.01469, algorithm 1 and appendix C.
     """
     if all(options.get(name) is None for name in GRID[:3]):
@@ -117,4 +117,4 @@ def consistency(schedule: Schedule, steps: int, *, floor: float | None = None, *
         at = replace(at, convert=at.convert._replace(c_skip=skip / at.alpha, c_out=sign * out))
     s = np.sqrt(np.maximum(grid.sigma[1:] ** 2 - (grid.alpha[1:] * low) ** 2, 0))
     plan = Plan.of("consistency", at, 0 * at.t, grid.alpha[1:], s=s, end=grid.end)
-    return replace(plan, draws=np.full(plan.nfe, int(plan.nfe > 1)))
+    return replace(plan, draws=np.where(s != 0, 1, int(plan.nfe > 1)))
