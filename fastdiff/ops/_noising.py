@@ -50,6 +50,12 @@ def times(t: object, schedule: object, x: Tensor) -> Tensor:
     return out
 
 
+def check_chain(schedule: object, what: str) -> None:
+    """Raises: TypeError unless the schedule is a chain, Betas."""
+    if not isinstance(schedule, Betas):
+        raise TypeError(f"{what} needs Betas, a chain made of betas [T], got {type(schedule).__name__}")
+
+
 @traced_constant
 def table_of(
     schedule: Betas,

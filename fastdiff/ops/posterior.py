@@ -111,8 +111,7 @@ def _checked(
     check_tensor("x_t", x_t, dtypes=FLOATS64)
     check_batched("x_t", x_t)
     check_tensor("model_out", model_out, shape=x_t.shape, dtypes=FLOATS64, like=x_t)
-    if not isinstance(schedule, Betas):
-        raise TypeError(f"the posterior of a step needs Betas, got {schedule!r}")
+    _noising.check_chain(schedule, "the posterior of a step")
     if prediction not in POSTERIOR_PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; valid: {', '.join(POSTERIOR_PREDICTIONS)}")
     lo, hi = (-math.inf, math.inf) if clip is None else clip

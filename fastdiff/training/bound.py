@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff import ops, rng
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
-from fastdiff.ops._noising import Seeds, noise_arguments, noise_of, table_of, times, wide
+from fastdiff.ops._noising import Seeds, check_chain, noise_arguments, noise_of, table_of, times, wide
 from fastdiff.schedules import Betas
 
 __all__ = [
@@ -157,8 +157,7 @@ def prior_kl(x0: Tensor, schedule: Betas) -> Tensor:
     Source: Ho et al. 2020, arXiv:2006.11239, eq. 5.
     """
     check_tensor("x0", x0, dtypes=FLOATS64)
-    if not isinstance(schedule, Betas):
-        raise TypeError(f"the bound needs Betas, got {schedule!r}")
+    check_chain(schedule, "the bound")
     x = x0.to(wide(x0))
     end = table_of(schedule, _end, (), x.device, torch.float64)[0].to(x.dtype)
     alpha, log_variance = end[0], end[1].view((1,) * x.dim())
@@ -203,8 +202,7 @@ def bits_per_dim(
     Source:  Ho et al. 2020, arXiv:2006.11239, section 4; Nichol and Dhariwal 2021, arXiv:2102.09672.
     """
     check_tensor("x0", x0, dtypes=FLOATS64)
-    if not isinstance(schedule, Betas):
-        raise TypeError(f"the bound needs Betas, got {schedule!r}")
+    check_chain(schedule, "the bound")
     batch, length = x0.shape[0], len(schedule.betas)
     keyed: Sequence[int] | Tensor = torch.arange(batch, device=x0.device) if seeds is None else seeds
     found, _ = noise_arguments(x0, keyed, None, 0, rng.ROWS, None)
@@ -232,8 +230,7 @@ def bits_per_dim(
 
 
 def _chain_times(t: int | Tensor, schedule: Betas, x0: Tensor) -> Tensor:
-    if not isinstance(schedule, Betas):
-        raise TypeError(f"the bound needs Betas, got {schedule!r}")
+    check_chain(schedule, "the bound")
     return times(t, schedule, x0)
 
 
