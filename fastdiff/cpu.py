@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from fastdiff.prediction import NO_SKIP
 
 __all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows", "posterior_into"]
 
-SLOTS, COPIES = 16, 2  # as fastdiff_kernels/step_cpu.cpp has them
+SLOTS, COPIES, IN_ONE = 16, 2, 4  # as fastdiff_kernels/step_cpu.cpp has them
 TERMS = SLOTS + 3
 P, M, N = -1, -2, -3  # what a term may read beside a slot
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -173,10 +174,9 @@ class Row(ctypes.Structure):
     """A row as fastdiff_kernels/step_cpu.cpp reads it."""
 
     _fields_ = [
-        *((name, c_float) for name in ("c_skip", "c_out", "c_ratio", "lo", "hi", "c_in_next")),
-        *((name, ctypes.c_int32) for name in ("uses_p", "clamps", "targets")),
-        ("place", ctypes.c_int32 * SLOTS),
-        ("terms", ctypes.c_int32 * SLOTS),
+        *((name, c_float) for name in ("c_skip", "c_ratio", "lo", "hi", "c_in_next")),
+        *((name, ctypes.c_int32) for name in ("skips", "uses_p", "fused", "targets")),
+        *((name, ctypes.c_int32 * SLOTS) for name in ("place", "terms", "held")),
         ("source", ctypes.c_int32 * TERMS * SLOTS),
         ("c", c_float * TERMS * SLOTS),
     ]
@@ -195,15 +195,24 @@ class Call(ctypes.Structure):
 
 
 def _native_row(row: HostRow) -> Row:
-    head = (row.c_skip, row.c_out, row.c_ratio, row.lo, row.hi, row.c_in_next)
-    found = Row(*head, row.uses_p, row.clamps, len(row.targets))
-    for i, t in enumerate(row.targets):
-        terms = dict(t.terms) | {P: t.b, M: t.d, N: t.s if row.noisy else 0.0}
-        kept = [(source, c) for source, c in terms.items() if c != 0]
-        found.place[i], found.terms[i] = t.place, len(kept)
+    targets = sorted(row.targets, key=lambda t: t.is_prediction) if row.uses_p else row.targets
+    terms = [_native_terms(t, row.noisy) for t in targets]
+    # of use to one short sum alone, and otherwise kept as it is: then p never leaves the registers
+    short = row.uses_p and len(targets) <= 2 and 0 < len(terms[0]) <= IN_ONE + (targets[0].b != 0)
+    fused = short and all(t.is_prediction for t in targets[1:])
+    prediction = (row.c_skip, row.c_ratio) if row.c_skip != 0 else (1.0, row.c_out)
+    found = Row(*prediction, row.lo, row.hi, row.c_in_next, row.c_skip != 0, row.uses_p, fused, len(targets))
+    for i, (t, kept) in enumerate(zip(targets, terms, strict=True)):
+        found.place[i], found.held[i], found.terms[i] = t.place, t.place in row.staged, len(kept)
         for at, (source, c) in enumerate(kept):
             found.source[i][at], found.c[i][at] = source, c
     return found
+
+
+def _native_terms(t: Target, noisy: bool) -> list[tuple[int, float]]:
+    """(source, coefficient), the target's own slot first and p last, none of them 0."""
+    terms = [*sorted(t.terms, key=lambda term: term[0] != t.place), (M, t.d), (N, t.s if noisy else 0.0), (P, t.b)]
+    return [(source, c) for source, c in terms if c != 0]
 
 
 class CompiledStep:
@@ -248,7 +257,7 @@ def posterior_into(
     Args: x, m: [B, *sample] of any float dtypes but float64. coef: fp32 [B or 1, 8]: c_skip, c_ratio, k_x0, k_xt, ...
         mean, x0: outputs like x, contiguous.
     """
-    kinds = (*[c_void_p] * 5, *[c_int] * 4, *[c_float] * 2, *[c_int64] * 2, c_int)
+    kinds = (*[c_void_p] * 5, *[c_int] * 3, *[c_float] * 2, *[c_int64] * 2, c_int)
     loop = function("step", "posterior", *kinds) if plain((x, m)) else None
     if loop is None:
         return False
@@ -256,7 +265,7 @@ def posterior_into(
     pointers = (v.data_ptr() for v in (x, m, coef, mean, x0))
     batch, threads = x.shape[0], 1 if x.numel() < ONE_THREAD else torch.get_num_threads()
     call(
-        loop, *pointers, TYPES[x.dtype], TYPES[m.dtype], int(coef.shape[0] > 1), int(clip is not None),
-        *(clip or (0, 0)), batch, x.numel() // max(1, batch), threads,
+        loop, *pointers, TYPES[x.dtype], TYPES[m.dtype], int(coef.shape[0] > 1),
+        *(clip or (-math.inf, math.inf)), batch, x.numel() // max(1, batch), threads,
     )  # fmt: skip
     return True

@@ -158,4 +158,5 @@ class CallableNoise(Noise):
             if n.shape != self.like.shape:
                 raise ValueError(f"noise({k}, like) must return shape {tuple(self.like.shape)}, got {tuple(n.shape)}")
             n = n.to(self.like.device, torch.float32).contiguous()
+            n = n.clone() if n.data_ptr() == self.like.data_ptr() else n  # the step would overwrite what it reads
         return n

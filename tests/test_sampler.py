@@ -294,6 +294,18 @@ def test_callable_noise_is_drawn_as_often_as_the_plan_says() -> None:
     assert (x - want).abs().max() <= 1e-5
 
 
+@plans
+@pytest.mark.parametrize("native", [False, True])
+def test_noise_may_be_the_state_itself(plan: fd.Plan, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr("fastdiff.cpu.function", lambda *_: None)
+    same, copied = (
+        fd.sample(elementwise, plan, (2, 4), seed=1, noise=noise)
+        for noise in (lambda _, like: like, lambda _, like: like.clone())
+    )
+    assert torch.equal(same, copied)
+
+
 class _Allocations(TorchDispatchMode):
     """Counts fresh tensors of at least `size` elements made by any op."""
 

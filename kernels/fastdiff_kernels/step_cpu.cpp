@@ -12,14 +12,21 @@
 namespace {
 
 constexpr int BLOCK = 512, SLOTS = 16, TERMS = SLOTS + 3, COPIES = 2;
+constexpr int IN_ONE = 4;                // terms a pass sums
 enum Type { FP32, BF16, FP16 };
 enum Source { P = -1, M = -2, N = -3 };  // else a slot
 
+// p = clamp(c_skip (x + c_ratio m)): x and m may nearly cancel
+struct Prediction {
+  float c_skip, c_ratio, lo, hi;
+};
+
 // what fastdiff.cpu.Row declares
 struct Row {
-  float c_skip, c_out, c_ratio, lo, hi, c_in_next;
-  int32_t uses_p, clamps, targets;
-  int32_t place[SLOTS], terms[SLOTS];
+  Prediction p;
+  float c_in_next;
+  int32_t skips, uses_p, fused, targets;  // fused: p is in target 0 alone, its last term, or all of target 1
+  int32_t place[SLOTS], terms[SLOTS], held[SLOTS];
   int32_t source[SLOTS][TERMS];
   float c[SLOTS][TERMS];
 };
@@ -61,57 +68,100 @@ void write(const float* from, float c, void* out, int type, int64_t at, int coun
 }
 
 // a NaN passes
-void clamp(float* p, float lo, float hi, int count) {
+inline float predicted(const Prediction& of, float x, float m) {
+  const float p = of.c_skip * (x + of.c_ratio * m), raised = p < of.lo ? of.lo : p;
+  return raised > of.hi ? of.hi : raised;
+}
+
+// In every loop below an operand may be the output itself, never a part of it shifted.
+
+template <int K, bool MORE>
+void add(const float* const* s, const float* c, float* to, int count) {
+#pragma omp simd
   for (int i = 0; i < count; i++) {
-    const float raised = p[i] < lo ? lo : p[i];
-    p[i] = raised > hi ? hi : raised;
+    float v = MORE ? to[i] + c[0] * s[0][i] : c[0] * s[0][i];
+    for (int k = 1; k < K; k++) v += c[k] * s[k][i];
+    to[i] = v;
   }
 }
 
-// p = c_skip (x + c_ratio m), clamped: x and m may nearly cancel; without x c_out m
-const float* prediction(const Row& row, const float* m, const float* x, int count, float* p) {
-  if (row.c_skip != 0)
-    for (int i = 0; i < count; i++) p[i] = row.c_skip * (x[i] + row.c_ratio * m[i]);
-  else
-    for (int i = 0; i < count; i++) p[i] = row.c_out * m[i];
-  if (row.clamps) clamp(p, row.lo, row.hi, count);
-  return p;
+template <bool MORE>
+void add(const float* const* s, const float* c, int n, float* to, int count) {
+  if (n == 1) return add<1, MORE>(s, c, to, count);
+  if (n == 2) return add<2, MORE>(s, c, to, count);
+  if (n == 3) return add<3, MORE>(s, c, to, count);
+  add<IN_ONE, MORE>(s, c, to, count);
+}
+
+// to = the sum of n terms; `to` may be s[0], or any of IN_ONE
+void sum(const float* const* s, const float* c, int n, float* to, int count) {
+  if (n == 0) return void(std::fill(to, to + count, 0.0f));
+  add<false>(s, c, std::min(n, IN_ONE), to, count);
+  for (int k = IN_ONE; k < n; k += IN_ONE) add<true>(s + k, c + k, std::min(n - k, IN_ONE), to, count);
+}
+
+// to = the sum of K terms, + b p where SUMMED; kept = p where KEPT: one pass
+template <bool SUMMED, bool KEPT, int K>
+void fuse(const Prediction& of, const float* x, const float* m, float b, const float* const* s, const float* c,
+          float* to, float* kept, int count) {
+#pragma omp simd
+  for (int i = 0; i < count; i++) {
+    const float p = predicted(of, x[i], m[i]);
+    float v = K ? c[0] * s[0][i] : b * p;
+    for (int k = 1; k < K; k++) v += c[k] * s[k][i];
+    to[i] = SUMMED && K ? v + b * p : v;
+    if (KEPT) kept[i] = p;
+  }
+}
+
+template <bool SUMMED, bool KEPT>
+void fuse(const Prediction& of, const float* x, const float* m, float b, const float* const* s, const float* c, int n,
+          float* to, float* kept, int count) {
+  if (n == 0) return fuse<true, KEPT, 0>(of, x, m, b, s, c, to, kept, count);
+  if (n == 1) return fuse<SUMMED, KEPT, 1>(of, x, m, b, s, c, to, kept, count);
+  if (n == 2) return fuse<SUMMED, KEPT, 2>(of, x, m, b, s, c, to, kept, count);
+  if (n == 3) return fuse<SUMMED, KEPT, 3>(of, x, m, b, s, c, to, kept, count);
+  fuse<SUMMED, KEPT, IN_ONE>(of, x, m, b, s, c, to, kept, count);
 }
 
 // elements at .. at + count - 1, all of sample b
 void block(const Row& row, const Call& v, int64_t b, int64_t at, int count) {
-  alignas(64) float mixed[BLOCK], other[BLOCK], predicted[BLOCK], values[SLOTS][BLOCK];
-  const float* x = v.slots[0] + at;
-  const float* m = read(v.m, v.m_type, at, count, mixed);
+  alignas(64) static const float nothing[BLOCK] = {};
+  alignas(64) float mixed[BLOCK], other[BLOCK], p[BLOCK], values[SLOTS][BLOCK];
+  const float *x = row.skips ? v.slots[0] + at : nothing, *m = read(v.m, v.m_type, at, count, mixed);
   if (v.uncond) {
     const float* u = read(v.uncond, v.uncond_type, at, count, other);
     const float w = v.w[v.w_each ? b : 0];
     for (int i = 0; i < count; i++) mixed[i] = u[i] + w * (m[i] - u[i]);
     m = mixed;
   }
-  const float* p = row.uses_p || v.x0 ? prediction(row, m, x, count, predicted) : m;
-  const auto term = [&](int j) { return j == P ? p : j == M ? m : j == N ? v.noise + at : v.slots[j] + at; };
-  const float* next = x;
-  for (int t = 0; t < row.targets; t++) {
-    float* to = values[t];
-    const float* c = row.c[t];
-    int k = row.terms[t] % 2;  // then two terms a pass
-    if (k) {
-      const float* s = term(row.source[t][0]);
-      for (int i = 0; i < count; i++) to[i] = c[0] * s[i];
-    } else {
-      std::fill(to, to + count, 0.0f);
+  const auto slot = [&](int target) { return v.slots[row.place[target]] + at; };
+  const float* s[TERMS];
+  const auto terms = [&](int target) {
+    for (int k = 0; k < row.terms[target]; k++) {
+      const int j = row.source[target][k];
+      s[k] = j == P ? p : j == M ? m : j == N ? v.noise + at : v.slots[j] + at;
     }
-    for (; k < row.terms[t]; k += 2) {
-      const float *s = term(row.source[t][k]), *r = term(row.source[t][k + 1]);
-      for (int i = 0; i < count; i++) to[i] = to[i] + c[k] * s[i] + c[k + 1] * r[i];
+    return row.terms[target];
+  };
+  if (row.fused && !(v.x0 && row.targets > 1)) {
+    const bool summed = row.source[0][row.terms[0] - 1] == P;
+    const int n = terms(0) - summed;
+    float* kept = v.x0 ? v.x0 + at : row.targets > 1 ? slot(1) : nullptr;
+    const auto pass = !kept ? fuse<true, false> : summed ? fuse<true, true> : fuse<false, true>;
+    pass(row.p, x, m, row.c[0][n], s, row.c[0], n, slot(0), kept, count);
+  } else {
+    if (row.uses_p || v.x0) fuse<true, false, 0>(row.p, x, m, 1.0f, nullptr, nullptr, p, nullptr, count);
+    if (v.x0) std::copy(p, p + count, v.x0 + at);
+    for (int t = 0; t < row.targets; t++) {
+      const int n = terms(t);
+      sum(s, row.c[t], n, row.held[t] ? values[t] : slot(t), count);
     }
-    if (row.place[t] == 0) next = to;
+    for (int t = 0; t < row.targets; t++)
+      if (row.held[t]) std::copy(values[t], values[t] + count, slot(t));
   }
-  if (v.x0) std::copy(p, p + count, v.x0 + at);
   for (int j = 0; j < COPIES; j++)
-    if (v.copies[j]) write(next, row.c_in_next, v.copies[j], v.copy_type, at, count);
-  for (int t = 0; t < row.targets; t++) std::copy(values[t], values[t] + count, v.slots[row.place[t]] + at);
+    if (v.copies[j]) write(v.slots[0] + at, row.c_in_next, v.copies[j], v.copy_type, at, count);
 }
 
 }  // namespace
@@ -127,8 +177,9 @@ extern "C" void affine_row(const Row* row, const Call* call, int threads) {
 
 // coef [batch or 1, 8]: c_skip, c_ratio, k_x0, k_xt: x0 = clamp(c_skip (x + c_ratio m)), mean = k_x0 x0 + k_xt x
 extern "C" void posterior(const void* x, const void* m, const float* coef, void* mean, void* x0, int x_type, int m_type,
-                          int each, int clips, float lo, float hi, int64_t batch, int64_t n, int threads) {
+                          int each, float lo, float hi, int64_t batch, int64_t n, int threads) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK, jobs = batch * blocks;
+  const bool direct = x_type == FP32;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs; job++) {
     alignas(64) float held[BLOCK], other[BLOCK], p[BLOCK], y[BLOCK];
@@ -136,9 +187,9 @@ extern "C" void posterior(const void* x, const void* m, const float* coef, void*
     const int count = int(std::min<int64_t>(BLOCK, n - start));
     const float *c = coef + (each ? 8 * b : 0), *v = read(x, x_type, at, count, held);
     const float* u = read(m, m_type, at, count, other);
-    for (int i = 0; i < count; i++) p[i] = c[0] * (v[i] + c[1] * u[i]);
-    if (clips) clamp(p, lo, hi, count);
-    for (int i = 0; i < count; i++) y[i] = c[2] * p[i] + c[3] * v[i];
+    float *to = direct ? static_cast<float*>(mean) + at : y, *kept = direct ? static_cast<float*>(x0) + at : p;
+    fuse<true, true, 1>({c[0], c[1], lo, hi}, v, u, c[2], &v, c + 3, to, kept, count);
+    if (direct) continue;
     write(y, 1.0f, mean, x_type, at, count);
     write(p, 1.0f, x0, x_type, at, count);
   }
