@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.inductor import ONE_THREAD
-from fastdiff.native import call, function, plain
+from fastdiff.native import TYPES, call, function, plain, threads
 from fastdiff.plan import ROW_HEADER, Plan
 from fastdiff.prediction import NO_SKIP
 
@@ -20,7 +19,6 @@ __all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows", "posterior_into"
 SLOTS, COPIES, IN_ONE = 16, 2, 4  # as fastdiff_kernels/step_cpu.cpp has them
 TERMS = SLOTS + 3
 P, M, N = -1, -2, -3  # what a term may read beside a slot
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Target(NamedTuple):
@@ -224,7 +222,7 @@ class CompiledStep:
         self.rows = [_native_row(row) for row in host_rows(plan)] if len(slots) <= SLOTS else []
         self.operands = Call()
         self.loop = function("step", "affine_row", c_void_p, c_void_p, c_int) if self.rows else None
-        self.threads = 1 if slots[0].numel() < ONE_THREAD else torch.get_num_threads()
+        self.threads = threads(slots[0].numel())
 
     def __call__(
         self, k: int, m: Tensor, uncond: Tensor | None, w: Tensor | None, noise: Tensor | None, x0: Tensor | None
@@ -263,9 +261,9 @@ def posterior_into(
         return False
     x, m, coef = x.contiguous(), m.contiguous(), coef.contiguous()
     pointers = (v.data_ptr() for v in (x, m, coef, mean, x0))
-    batch, threads = x.shape[0], 1 if x.numel() < ONE_THREAD else torch.get_num_threads()
+    batch = x.shape[0]
     call(
         loop, *pointers, TYPES[x.dtype], TYPES[m.dtype], int(coef.shape[0] > 1),
-        *(clip or (-math.inf, math.inf)), batch, x.numel() // max(1, batch), threads,
+        *(clip or (-math.inf, math.inf)), batch, x.numel() // max(1, batch), threads(x.numel()),
     )  # fmt: skip
     return True

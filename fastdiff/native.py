@@ -15,10 +15,12 @@ from torch.autograd import forward_ad
 
 from fastdiff.inductor import ONE_THREAD, unusable
 
-__all__ = ["available", "call", "draw", "fill", "function", "plain", "usable"]
+__all__ = ["TYPES", "available", "call", "draw", "fill", "function", "plain", "threads", "usable"]
 
 # Inductor writes its own vector code and forbids the compiler's; a square root that sets errno is no vector code
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
+TYPES_FILE = "types_cpu.hpp"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as fastdiff_kernels/types_cpu.hpp has them
 KINDS = ("normal", "gumbel", "logistic")
 
 
@@ -30,7 +32,10 @@ def _library(name: str) -> ctypes.CDLL | None:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        source = importlib.resources.files("fastdiff_kernels").joinpath(f"{name}_cpu.cpp").read_text()
+        folder = importlib.resources.files("fastdiff_kernels")
+        # in one text: the cache knows a library by its text
+        source, types = (folder.joinpath(file).read_text() for file in (f"{name}_cpu.cpp", TYPES_FILE))
+        source = source.replace(f'#include "{TYPES_FILE}"', types)
         wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
         return CppCodeCache.load(source, device_type="cpu", extra_flags=(*FLAGS, *wide))
     except Exception as error:  # any failure of the compiler has the same answer: eager
@@ -59,7 +64,7 @@ def function(file: str, name: str, *arguments: type) -> Callable[..., None] | No
 
 
 def _filler() -> Callable[..., None] | None:
-    return function("noise", "fill_noise", *[c_void_p] * 7, *[c_int64] * 4, *[c_int] * 3)
+    return function("noise", "fill_noise", *[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 3)
 
 
 def available() -> bool:
@@ -82,16 +87,19 @@ def usable(*tensors: Tensor) -> bool:
     return plain(tensors) and available()
 
 
+def threads(elements: int) -> int:
+    """How many threads a loop over so many elements is worth: waking one takes longer than a small loop."""
+    return 1 if elements < ONE_THREAD else torch.get_num_threads()
+
+
 def fill(
     out: Tensor, seeds: Tensor, index: Tensor, streams: Tensor, rows: Tensor, *, kind: str = "normal", first: int = 0,
-    paired: bool = False, x: Tensor | None = None, coef: Tensor | None = None,
+    paired: bool = False,
 ) -> None:  # fmt: skip
-    """out[i, b] = n = the noise of (seeds[b], index[b], streams[i], rows[i]), from Philox counter `first` on.
+    """out[i, b] = the noise of (seeds[b], index[b], streams[i], rows[i]), from Philox counter `first` on.
 
-    With x and coef, for one row: out[b] = coef[b, 0] x[b] + coef[b, 1] n.
     Args: out: fp32 [k, B, *sample]. seeds, index: int64 [B]. streams, rows: int64 [k]; paired: k = 1, rows [B], one a
-        sample. kind: "normal", "gumbel" or "logistic". x: fp32 [B, *sample]. coef: fp32 [B, 4]. out, x and coef
-        contiguous; all `usable`.
+        sample. kind: "normal", "gumbel" or "logistic". out contiguous; all `usable`.
     Numerics: the integers of rng.normal and fastdiff.gumbel; normals within 2e-6 of theirs, Gumbel and logistic numbers
         within 4e-6 (relative above 1), the same in any batch, position and thread count.
     """
@@ -100,11 +108,10 @@ def fill(
     if out.numel() == 0:
         return
     k, batch = streams.shape[0], seeds.shape[0]
-    held = (out, seeds.contiguous(), index.contiguous(), streams.contiguous(), rows.contiguous(), x, coef)
-    threads = 1 if out.numel() < ONE_THREAD else torch.get_num_threads()
-    pointers = (None if v is None else v.data_ptr() for v in held)
+    held = (out, seeds.contiguous(), index.contiguous(), streams.contiguous(), rows.contiguous())
     n = out.numel() // (k * batch)
-    call(filler, *pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads)
+    pointers = (v.data_ptr() for v in held)
+    call(filler, *pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads(out.numel()))
 
 
 def draw(

@@ -5,6 +5,7 @@ import torch
 
 from fastdiff import native, rng
 from fastdiff.gumbel import gumbels_at
+from fastdiff.ops import _fused
 
 pytestmark = pytest.mark.usefixtures("cpp_loops")
 
@@ -100,14 +101,20 @@ def test_a_number_does_not_depend_on_what_is_drawn_beside_it(kind):
         torch.set_num_threads(threads)
 
 
-def test_noising_in_the_same_loop():
-    seeds, index = torch.arange(3), torch.arange(3)
-    x, coef = torch.randn(3, 1000), torch.rand(3, 4)
-    n = drawn(seeds, index, [(1, 6)], 1000)[0]
-    out = torch.empty(1, 3, 1000)
-    native.fill(out, seeds, index, torch.tensor([1]), torch.tensor([6]), x=x, coef=coef)
-    want = coef[:, :1].double() * x.double() + coef[:, 1:2].double() * n.double()
-    assert (out[0].double() - want).abs().max() <= 1e-6
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_noising_in_the_same_loop(given: torch.dtype, dtype: torch.dtype):
+    """x_t, and x_t with a target, from the very normals that `fill` gives."""
+    seeds, index, row, stream = torch.arange(3), torch.arange(3) * 5, 6, 1
+    x, coef = torch.randn(3, 1000).to(given), torch.rand(3, 4)
+    n = drawn(seeds, index, [(stream, row)], 1000)[0].double()
+    unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    for count in (1, 2):
+        outs = [torch.full((3, 1000), torch.nan, dtype=dtype) for _ in range(count)]
+        assert _fused.noised(x, coef, seeds, index, row, stream, outs)
+        for i, out in enumerate(outs):
+            want = coef[:, 2 * i, None].double() * x.double() + coef[:, 2 * i + 1, None].double() * n
+            assert ((out.double() - want).abs() <= 1e-6 + unit * want.abs()).all()
 
 
 def test_traced_functionalised_and_fake_tensors_take_the_expression():

@@ -59,8 +59,7 @@ def noised(x0: Tensor, t: float, schedule: fd.schedules.Schedule, *, seed: int =
     """x_t of every x0 [B, ...] at one schedule time, by the package's own noising."""
     times = torch.full((len(x0),), t, dtype=torch.int64 if isinstance(schedule, fd.schedules.Betas) else torch.float32)
     seeds = torch.arange(len(x0)) + (seed << 32)
-    with fd.ops.cpu_compiler(False):  # every size is noised once
-        return fd.training.add_noise(x0, times, schedule, seeds=seeds, target="eps")[0]
+    return fd.training.add_noise(x0, times, schedule, seeds=seeds, target="eps")[0]
 
 
 def log_density(x: Tensor, data: Tensor, alpha: float, sigma: float) -> Tensor:

@@ -1,35 +1,26 @@
-"""Noising and loss on a CPU as compiled loops: the noise into the output's own memory, then the rest in place.
-
-One function per signature, made at its first call; both operations share the loop that draws the noise, so the noise
-they use is the same bit for bit.
-"""
+"""Noising and loss on a CPU: C++ loops that draw the noise and use it at once, so that it is never stored."""
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import ctypes
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from fastdiff import native, rng
-from fastdiff.inductor import compile_static
+from fastdiff import native
+from fastdiff.native import TYPES
 from fastdiff.ops import _dispatch
 
-log = logging.getLogger("fastdiff")
-FEWEST = 1 << 16  # elements: below, eager torch is done before a compiler has paid off
-MOST_CACHED = 32
-
 _enabled = True
-_cache: OrderedDict[Hashable, Callable[..., Any] | None] = OrderedDict()
+BLOCK = 256  # elements whose loss is added up first: WIDTH of fastdiff_kernels/noise_cpu.cpp
 
 
 @contextmanager
 def cpu_compiler(enabled: bool) -> Iterator[None]:
-    """Inside this context the CPU's noising and loss are compiled (the default), or run as eager torch."""
+    """Inside this context the CPU's noising and loss run as C++ loops (the default), or as eager torch."""
     global _enabled
     before, _enabled = _enabled, enabled
     try:
@@ -43,45 +34,53 @@ def wanted(*tensors: Tensor) -> bool:
     return _enabled and native.plain(tensors) and not _dispatch.kernels_for(tensors[0])
 
 
-def run(name: str, fn: Callable[..., None], args: Sequence[Tensor], key: Hashable) -> bool:
-    """Runs fn(*args), which writes into some of its contiguous arguments, as a compiled loop; False if it cannot.
+class Noise(ctypes.Structure):
+    """Normals [batch, n] of one stream and row, as fastdiff_kernels/noise_cpu.cpp reads them."""
 
-    Fewer than FEWEST elements are not worth compiling for: False too. The first call of a signature (name, key, shapes,
-    dtypes) compiles: some 5 seconds, said in the log.
+    _fields_ = [("seeds", c_void_p), ("index", c_void_p), *((v, c_int64) for v in ("stream", "row", "batch", "n"))]
+
+
+def noised(
+    x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, outs: Sequence[Tensor]
+) -> bool:
+    """outs[i] = coef[:, 2 i] x + coef[:, 2 i + 1] noise; False, and nothing written, where no loop can run.
+
+    Args: x: [B, n]. coef: fp32 [B, 4]. outs: one or two [B, n] of one dtype. All contiguous, no float64.
     """
-    signature = (name, key, torch.get_num_threads(), *((a.shape, a.dtype) for a in args))
-    if not all(a.is_contiguous() for a in args):
-        raise ValueError(f"{name}: a compiled loop takes contiguous tensors, got strides {[a.stride() for a in args]}")
-    if args[0].numel() < FEWEST:
+    kinds = (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int)
+    loop = native.function("noise", "add_noise", *kinds) if wanted(x, seeds) else None
+    if loop is None:
         return False
-    args = [a.detach() for a in args]
-    if signature not in _cache:
-        log.warning("compiling %s for shape %s (once, about 5 s)", name, tuple(args[0].shape))
-        # compiling runs fn, which may update in place: on copies
-        _cache[signature] = compile_static(fn, [a.clone() for a in args], elements=args[0].numel())
-        while len(_cache) > MOST_CACHED:
-            _cache.popitem(last=False)
-    compiled = _cache[signature]
-    if compiled is None:
-        return False
-    _cache.move_to_end(signature)
-    with torch.no_grad():
-        compiled(*args)
+    held = seeds.contiguous(), (torch.zeros_like(seeds) if index is None else index).contiguous()
+    noise = Noise(*(v.data_ptr() for v in held), stream, row, *x.shape)
+    out, target = (*(v.data_ptr() for v in outs), None)[:2]
+    native.call(
+        loop, ctypes.byref(noise), x.data_ptr(), TYPES[x.dtype], coef.data_ptr(), out, target, TYPES[outs[0].dtype],
+        native.threads(x.numel()),
+    )  # fmt: skip
     return True
 
 
-def noise_into(
-    out: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, x: Tensor | None = None,
-    coef: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Fills out [B, n], fp32 and contiguous, with rng.normal(seeds, (n,), row=row, stream=stream, index=index).
+def loss_and_gradient(
+    m: Tensor, x0: Tensor | None, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, kind: int,
+    delta: float, loss: Tensor, grad: Tensor,
+) -> bool:  # fmt: skip
+    """loss = coef[:, 2] mean rho(m - coef[:, 0] x0 - coef[:, 1] noise) and its gradient by m; False where no loop runs.
 
-    With x and coef [B, 4] (fp32, contiguous): coef[:, 0] x + coef[:, 1] times that.
+    Args: m, x0, grad: [B, n], grad of m's dtype. coef: fp32 [B, 4]. kind: index into LOSSES. loss: fp32 [B]. All
+        contiguous, no float64.
     """
-    if not (wanted(out, seeds) and native.available()):
-        rng.normal(seeds, (out.shape[1],), row=row, stream=stream, index=index, out=out)
-        return out if x is None or coef is None else out.mul_(coef[:, 1:2]).add_(coef[:, :1] * x)
-    index = torch.zeros_like(seeds) if index is None else index
-    pair = (torch.full((1,), v, dtype=torch.int64) for v in (stream, row))
-    native.fill(out[None], seeds, index, *pair, x=x, coef=coef)
-    return out
+    kinds = (c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int, c_float, c_void_p, c_void_p, c_void_p, c_int)
+    loop = native.function("noise", "denoising_loss", *kinds) if wanted(m, seeds) else None
+    if loop is None:
+        return False
+    held = seeds.contiguous(), (torch.zeros_like(seeds) if index is None else index).contiguous()
+    noise = Noise(*(v.data_ptr() for v in held), stream, row, *m.shape)
+    sums = torch.empty(m.shape[0], -(-m.shape[1] // BLOCK), dtype=torch.float64)
+    clean = (None, 0) if x0 is None else (x0.data_ptr(), TYPES[x0.dtype])
+    outputs = (v.data_ptr() for v in (loss, grad, sums))
+    native.call(
+        loop, ctypes.byref(noise), m.data_ptr(), TYPES[m.dtype], *clean, coef.data_ptr(), kind, delta, *outputs,
+        native.threads(m.numel()),
+    )  # fmt: skip
+    return True

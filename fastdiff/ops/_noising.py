@@ -189,25 +189,15 @@ class Noised(torch.autograd.Function):
 def _on_cpu(
     x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, outs: Sequence[Tensor]
 ) -> None:
-    """Writes outs from compiled loops: x_t alone in one; else the noise in fp32 outputs' own memory, then the rest."""
+    """Writes outs, contiguous, by the C++ loop where there is a compiler, else by plain torch."""
     batch, n = x.shape[0], x.shape[1:].numel()
     flat = [o.view(batch, n) for o in outs]
-    coef = coef.expand(batch, 4).contiguous()
-    if len(outs) == 1 and x.dtype == outs[0].dtype == torch.float32:
-        _fused.noise_into(flat[0], seeds, index, row, stream, x.reshape(batch, n).contiguous(), coef)
+    x, coef = x.reshape(batch, n).contiguous(), coef.expand(batch, 4).contiguous()
+    if _fused.noised(x, coef, seeds, index, row, stream, flat):
         return
-    in_place = flat[-1].dtype == torch.float32
-    z = _fused.noise_into(flat.pop() if in_place else torch.empty(batch, n), seeds, index, row, stream)
-
-    def fn(x: Tensor, coef: Tensor, z: Tensor, *others: Tensor) -> None:
-        written = (*others, z) if in_place else others
-        values = [coef[:, 2 * i, None] * x.float() + coef[:, 2 * i + 1, None] * z for i in range(len(written))]
-        for out, value in zip(written, values, strict=True):
-            out.copy_(value)
-
-    args = [x.reshape(batch, n).contiguous(), coef, z, *flat]
-    if not _fused.run("add_noise", fn, args, in_place):
-        fn(*args)
+    z = rng.normal(seeds, (n,), row=row, stream=stream, index=index)
+    for i, out in enumerate(flat):
+        out.copy_(coef[:, 2 * i, None] * x.float() + coef[:, 2 * i + 1, None] * z)
 
 
 def run_kernel(

@@ -54,7 +54,7 @@ def add_noise(
     Raises:  TypeError, ValueError: a wrong shape, dtype or device, an unknown target, seeds and noise both or neither,
         integer t for a continuous schedule or floating t for Betas, t out of range (on CUDA: NaN instead of an error).
     Numerics: coefficients in float64, arithmetic in fp32. Differentiable in x0 (alpha g and the target's part), and
-        nothing of full size is saved. On a CPU large batches run as compiled loops: `fastdiff.ops.cpu_compiler`.
+        nothing of full size is saved. On a CPU a C++ loop does it in one pass: `fastdiff.ops.cpu_compiler`.
     Source:  Ho et al. 2020, arXiv:2006.11239, eq. 4; v: Salimans and Ho 2022, arXiv:2202.00512.
     """
     at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise)

@@ -158,28 +158,18 @@ def _on_cpu(
     model_out: Tensor, x0: Tensor | None, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int,
     kind: int, delta: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """loss [B], grad like model_out: one compiled loop where `_fused` allows it, else plain torch."""
+    """loss [B], grad like model_out: by the C++ loop where it can run, else plain torch."""
     batch, n = model_out.shape[0], model_out.shape[1:].numel()
     wide = coef.dtype
     loss = torch.empty(batch, dtype=wide, device=model_out.device)
     grad = torch.empty_like(model_out, memory_format=torch.contiguous_format)
     m, flat = model_out.reshape(batch, n).contiguous(), grad.view(batch, n)
-    clean = [] if x0 is None else [x0.reshape(batch, n).contiguous()]
+    clean = None if x0 is None else x0.reshape(batch, n).contiguous()
     coef = coef.expand(batch, 4).contiguous()
-    if wide == torch.float32 and _fused.wanted(m, *clean):
-        in_place = grad.dtype == torch.float32
-        z = _fused.noise_into(flat if in_place else torch.empty(batch, n), seeds, index, row, stream)
-
-        def fn(z: Tensor, m: Tensor, coef: Tensor, loss: Tensor, *rest: Tensor) -> None:
-            out, *clean = (z, *rest) if in_place else rest
-            _fill(loss, out, m, clean[0] if clean else None, coef, z, kind, delta)
-
-        args = [z, m, coef, loss, *([] if in_place else [flat]), *clean]
-        if not _fused.run("denoising_loss", fn, args, (in_place, kind, delta)):
-            fn(*args)
-        return loss, grad
-    z = rng.normal(seeds, (n,), row=row, stream=stream, index=index).to(wide)
-    _fill(loss, flat, m, clean[0] if clean else None, coef, z, kind, delta)
+    plain = wide == torch.float32 and (clean is None or _fused.wanted(clean))
+    if not (plain and _fused.loss_and_gradient(m, clean, coef, seeds, index, row, stream, kind, delta, loss, flat)):
+        z = rng.normal(seeds, (n,), row=row, stream=stream, index=index).to(wide)
+        _fill(loss, flat, m, clean, coef, z, kind, delta)
     return loss, grad
 
 

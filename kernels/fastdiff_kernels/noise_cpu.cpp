@@ -1,5 +1,5 @@
-// Philox4x32-10 noise on a CPU: the numbers of fastdiff.rng.normal and fastdiff.gumbel, by loops that a compiler turns
-// into vector code.
+// Philox4x32-10 noise on a CPU, the numbers of fastdiff.rng.normal and fastdiff.gumbel, and what training makes of it
+// without storing it: noised data, targets, losses and their gradients. Loops that a compiler turns into vector code.
 //
 // Counters are worked on LANES at a time and always in full, so a number does not depend on what is drawn beside it.
 // The logarithm is a polynomial of the mantissa; the angle's quarter turn is read off the integer, exactly.
@@ -9,9 +9,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "types_cpu.hpp"
+
 namespace {
 
-constexpr int LANES = 64;
+constexpr int LANES = 64, WIDTH = 4 * LANES;
 
 inline void philox(uint32_t* a, uint32_t* b, uint32_t* c, uint32_t* d, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
@@ -104,43 +106,132 @@ void draw(uint64_t seed, uint32_t first, uint32_t row, uint32_t stream, uint32_t
 struct Draws {
   float* out;
   const int64_t *seeds, *index, *streams, *rows;
-  const float *x, *coef;
   int64_t pairs, batch, n, first;
   bool paired;
 };
 
 template <Kind KIND>
 void fill(const Draws& v, int threads) {
-  const int64_t width = 4 * LANES, blocks = (v.n + width - 1) / width, jobs = v.pairs * v.batch * blocks;
+  const int64_t blocks = (v.n + WIDTH - 1) / WIDTH, jobs = v.pairs * v.batch * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs; job++) {
-    const int64_t sample = job / blocks, start = job % blocks * width, count = std::min(v.n - start, width);
+    const int64_t sample = job / blocks, start = job % blocks * WIDTH, count = std::min<int64_t>(v.n - start, WIDTH);
     const int64_t pair = sample / v.batch, b = sample % v.batch;
-    float* to = v.out + sample * v.n + start;
-    float part[4 * LANES];
-    float* made = v.x || count < width ? part : to;
+    float *to = v.out + sample * v.n + start, part[WIDTH], *made = count < WIDTH ? part : to;
     draw<KIND>(uint64_t(v.seeds[b]), uint32_t(v.first + start / 4), uint32_t(v.rows[v.paired ? b : pair]),
                uint32_t(v.streams[pair]), uint32_t(v.index[b]), made);
-    if (v.x) {
-      const float alpha = v.coef[4 * b], sigma = v.coef[4 * b + 1];
-      const float* from = v.x + sample * v.n + start;
-      for (int64_t i = 0; i < count; i++) to[i] = alpha * from[i] + sigma * part[i];
-    } else if (made != to) {
-      std::memcpy(to, part, sizeof(float) * count);
+    if (made != to) std::memcpy(to, part, sizeof(float) * count);
+  }
+}
+
+// normals of one stream and row [batch, n]; what fastdiff.native.Noise declares
+struct Noise {
+  const int64_t *seeds, *index;
+  int64_t stream, row, batch, n;
+};
+
+// a block of WIDTH normals, of which the sample may have fewer elements
+struct Block {
+  int64_t b, at;
+  int count;
+  float n[WIDTH];
+};
+
+template <class Work>
+void each_block(const Noise& noise, int threads, const Work& work) {
+  const int64_t blocks = (noise.n + WIDTH - 1) / WIDTH, jobs = noise.batch * blocks;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t job = 0; job < jobs; job++) {
+    const int64_t b = job / blocks, start = job % blocks * WIDTH;
+    alignas(64) Block block;
+    block.b = b, block.at = b * noise.n + start, block.count = int(std::min<int64_t>(noise.n - start, WIDTH));
+    draw<NORMAL>(uint64_t(noise.seeds[b]), uint32_t(start / 4), uint32_t(noise.row), uint32_t(noise.stream),
+                 uint32_t(noise.index[b]), block.n);
+    work(block, job);
+  }
+}
+
+enum Rho { L2, L1, HUBER };
+
+// d becomes rho's derivative at d, `value` rho(d); NaN stays NaN
+template <Rho RHO>
+void rho(float* d, float* value, float delta, int count) {
+  for (int i = 0; i < count; i++) {
+    const float x = d[i];
+    if (RHO == L2) {
+      value[i] = x * x;
+      d[i] = 2.0f * x;
+    } else if (RHO == L1) {
+      value[i] = std::fabs(x);
+      d[i] = (x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f) + 0.0f * x;
+    } else {
+      const float raised = x < -delta ? -delta : x, inside = raised > delta ? delta : raised;
+      value[i] = inside * (x - 0.5f * inside);
+      d[i] = inside;
     }
   }
+}
+
+inline double sum(const float* value) {
+  double lanes[8] = {}, all = 0;
+  for (int i = 0; i < WIDTH; i += 8)
+    for (int j = 0; j < 8; j++) lanes[j] += value[i + j];
+  for (int j = 0; j < 8; j++) all += lanes[j];
+  return all;
 }
 
 }  // namespace
 
 // out [pairs, batch, n] = the noise of every (stream, row) pair and every (seed, index) pair from counter `first` on;
-// paired: pairs = 1 and a row each sample; with x [batch, n] and coef [batch, 4], one row:
-// out = coef[b][0] x + coef[b][1] noise
+// paired: pairs = 1 and a row each sample
 extern "C" void fill_noise(float* out, const int64_t* seeds, const int64_t* index, const int64_t* streams,
-                           const int64_t* rows, const float* x, const float* coef, int64_t pairs, int64_t batch,
-                           int64_t n, int64_t first, int kind, int paired, int threads) {
-  const Draws draws{out, seeds, index, streams, rows, x, coef, pairs, batch, n, first, paired != 0};
+                           const int64_t* rows, int64_t pairs, int64_t batch, int64_t n, int64_t first, int kind,
+                           int paired, int threads) {
+  const Draws draws{out, seeds, index, streams, rows, pairs, batch, n, first, paired != 0};
   if (kind == NORMAL) fill<NORMAL>(draws, threads);
   if (kind == GUMBEL) fill<GUMBEL>(draws, threads);
   if (kind == LOGISTIC) fill<LOGISTIC>(draws, threads);
+}
+
+// out = coef[b][0] x + coef[b][1] noise, and target, unless it is null, coef[b][2] x + coef[b][3] noise; x [batch, n]
+extern "C" void add_noise(const Noise* noise, const void* x, int x_type, const float* coef, void* out, void* target,
+                          int out_type, int threads) {
+  each_block(*noise, threads, [&](const Block& v, int64_t) {
+    alignas(64) float held[WIDTH], y[WIDTH];
+    const float *from = read(x, x_type, v.at, v.count, held), *c = coef + 4 * v.b;
+    for (void* to : {out, target}) {
+      if (!to) return;
+      for (int i = 0; i < v.count; i++) y[i] = c[0] * from[i] + c[1] * v.n[i];
+      write(y, 1.0f, to, out_type, v.at, v.count);
+      c += 2;
+    }
+  });
+}
+
+// loss [batch] = coef[b][2] mean(rho(m - goal)), grad = its derivative by m, of m's type; goal = coef[b][0] x0 (unless
+// it is null) + coef[b][1] noise; sums [batch, blocks]: room, by which a loss is added up in an order of n alone
+extern "C" void denoising_loss(const Noise* noise, const void* m, int m_type, const void* x0, int x0_type,
+                               const float* coef, int kind, float delta, float* loss, void* grad, double* sums,
+                               int threads) {
+  const auto derivative = kind == L2 ? rho<L2> : kind == L1 ? rho<L1> : rho<HUBER>;
+  each_block(*noise, threads, [&](Block& v, int64_t job) {
+    alignas(64) float held[WIDTH], value[WIDTH] = {}, d[WIDTH];
+    const float* c = coef + 4 * v.b;
+    for (int i = 0; i < v.count; i++) d[i] = c[1] * v.n[i];
+    if (x0) {
+      const float* clean = read(x0, x0_type, v.at, v.count, held);
+      for (int i = 0; i < v.count; i++) d[i] += c[0] * clean[i];
+    }
+    const float* given = read(m, m_type, v.at, v.count, held);
+    for (int i = 0; i < v.count; i++) d[i] = given[i] - d[i];
+    derivative(d, value, delta, v.count);
+    write(d, c[2] / float(noise->n), grad, m_type, v.at, v.count);
+    sums[job] = sum(value);
+  });
+  const int64_t blocks = (noise->n + WIDTH - 1) / WIDTH;
+  for (int64_t b = 0; b < noise->batch; b++) {
+    double all = 0;
+    for (int64_t i = b * blocks; i < (b + 1) * blocks; i++) all += sums[i];
+    loss[b] = float(coef[4 * b + 2] * (all / double(noise->n)));  // of an empty sample NaN
+  }
 }

@@ -6,14 +6,12 @@
 #include <algorithm>
 #include <cstdint>
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include "types_cpu.hpp"
 
 namespace {
 
 constexpr int BLOCK = 512, SLOTS = 16, TERMS = SLOTS + 3, COPIES = 2;
 constexpr int IN_ONE = 4;                // terms a pass sums
-enum Type { FP32, BF16, FP16 };
 enum Source { P = -1, M = -2, N = -3 };  // else a slot
 
 // p = clamp(c_skip (x + c_ratio m)): x and m may nearly cancel
@@ -41,31 +39,6 @@ struct Call {
   int32_t m_type, uncond_type, copy_type, w_each;
   int64_t batch, n;
 };
-
-template <class T>
-const float* widened(const void* from, int64_t at, int count, float* to) {
-  const T* given = static_cast<const T*>(from) + at;
-  for (int i = 0; i < count; i++) to[i] = static_cast<float>(given[i]);
-  return to;
-}
-
-const float* read(const void* from, int type, int64_t at, int count, float* to) {
-  if (type == BF16) return widened<c10::BFloat16>(from, at, count, to);
-  if (type == FP16) return widened<c10::Half>(from, at, count, to);
-  return static_cast<const float*>(from) + at;
-}
-
-template <class T>
-void scaled(const float* from, float c, void* out, int64_t at, int count) {
-  T* to = static_cast<T*>(out) + at;
-  for (int i = 0; i < count; i++) to[i] = static_cast<T>(c * from[i]);
-}
-
-void write(const float* from, float c, void* out, int type, int64_t at, int count) {
-  if (type == BF16) return scaled<c10::BFloat16>(from, c, out, at, count);
-  if (type == FP16) return scaled<c10::Half>(from, c, out, at, count);
-  scaled<float>(from, c, out, at, count);
-}
 
 // a NaN passes
 inline float predicted(const Prediction& of, float x, float m) {
