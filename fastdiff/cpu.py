@@ -218,11 +218,16 @@ class CompiledStep:
 
     def __init__(self, plan: Plan, slots: list[Tensor], *, copies: list[Tensor]) -> None:
         """copies: buffers that receive c_in_next * S'[0] in their own dtype (the model's next input)."""
-        self.slots, self.copies = slots, copies  # the list is shared with EagerStep, which may trade
+        self.slots = slots  # the list is shared with EagerStep, which may trade
+        self.bound: list[Tensor | None] = [None] * len(slots)
         self.rows = [_native_row(row) for row in host_rows(plan)] if len(slots) <= SLOTS else []
-        self.operands = Call()
         self.loop = function("step", "affine_row", c_void_p, c_void_p, c_int) if self.rows else None
         self.threads = threads(slots[0].numel())
+        self.w: Tensor | None = None
+        self.operands = Call(batch=1, n=slots[0].numel())
+        for i, copy in enumerate(copies):
+            self.operands.copies[i], self.operands.copy_type = copy.data_ptr(), TYPES[copy.dtype]
+        self.references = [ctypes.byref(row) for row in self.rows], ctypes.byref(self.operands)
 
     def __call__(
         self, k: int, m: Tensor, uncond: Tensor | None, w: Tensor | None, noise: Tensor | None, x0: Tensor | None
@@ -230,21 +235,27 @@ class CompiledStep:
         """Runs row k on contiguous operands; False if there is no C++ compiler. w: fp32, one number or one a sample."""
         if self.loop is None:
             return False
-        operands, x = self.operands, self.slots[0]
+        operands = self.operands
         for i, slot in enumerate(self.slots):
-            operands.slots[i] = slot.data_ptr()
-        for i, copy in enumerate(self.copies):
-            operands.copies[i], operands.copy_type = copy.data_ptr(), TYPES[copy.dtype]
+            if slot is not self.bound[i]:
+                operands.slots[i], self.bound[i] = slot.data_ptr(), slot
+        if w is not self.w:
+            self._weigh(w)
         operands.m, operands.m_type = m.data_ptr(), TYPES[m.dtype]
-        operands.uncond, operands.uncond_type = (
-            (None, 0) if uncond is None else (uncond.data_ptr(), TYPES[uncond.dtype])
-        )
-        operands.w, operands.noise, operands.x0 = (None if v is None else v.data_ptr() for v in (w, noise, x0))
+        operands.uncond = None if uncond is None else uncond.data_ptr()
+        operands.uncond_type = 0 if uncond is None else TYPES[uncond.dtype]
+        operands.noise = None if noise is None else noise.data_ptr()
+        operands.x0 = None if x0 is None else x0.data_ptr()
+        rows, reference = self.references
+        call(self.loop, rows[k], reference, self.threads)
+        return True
+
+    def _weigh(self, w: Tensor | None) -> None:
+        operands, x = self.operands, self.slots[0]
+        self.w, operands.w = w, None if w is None else w.data_ptr()
         operands.w_each = w is not None and w.numel() > 1
         operands.batch = x.shape[0] if operands.w_each else 1
         operands.n = x.numel() // max(1, operands.batch)
-        call(self.loop, ctypes.byref(self.rows[k]), ctypes.byref(operands), self.threads)
-        return True
 
 
 def posterior_into(
