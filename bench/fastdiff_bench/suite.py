@@ -28,8 +28,8 @@ from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, 
 __all__ = ["main", "run"]
 
 BAD_INPUT, REGRESSED = 2, 1
-QUICK_S, FULL_S, LARGE_S = 2.5, 4.0, 8.0  # timed seconds of a row a visit; a large state's loop takes up to a second
-VISITS = 2  # of a full run: what a process's memory and a machine's minute happened to be like counts half
+QUICK_S, FULL_S, LARGE_S = 2.5, 2.0, 5.0  # timed seconds of a row a visit; a large state's loop takes up to a second
+VISITS = 4  # of a full run: what a process's memory and a machine's minute happened to be like counts a quarter
 LARGE = 1 << 18  # elements
 METERED = ("ddim", "ddpm", "bfn_discrete")  # rows of a quick run whose energy is measured
 
