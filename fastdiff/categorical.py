@@ -12,7 +12,7 @@ from fastdiff import ops
 from fastdiff.binned import BinnedRun, seeds_of
 from fastdiff.categorical_cpu import CompiledStep
 from fastdiff.learned import LearnedVarianceRun
-from fastdiff.noise import Noise, PhiloxNoise, ReadoutNoise
+from fastdiff.noise import Noise, ReadoutNoise
 from fastdiff.plan import Plan
 from fastdiff.readout import BINNED, CATEGORICAL
 from fastdiff.request import Request
@@ -60,7 +60,8 @@ class CategoricalRun(Run):
 
     def _prepare(self, compiled: bool) -> None:
         self.table = self.plan.pack(self.device)
-        self.compiled = _Compiled(self) if compiled and self.on_host else None
+        held = self.slab, self.model_in, self.x0, self.table, self.plan.slots
+        self.compiled = CompiledStep(*held) if compiled and self.on_host else None
 
     def _add_data(self, x_init: Tensor, alpha: float) -> None:
         if self.shape[-1] == 1:
@@ -95,41 +96,17 @@ class CategoricalRun(Run):
         seeded = seeds_of(self.noise) if (readout == "sample" and gumbel is None) or self.noise_in_kernel else None
         w = None if u is None else self.weight
 
+        seeds, index = (None, None) if seeded is None else (seeded.seeds, seeded.index)
+        given = {"uncond": u, "guidance": w, "seeds": seeds, "index": index, "noise": noise, "gumbel": gumbel}
+
         def run() -> None:
             ops.categorical_step(
-                self.slab, m, self.table, row, slots=self.plan.slots, readout=readout, uncond=u, guidance=w,
-                seeds=None if seeded is None else seeded.seeds, index=None if seeded is None else seeded.index,
-                noise=noise, gumbel=gumbel, model_in=self.model_in, classes=self.x0,
+                self.slab, m, self.table, row, slots=self.plan.slots, readout=readout, model_in=self.model_in,
+                classes=self.x0, **given,
             )  # fmt: skip
 
         if not self.on_host:
             self.relaunch(f"fastdiff::categorical_step {readout}", run, (m, u, row, noise, gumbel, w))
-        elif self.compiled is None or not self.compiled(readout, row, m, u, seeded, noise, gumbel):
+        elif self.compiled is None or not self.compiled(readout, row, m, **given):
             run()
         self.watch(row, m)
-
-
-class _Compiled:
-    """The step as loops that Inductor fuses, a chunk at a time: one compiled function a readout and dtype."""
-
-    def __init__(self, run: CategoricalRun) -> None:
-        self.run, width = run, run.shape[-1]
-        state = run.slab.view(run.slab.shape[0], run.shape[0], -1, width)
-        classes = run.x0.view(run.shape[0], -1)
-        model_in = run.model_in.view(run.model_in.shape[0], -1, width)
-        self.step = CompiledStep(state, model_in, classes, run.table, run.plan.slots)
-
-    def __call__(
-        self, readout: str, row: Tensor, m: Tensor, u: Tensor | None, seeded: PhiloxNoise | None,
-        noise: Tensor | None, gumbel: Tensor | None,
-    ) -> bool:  # fmt: skip
-        """Runs a row; False if the compiler is not usable."""
-
-        def flat(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.reshape(x.shape[0], -1, x.shape[-1])
-
-        return self.step(
-            readout, row, m.reshape(m.shape[0], -1, m.shape[-1]), uncond=flat(u),
-            guidance=None if u is None else self.run.weight, noise=flat(noise), gumbel=flat(gumbel),
-            seeds=None if seeded is None else seeded.seeds, index=None if seeded is None else seeded.index,
-        )  # fmt: skip

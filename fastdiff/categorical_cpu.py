@@ -1,9 +1,10 @@
-"""Rows on categorical data on a CPU: in place over chunks that fit a cache, eagerly or as one Inductor loop a chunk."""
+"""Rows on categorical data on a CPU, in place: one C++ loop for every row, or eager chunks that fit a cache."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int32, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,15 @@ from torch import Tensor
 from fastdiff import native, rng
 from fastdiff.cpu import HostRow
 from fastdiff.gumbel import SCALE, logistic_of
-from fastdiff.inductor import compile_static
+from fastdiff.native import TYPES, call, function, plain, threads
+from fastdiff.plan import ROW_HEADER
+from fastdiff.readout import CATEGORICAL as READOUTS
 
 __all__ = ["Chunk", "CompiledStep", "chunks", "step_in_chunks"]
 
-CHUNK = 1 << 18  # elements a pass: its temporaries stay in the caches
+CHUNK = 1 << 18  # elements an eager pass: its temporaries stay in the caches
+SLOTS, COPIES = 16, 2  # as fastdiff_kernels/categorical_cpu.cpp has them
+HEAVY = 16  # an element is worth that many of a plain step, with its noise and exponentials
 Draws = tuple[Tensor, Tensor]  # seeds and sample indices, int64 [b]
 
 
@@ -176,91 +181,66 @@ def step_in_chunks(
             classes[part.b0 : part.b1, part.d0 : part.d1].copy_(k)
 
 
-class CompiledStep:
-    """Rows of a plan on categorical data as Inductor's loops, a chunk at a time: no [.., K] temporary.
+class Call(ctypes.Structure):
+    """A row and its operands as fastdiff_kernels/categorical_cpu.cpp reads them."""
 
-    Args: state [P, B, D, K'] fp32; model_in [B or 2B, D, K'] of any float dtype; classes int64 [B, D] or None: the
-    buffers a step writes; table: packed plan; slots: logical. Coefficients are read from the table, so one function
-    serves all rows of a readout.
+    _fields_ = [
+        *((name, c_void_p) for name in ("state", "m", "uncond", "w", "noise", "gumbel", "table")),
+        *((name, c_void_p) for name in ("row", "seeds", "index")),
+        ("copies", c_void_p * COPIES),
+        ("classes", c_void_p),
+        *((name, c_int64) for name in ("batch", "tokens", "width", "slots", "header", "row_width")),
+        *((name, c_int64) for name in ("row_each", "w_row", "w_each")),
+        *((name, c_int32) for name in ("m_type", "uncond_type", "copy_type", "readout", "threads")),
+    ]
+
+
+class CompiledStep:
+    """Rows of a plan on categorical data by one C++ loop that runs any row, shape and dtype: no [.., K] temporary.
+
+    Args: state fp32 [P, B, *D, K']; model_in [B or 2B, *D, K'] of any float dtype, or None; classes int64 [B, *D] or
+    None: the buffers a step writes, contiguous; table: packed plan; slots: logical.
     """
 
-    def __init__(self, state: Tensor, model_in: Tensor, classes: Tensor | None, table: Tensor, slots: int) -> None:
-        batch, tokens, width = state.shape[1:]
-        self.state, self.table, self.slots, self.classes = state, table, slots, classes
-        self.copies = model_in.split(batch)
-        self.parts = chunks(batch, tokens, width)
-        self.drawn = state.new_empty(
-            2, max((math.prod(p.size) for p in self.parts), default=0) * width
-        )  # normals, Gumbel numbers
-        self.functions: dict[tuple[object, ...], Callable[..., object] | None] = {}
+    def __init__(
+        self, state: Tensor, model_in: Tensor | None, classes: Tensor | None, table: Tensor, slots: int
+    ) -> None:
+        self.held = state, model_in, classes, table
+        written = [v for v in self.held if v is not None]
+        fits = slots <= SLOTS and all(v.is_contiguous() for v in written) and plain(written)
+        self.loop = function("categorical", "categorical_row", c_void_p) if fits else None
+        batch, width = state.shape[1], state.shape[-1]
+        tokens = state.shape[2:-1].numel()
+        self.operands = Call(
+            state=state.data_ptr(), table=table.data_ptr(), batch=batch, tokens=tokens, width=width, slots=slots,
+            header=ROW_HEADER, row_width=table.shape[1], threads=threads(batch * tokens * width * HEAVY),
+        )  # fmt: skip
+        if classes is not None:
+            self.operands.classes = classes.data_ptr()
+        for i, copy in enumerate(() if model_in is None else model_in.split(batch)):
+            self.operands.copies[i], self.operands.copy_type = copy.data_ptr(), TYPES[copy.dtype]
+        self.reference = ctypes.byref(self.operands)
 
-    def __call__(self, readout: str, row: Tensor, m: Tensor, **given: Tensor | None) -> bool:
-        """Runs the row of number `row` [1] on logits m [B, D, K']; False, with nothing written, if nothing compiles.
-
-        given: uncond like m, guidance as in categorical_step, seeds and index int64 [B], noise and gumbel like m.
-        """
-        present = {name: value for name, value in given.items() if value is not None}
-        if not native.available():
+    def __call__(
+        self, readout: str, row: Tensor, m: Tensor, *, uncond: Tensor | None = None, guidance: Tensor | None = None,
+        seeds: Tensor | None = None, index: Tensor | None = None, noise: Tensor | None = None,
+        gumbel: Tensor | None = None,
+    ) -> bool:  # fmt: skip
+        """Runs row `row` [1 or B], operands as in categorical_step; False, with nothing written, without a compiler."""
+        if self.loop is None:
             return False
-        for part in self.parts:
-            args = [part.of(self.state), *map(part.of, self.copies), part.of(m)]
-            if self.classes is not None:
-                args.append(self.classes[part.b0 : part.b1, part.d0 : part.d1])
-            options = {name: self._cut(part, name, value) for name, value in present.items()}
-            self._draw(readout, row, part, options)
-            args += [self.table, row, *options.values()]
-            key = (readout, part.size, m.dtype, m.stride(), tuple(options))
-            if key not in self.functions:
-                fn = self._function(readout, tuple(options))
-                kept = [v.clone() for v in args]
-                self.functions[key] = compile_static(fn, args, elements=part.of(m).numel())
-                for v, before in zip(args, kept, strict=True):
-                    v.copy_(before)
-            compiled = self.functions[key]
-            if compiled is None:
-                return False
-            compiled(*args)
+        m, row = m.contiguous(), row.long().contiguous()
+        uncond, seeds, index = (None if v is None else v.contiguous() for v in (uncond, seeds, index))
+        noise, gumbel, w = (None if v is None else v.float().contiguous() for v in (noise, gumbel, guidance))
+        operands = self.operands
+        operands.m, operands.m_type, operands.readout = m.data_ptr(), TYPES[m.dtype], READOUTS.index(readout)
+        operands.row, operands.row_each = row.data_ptr(), row.numel() > 1
+        operands.uncond_type = 0 if uncond is None else TYPES[uncond.dtype]
+        given = {"uncond": uncond, "w": w, "noise": noise, "gumbel": gumbel, "seeds": seeds, "index": index}
+        for name, value in given.items():
+            setattr(operands, name, None if value is None else value.data_ptr())
+        if w is not None:
+            each = w.shape[-1] if w.dim() else 1
+            operands.w_row, operands.w_each = each if w.numel() > each else 0, each > 1
+        call(self.loop, self.reference)
         return True
-
-    def _draw(self, readout: str, row: Tensor, part: Chunk, options: dict[str, Tensor]) -> None:
-        """Puts the noise that seeds stand for in their place."""
-        if "seeds" not in options:
-            return
-        seeds = options.pop("seeds")
-        index = options.pop("index", None)
-        index = torch.zeros_like(seeds) if index is None else index
-        width = self.state.shape[-1]
-        size = (*part.size, width)
-        for name, out in zip(("noise", "gumbel"), self.drawn, strict=True):
-            if name in options or (name == "gumbel" and readout != "sample"):
-                continue
-            kind, stream = ("normal", rng.ROWS) if name == "noise" else (_kind(width), rng.CATEGORICAL)
-            options[name] = out[: math.prod(size)].view(size)
-            which = torch.full((1,), stream, dtype=torch.int64)
-            native.fill(options[name][None], seeds, index, which, row.long(), kind=kind, first=part.d0 * width // 4)
-
-    def _cut(self, part: Chunk, name: str, value: Tensor) -> Tensor:
-        if name in ("seeds", "index"):
-            return value[part.b0 : part.b1]
-        if name == "guidance":
-            return value[..., part.b0 : part.b1] if value.dim() and value.shape[-1] > 1 else value
-        return part.of(value)
-
-    def _function(self, readout: str, names: tuple[str, ...]) -> Callable[..., None]:
-        from fastdiff.ops.categorical_step import categorical_step_ref
-
-        copies, slots, classes = len(self.copies), self.slots, self.classes is not None
-
-        def step(state: Tensor, *args: Tensor) -> None:
-            out, (m, *more) = args[:copies], args[copies:]
-            hits = more.pop(0) if classes else None
-            table, row, *rest = more
-            options = dict(zip(names, rest, strict=True))
-            new, x, k = categorical_step_ref(state, m, table, row, slots=slots, readout=readout, **options)
-            state.copy_(new)
-            for copy in out:
-                copy.copy_(x)
-            if hits is not None:
-                hits.copy_(k)
-
-        return step

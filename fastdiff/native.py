@@ -6,6 +6,8 @@ import ctypes
 import functools
 import importlib.resources
 import platform
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int64, c_void_p
 
@@ -13,15 +15,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastdiff.inductor import ONE_THREAD, unusable
-
-__all__ = ["TYPES", "available", "call", "draw", "fill", "function", "plain", "threads", "usable"]
+__all__ = ["ONE_THREAD", "TYPES", "available", "call", "draw", "fill", "function", "plain", "threads", "usable"]
 
 # Inductor writes its own vector code and forbids the compiler's; a square root that sets errno is no vector code
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
-TYPES_FILE = "types_cpu.hpp"
+INCLUDE = re.compile(r'#include "(\w+\.hpp)"')
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as fastdiff_kernels/types_cpu.hpp has them
 KINDS = ("normal", "gumbel", "logistic")
+ONE_THREAD = 1 << 16
+_broken: list[str] = []
+
+
+def unusable(error: Exception | None = None) -> bool:
+    """Has the CPU compiler failed in this process? With an error: it has now, which is said once."""
+    if error is not None and not _broken:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(
+            f"the CPU compiler is not usable ({reason[0][:200]}); steps and noise run eagerly. "
+            "Installing a C++ compiler (g++ or clang++) makes them several times faster.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    if error is not None:
+        _broken.append(str(error))
+    return bool(_broken)
 
 
 @functools.cache
@@ -34,8 +51,9 @@ def _library(name: str) -> ctypes.CDLL | None:
 
         folder = importlib.resources.files("fastdiff_kernels")
         # in one text: the cache knows a library by its text
-        source, types = (folder.joinpath(file).read_text() for file in (f"{name}_cpu.cpp", TYPES_FILE))
-        source = source.replace(f'#include "{TYPES_FILE}"', types)
+        source = INCLUDE.sub(
+            lambda found: folder.joinpath(found[1]).read_text(), folder.joinpath(f"{name}_cpu.cpp").read_text()
+        )
         wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
         return CppCodeCache.load(source, device_type="cpu", extra_flags=(*FLAGS, *wide))
     except Exception as error:  # any failure of the compiler has the same answer: eager

@@ -1,8 +1,9 @@
-"""categorical_step: kernel, chunks and compiled chunks against float64, and the reference against theta-space code."""
+"""categorical_step: kernel, C++ loop and eager chunks against float64, and the reference against theta-space code."""
 
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,16 @@ from tests.test_affine_step import make_table
 TOLERANCE = 4e-6  # relative to the largest value of the state; of the next input, in [-1, 1], absolute
 CASES = [(2, 37), (3, 19), (27, 20), (27, 19), (256, 5), (513, 3), (4096, 2)]  # K, tokens; 27 * 19 is odd
 cases = pytest.mark.parametrize(("K", "tokens"), CASES)
+
+
+@pytest.fixture(params=["loop", "kernel", "eager"])
+def device(request, monkeypatch):
+    """The device of a test that runs on the C++ loop, on the kernels (GPU, else interpreter) and on eager chunks."""
+    if request.param == "eager":
+        monkeypatch.setattr("fastdiff.categorical_cpu.function", lambda *_: None)
+    on_gpu = request.param == "kernel" and torch.cuda.is_available()
+    with ops.use_kernels() if request.param == "kernel" else nullcontext():
+        yield torch.device("cuda" if on_gpu else "cpu")
 
 
 def width(K):
@@ -281,18 +292,49 @@ def test_windows():
     assert vectors(27, 4, [27, 27]) and not vectors(27, 4, [27, 32]) and not vectors(27, 3, [27])
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize(("K", "readout"), [(2, "sample"), (27, "sample"), (27, "mean"), (300, "argmax")])
-def test_compiled_chunks(K, readout, monkeypatch):
-    """Inductor's loops over several chunks, a rest included, equal float64."""
-    monkeypatch.setattr("fastdiff.categorical_cpu.CHUNK", 8 * width(K))
-    state, m, u, options = random_case(K, 22)
+@pytest.mark.usefixtures("cpp_loops")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("K", "tokens", "readout"),
+    [(2, 4099, "sample"), (3, 701, "sample"), (27, 301, "sample"), (27, 301, "mean"), (64, 70, "sample"),
+     (65, 70, "mean"), (300, 22, "argmax"), (2053, 3, "sample")],
+)  # fmt: skip
+def test_the_loop_in_many_jobs(K, tokens, readout, threads):
+    """Jobs that leave a rest, tokens that fill no lanes, jobs that start within a Philox counter: equal to float64."""
+    state, m, u, options = random_case(K, tokens)
     slots, seeds, index = options["slots"], options["seeds"], options["index"]
     table, row, w = plain_table(), torch.tensor([1]), torch.tensor([[2.0, 0.5]])
-    classes, x, new = torch.zeros(2, 22, dtype=torch.int64), torch.empty(4, 22, width(K)), state[:1].clone()
-    step = CompiledStep(new, x, classes, table, slots)
-    assert len(step.parts) > 2 and step(readout, row, m, uncond=u, guidance=w, seeds=seeds, index=index)
+    classes, x = torch.zeros(2, tokens, dtype=torch.int64), torch.empty(4, tokens, width(K))
+    step = CompiledStep(new := state[:1].clone(), x, classes, table, slots)
+    step.operands.threads = threads
+    assert step(readout, row, m, uncond=u, guidance=w, seeds=seeds, index=index)
     agree((new, x, classes), reference(state[:1], m, table, row, readout=readout, uncond=u, guidance=w, **options))
+
+
+@pytest.mark.usefixtures("cpp_loops")
+@pytest.mark.parametrize("w", [1.5, [1.5], [[1.5, 0.5]], [[1.5], [2.5], [0.5]], [[0.0, 1.0], [1.5, 2.0], [2.0, 0.5]]])
+def test_the_weights_of_the_loop(w):
+    """One for all, one a sample, one a row of the table, and both."""
+    state, m, u, options = random_case(27, 5)
+    options |= dict(uncond=u, guidance=torch.tensor(w), readout="mean")
+    args = (state[:1], m, plain_table(), torch.tensor([1]))
+    agree(run(torch.device("cpu"), *args, **options), reference(*args, **options))
+
+
+@pytest.mark.usefixtures("cpp_loops")
+@pytest.mark.parametrize("K", [2, 27, 100])
+def test_the_loop_far_out(K):
+    """Logits whose exponentials over- and underflow: the softmax of float64 within 4e-6 and no NaN."""
+    g = torch.Generator().manual_seed(K)
+    m = torch.randn(1, 64, width(K), generator=g) * torch.logspace(-6, 3, 64).view(1, -1, 1)
+    table = torch.zeros(1, row_width(1))
+    table[0, [4, 8, 9]] = torch.tensor([1.0, 1.0, 1.0])  # S'0 = S0 + p
+    args, options = (m[None].clone(), m, table, torch.tensor([0])), dict(slots=1, readout="mean")
+    got, want = run(torch.device("cpu"), *args, **options), reference(*args, **options)
+    agree(got, want)
+    if K == 2:  # tanh to full precision near 0
+        small = want[1].abs() < 0.01
+        assert small.any() and float(((got[1].double() / want[1] - 1).abs())[small].max()) < 1e-6
 
 
 def test_chunks_cover_everything_once():
@@ -307,7 +349,8 @@ def test_chunks_cover_everything_once():
 
 PEAK = """
 import resource, sys, torch
-from fastdiff import ops
+from fastdiff import categorical_cpu, ops
+{without}
 from fastdiff.plan import row_width
 torch.set_num_threads(1)
 K, tokens = 4096, 8192
@@ -324,9 +367,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_eager_memory_is_that_of_a_chunk():
+@pytest.mark.parametrize("without", ["", "categorical_cpu.function = lambda *_: None"], ids=["loop", "eager"])
+def test_memory_is_that_of_a_chunk(without):
     """The peak of the process grows by less than 32 MiB in a step on 2^25 elements (128 MiB a fp32 temporary)."""
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK.format(without=without)], capture_output=True, text=True, timeout=300, check=True
+    )
     assert int(done.stdout) < 32 * 1024
 
 

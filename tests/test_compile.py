@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch._inductor.utils import fresh_cache
 
 from fastdiff import ops, solvers
 from fastdiff import schedules as S
-from fastdiff.inductor import compile_static
 from fastdiff.training import hybrid_loss, prior_kl, vlb_loss
 
 CHAIN = S.Betas(S.linear_betas(100))
@@ -76,19 +74,3 @@ def test_a_chain_nobody_has_used_compiles(fn: Callable[[S.Betas], Any]) -> None:
     used = torch.compile(lambda: fn(chains[0]), fullgraph=True, backend=backend)
     used()
     assert len(sizes) == 3 and len(set(sizes)) == 1  # tables that are there and tables that were made: one graph
-
-
-@pytest.mark.compiled
-def test_a_compiled_loop_is_kept_for_later_processes():
-    """Inductor skips its cache for a graph without a shape environment: each process would compile again."""
-    from torch._dynamo.utils import counters
-
-    x = torch.arange(5.0)
-    with fresh_cache():
-        for found in ("fxgraph_cache_miss", "fxgraph_cache_hit"):
-            counters.clear()
-            compiled = compile_static(lambda a: (a * 3.25 + 1,), [x], elements=5)
-            if compiled is None:
-                pytest.skip("no C++ compiler")
-            assert counters["inductor"][found] == 1 and counters["inductor"]["fxgraph_cache_bypass"] == 0
-            assert torch.equal(compiled(x)[0], x * 3.25 + 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff.allocate import liveness
-from fastdiff.inductor import ONE_THREAD
+from fastdiff.native import ONE_THREAD
 from fastdiff.readout import CATEGORICAL
 
 __all__ = ["Textbook", "compiled"]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.categorical_cpu import chunks, step_in_chunks
+from fastdiff import native
+from fastdiff.categorical_cpu import CompiledStep, chunks, step_in_chunks
 from fastdiff.cpu import host_row
 from fastdiff.gumbel import gumbels
 from fastdiff.ops import _dispatch
@@ -166,7 +167,12 @@ def _step_on_cpu(
     guidance: Tensor | None, seeds: Tensor | None, index: Tensor | None, noise: Tensor | None, gumbel: Tensor | None,
     model_in: Tensor | None, classes: Tensor | None,
 ) -> None:  # fmt: skip
-    """In place, a chunk at a time."""
+    """In place, by the C++ loop or else a chunk at a time."""
+    given = {"uncond": uncond, "guidance": guidance, "seeds": seeds, "index": index, "noise": noise, "gumbel": gumbel}
+    if native.usable(model_out, row, *(v for v in given.values() if v is not None)) and CompiledStep(
+        state, model_in, classes, table.contiguous(), slots
+    )(readout, row, model_out, **given):
+        return
     batch, width = state.shape[1], state.shape[-1]
 
     def flat(x: Tensor | None) -> Tensor | None:

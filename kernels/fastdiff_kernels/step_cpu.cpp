@@ -6,12 +6,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "sums_cpu.hpp"
 #include "types_cpu.hpp"
 
 namespace {
 
 constexpr int BLOCK = 512, SLOTS = 16, TERMS = SLOTS + 3, COPIES = 2;
-constexpr int IN_ONE = 4;                // terms a pass sums
 enum Source { P = -1, M = -2, N = -3 };  // else a slot
 
 // p = clamp(c_skip (x + c_ratio m)): x and m may nearly cancel
@@ -47,31 +47,6 @@ inline float predicted(const Prediction& of, float x, float m) {
 }
 
 // In every loop below an operand may be the output itself, never a part of it shifted.
-
-template <int K, bool MORE>
-void add(const float* const* s, const float* c, float* to, int count) {
-#pragma omp simd
-  for (int i = 0; i < count; i++) {
-    float v = MORE ? to[i] + c[0] * s[0][i] : c[0] * s[0][i];
-    for (int k = 1; k < K; k++) v += c[k] * s[k][i];
-    to[i] = v;
-  }
-}
-
-template <bool MORE>
-void add(const float* const* s, const float* c, int n, float* to, int count) {
-  if (n == 1) return add<1, MORE>(s, c, to, count);
-  if (n == 2) return add<2, MORE>(s, c, to, count);
-  if (n == 3) return add<3, MORE>(s, c, to, count);
-  add<IN_ONE, MORE>(s, c, to, count);
-}
-
-// to = the sum of n terms; `to` may be s[0], or any of IN_ONE
-void sum(const float* const* s, const float* c, int n, float* to, int count) {
-  if (n == 0) return void(std::fill(to, to + count, 0.0f));
-  add<false>(s, c, std::min(n, IN_ONE), to, count);
-  for (int k = IN_ONE; k < n; k += IN_ONE) add<true>(s + k, c + k, std::min(n - k, IN_ONE), to, count);
-}
 
 // to = the sum of K terms, + b p where SUMMED; kept = p where KEPT: one pass
 template <bool SUMMED, bool KEPT, int K>
