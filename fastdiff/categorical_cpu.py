@@ -181,16 +181,22 @@ def step_in_chunks(
             classes[part.b0 : part.b1, part.d0 : part.d1].copy_(k)
 
 
+class Shape(ctypes.Structure):
+    """What the loops there know a tensor by."""
+
+    _fields_ = [(name, c_int64) for name in ("batch", "tokens", "width")]
+
+
 class Call(ctypes.Structure):
     """A row and its operands as fastdiff_kernels/categorical_cpu.cpp reads them."""
 
     _fields_ = [
+        ("shape", Shape),
         *((name, c_void_p) for name in ("state", "m", "uncond", "w", "noise", "gumbel", "table")),
         *((name, c_void_p) for name in ("row", "seeds", "index")),
         ("copies", c_void_p * COPIES),
         ("classes", c_void_p),
-        *((name, c_int64) for name in ("batch", "tokens", "width", "slots", "header", "row_width")),
-        *((name, c_int64) for name in ("row_each", "w_row", "w_each")),
+        *((name, c_int64) for name in ("slots", "header", "row_width", "row_each", "w_row", "w_each")),
         *((name, c_int32) for name in ("m_type", "uncond_type", "copy_type", "readout", "threads")),
     ]
 
@@ -212,7 +218,7 @@ class CompiledStep:
         batch, width = state.shape[1], state.shape[-1]
         tokens = state.shape[2:-1].numel()
         self.operands = Call(
-            state=state.data_ptr(), table=table.data_ptr(), batch=batch, tokens=tokens, width=width, slots=slots,
+            shape=Shape(batch, tokens, width), state=state.data_ptr(), table=table.data_ptr(), slots=slots,
             header=ROW_HEADER, row_width=table.shape[1], threads=threads(batch * tokens * width * HEAVY),
         )  # fmt: skip
         if classes is not None:
@@ -244,3 +250,51 @@ class CompiledStep:
             operands.w_row, operands.w_each = each if w.numel() > each else 0, each > 1
         call(self.loop, self.reference)
         return True
+
+
+def noise_into(
+    x: Tensor, noise: Tensor | None, coef: Tensor, seeds: Tensor | None, index: Tensor | None, row: int, out: Tensor,
+    logits: Tensor | None,
+) -> bool:  # fmt: skip
+    """z = coef[:, 0] onehot(x) + coef[:, 1] n, out = 2 softmax(z) - 1 by the C++ loop; False where it cannot run.
+
+    Args: x int64 [B, *D]; noise [B, *D, K'] of a float dtype, or seeds and index; coef fp32 [B, 2] (K = 2: of 2 x - 1);
+        out, logits: outputs [B, *D, K'], contiguous, of one float dtype but float64.
+    """
+    kinds = (*[c_void_p] * 6, c_int64, *[c_void_p] * 2, *[ctypes.c_int] * 2)
+    given = [x, coef, *(v for v in (noise, seeds, index) if v is not None)]
+    loop = function("categorical", "categorical_noise", *kinds) if plain(given) else None
+    if loop is None:
+        return False
+    x, coef = x.contiguous(), coef.contiguous()
+    held = (noise if noise is None else noise.float().contiguous(), coef, seeds, index)
+    pointers = (None if v is None else v.data_ptr() for v in held)
+    call(
+        loop, _shape(out), x.data_ptr(), *pointers, row, out.data_ptr(), None if logits is None else logits.data_ptr(),
+        TYPES[out.dtype], threads(out.numel() * HEAVY),
+    )  # fmt: skip
+    return True
+
+
+def loss_into(logits: Tensor, x: Tensor, error: Tensor, grad: Tensor | None) -> bool:
+    """The loss [B] of logits [B, *D, K'] and classes x [B, *D] by the C++ loop; False where it cannot run.
+
+    grad, contiguous like logits, receives tokens times its gradient.
+    """
+    kinds = (c_void_p, c_void_p, ctypes.c_int, *[c_void_p] * 4, ctypes.c_int)
+    fits = logits.dtype in TYPES and plain((logits, x))
+    loop = function("categorical", "categorical_loss", *kinds) if fits else None
+    if loop is None:
+        return False
+    logits, x = logits.contiguous(), x.contiguous()
+    sums = torch.empty(x.numel(), dtype=torch.float64)
+    call(
+        loop, _shape(logits), logits.data_ptr(), TYPES[logits.dtype], x.data_ptr(), error.data_ptr(),
+        None if grad is None else grad.data_ptr(), sums.data_ptr(), threads(logits.numel() * HEAVY),
+    )  # fmt: skip
+    return True
+
+
+def _shape(x: Tensor) -> object:
+    """A reference to the shape of x [B, *D, K']."""
+    return ctypes.byref(Shape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1]))

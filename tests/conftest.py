@@ -47,3 +47,17 @@ def cpp_loops():
     if not (native.available() and native._library("step")):
         assert _compiler() is None, "the C++ loops do not build: see the warning"
         pytest.skip("no C++ compiler")
+
+
+@pytest.fixture(params=["loop", "kernel", "eager"])
+def device_of_classes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """For operations on classes: the C++ loop, the kernels (GPU, else interpreter) and eager chunks."""
+    from fastdiff import ops
+
+    if request.param == "loop":
+        request.getfixturevalue("cpp_loops")
+    if request.param == "eager":
+        monkeypatch.setattr("fastdiff.categorical_cpu.function", lambda *_: None)
+    on_gpu = request.param == "kernel" and torch.cuda.is_available()
+    with ops.use_kernels() if request.param == "kernel" else nullcontext():
+        yield torch.device("cuda" if on_gpu else "cpu")

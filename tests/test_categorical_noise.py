@@ -18,6 +18,11 @@ def case(K, tokens, batch=2):
     return x, torch.linspace(0.1, 0.9, batch, dtype=torch.float64), schedule
 
 
+@pytest.fixture
+def device(device_of_classes):
+    return device_of_classes
+
+
 def here(device, *tensors):
     return [t.to(device) for t in tensors]
 
@@ -152,3 +157,14 @@ def test_bad_input(change, error, text):
     args = {"x": torch.tensor([[0, 4], [1, 1]]), "t": 0.5, "schedule": BFNDiscrete(1.0, 5), "seeds": [1, 2], **change}
     with pytest.raises(error, match=text):
         ops.categorical_noise(args.pop("x"), args.pop("t"), args.pop("schedule"), **args)
+
+
+@pytest.mark.usefixtures("cpp_loops")
+@pytest.mark.parametrize(("K", "tokens"), [(2, 4099), (3, 701), (27, 301), (65, 70), (300, 22)])
+def test_the_loop_in_many_jobs(K, tokens):
+    """Jobs that leave a rest, and that start within a Philox counter."""
+    x, t, schedule = case(K, tokens)
+    draws = dict(seeds=torch.tensor([5, 2**62 + 3]), index=torch.tensor([0, 2**31 + 1]), row=9)
+    want = ops.categorical_noise_ref(x, t, schedule, **draws, out_dtype=torch.float64, return_logits=True)
+    for a, b in zip(ops.categorical_noise(x, t, schedule, **draws, return_logits=True), want, strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) <= 4e-6

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,14 +19,9 @@ CASES = [(2, 37), (3, 19), (27, 20), (27, 19), (256, 5), (513, 3), (4096, 2)]  #
 cases = pytest.mark.parametrize(("K", "tokens"), CASES)
 
 
-@pytest.fixture(params=["loop", "kernel", "eager"])
-def device(request, monkeypatch):
-    """The device of a test that runs on the C++ loop, on the kernels (GPU, else interpreter) and on eager chunks."""
-    if request.param == "eager":
-        monkeypatch.setattr("fastdiff.categorical_cpu.function", lambda *_: None)
-    on_gpu = request.param == "kernel" and torch.cuda.is_available()
-    with ops.use_kernels() if request.param == "kernel" else nullcontext():
-        yield torch.device("cuda" if on_gpu else "cpu")
+@pytest.fixture
+def device(device_of_classes):
+    return device_of_classes
 
 
 def width(K):

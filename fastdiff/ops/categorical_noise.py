@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
-from fastdiff.categorical_cpu import belief_, chunks, drawn
+from fastdiff.categorical_cpu import belief_, chunks, drawn, noise_into
 from fastdiff.ops import _dispatch, _noising
 from fastdiff.ops._categorical import belief, channels, check_classes, rows_of, vectors
 from fastdiff.ops._dispatch import FLOATS64, spread
@@ -105,6 +105,10 @@ def _on_cpu(
     wide = torch.float64 in (out_dtype, None if noise is None else noise.dtype)
     alpha, sigma = (v.to(torch.float64 if wide else torch.float32).expand(batch)
                     for v in (schedule.alpha(at), schedule.sigma(at)))  # fmt: skip
+    if not wide:
+        coef = torch.stack([alpha, SQRT2 * sigma if width == 1 else sigma], 1)
+        if noise_into(x, noise, coef, seeds, index, row, out, logits):
+            return out if logits is None else (out, logits)
     which = torch.full((1,), row, dtype=torch.int64)
     flat = [None if v is None else v.view(batch, -1, width) for v in (out, logits)]
     x, noise = x.reshape(batch, -1, 1), None if noise is None else noise.reshape(batch, -1, width)

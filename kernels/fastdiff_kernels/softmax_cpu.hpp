@@ -1,0 +1,159 @@
+// Softmax, its largest number and what is made of both, for tokens of any number of classes.
+//
+// A tile is what LANE lanes go through step by step: LANE neighbouring tokens of few classes, a lane each, or LANE
+// classes a step of one token of many. So every loop is vector code, and a token's numbers depend on its own alone.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+constexpr int LANE = 16, FEW = 64;
+constexpr int EXACT = 64;  // steps a lane adds up in fp32, before fp64
+
+// e^x - 1 = 2^n (1 + q) - 1 for x in [-104, 88]; a NaN passes
+inline float halves(float x, int32_t& n) {
+  float t = x * 1.44269504089f + 12582912.0f;
+  std::memcpy(&n, &t, 4);
+  n -= 0x4B400000;
+  t -= 12582912.0f;
+  const float r = (x - t * 0.693359375f) + t * 2.12194440e-4f;
+  float q = 1.9875691500e-4f;
+  q = q * r + 1.3981999507e-3f;
+  q = q * r + 8.3334519073e-3f;
+  q = q * r + 4.1665795894e-2f;
+  q = q * r + 1.6666665459e-1f;
+  q = q * r + 5.0000001201e-1f;
+  return q * r * r + r;
+}
+
+inline float power(int32_t n) {
+  float s;
+  n = int32_t(uint32_t(n + 127) << 23);
+  std::memcpy(&s, &n, 4);
+  return s;
+}
+
+inline float exp_of(float x) {
+  int32_t n;
+  const float q = halves(x < -104.0f ? -104.0f : x > 88.0f ? 88.0f : x, n);
+  const int32_t part = n >> 1;  // 2^n alone may be below the normal numbers
+  return (1.0f + q) * power(part) * power(n - part);
+}
+
+// tanh(z / 2), to full precision near 0
+inline float tanh_of_half(float z) {
+  int32_t n;
+  const float size = std::fabs(z), q = halves(size > 40.0f ? 40.0f : size, n), s = power(n), e = s * q + (s - 1.0f);
+  return std::copysign(e / (e + 2.0f), z);
+}
+
+// the two parts of 1 = sigmoid(z) + sigmoid(-z), each to full precision
+inline void sigmoids(float z, float& up, float& down) {
+  const float e = exp_of(-std::fabs(z)), big = 1.0f / (1.0f + e), small = e * big;
+  up = z < 0 ? small : big;
+  down = z < 0 ? big : small;
+}
+
+// sums[j] += the sum of value(i, j) over all steps
+template <class Value>
+inline void add_up(int steps, double* sums, const Value& value) {
+  for (int begin = 0; begin < steps; begin += EXACT) {
+    float part[LANE] = {};
+    for (int i = begin; i < std::min(steps, begin + EXACT); i++)
+      for (int j = 0; j < LANE; j++) part[j] += value(i, j);
+    for (int j = 0; j < LANE; j++) sums[j] += part[j];
+  }
+}
+
+// a token's largest number (NaN where one is) and the first class that has it, as every lane of the token knows them
+struct Top {
+  float value[LANE];
+  int32_t first[LANE];
+};
+
+struct Tile {
+  int width, tokens, steps;
+  bool beside;
+
+  Tile(int width, int left)
+      : width(width), tokens(width <= FEW ? std::min(left, LANE) : 1),
+        steps(width <= FEW ? width : (width + LANE - 1) / LANE), beside(width <= FEW) {}
+
+  int64_t size() const { return int64_t(steps) * LANE; }
+
+  // where class k of token t is
+  int64_t at(int t, int64_t k) const { return beside ? k * LANE + t : k; }
+
+  // lanes without a token repeat the last, classes without a number have -inf; `room` is used where v is no tile itself
+  const float* load(const float* v, float* room) const {
+    if (beside) {
+      for (int j = 0; j < LANE; j++) {
+        const float* from = v + std::min(j, tokens - 1) * width;
+        for (int i = 0; i < width; i++) room[i * LANE + j] = from[i];
+      }
+      return room;
+    }
+    if (width % LANE == 0) return v;
+    std::fill(std::copy(v, v + width, room), room + size(), -std::numeric_limits<float>::infinity());
+    return room;
+  }
+
+  void store(const float* tile, float* to) const {
+    if (!beside) return void(std::copy(tile, tile + width, to));
+    for (int j = 0; j < tokens; j++)
+      for (int i = 0; i < width; i++) to[j * width + i] = tile[i * LANE + j];
+  }
+
+  Top top(const float* tile) const {
+    Top found;
+    for (int j = 0; j < LANE; j++) found.value[j] = -std::numeric_limits<float>::infinity(), found.first[j] = 0;
+    for (int i = 0; i < steps; i++)
+      for (int j = 0; j < LANE; j++) {
+        const float x = tile[i * LANE + j];
+        const bool more = x > found.value[j];
+        found.first[j] = more ? i : found.first[j];
+        found.value[j] = more || x != x ? x : found.value[j];
+      }
+    if (beside) return found;
+    float most = found.value[0];
+    int32_t first = width;
+    for (float x : found.value) most = x > most || x != x ? x : most;
+    for (int j = 0; j < LANE; j++)
+      if (found.value[j] == most) first = std::min(first, found.first[j] * LANE + j);
+    std::fill(found.value, found.value + LANE, most);
+    std::fill(found.first, found.first + LANE, first);
+    return found;
+  }
+
+  // every lane of a token gets the token's sum
+  void join(double* sums) const {
+    if (beside) return;
+    double all = 0;
+    for (int j = 0; j < LANE; j++) all += sums[j];
+    std::fill(sums, sums + LANE, all);
+  }
+
+  // to = a softmax(from) + b; both tiles, perhaps the same
+  void softmax(const float* from, float a, float b, float* to) const {
+    const Top most = top(from);
+    double sums[LANE] = {};
+    add_up(steps, sums, [&](int i, int j) { return to[i * LANE + j] = exp_of(from[i * LANE + j] - most.value[j]); });
+    join(sums);
+    float scale[LANE];
+    for (int j = 0; j < LANE; j++) scale[j] = float(a / sums[j]);
+    for (int i = 0; i < steps; i++)
+      for (int j = 0; j < LANE; j++) to[i * LANE + j] = to[i * LANE + j] * scale[j] + b;
+  }
+};
+
+// work(a tile's shape, its first token) for all tokens
+template <class Work>
+void each(int width, int tokens, const Work& work) {
+  for (int t = 0; t < tokens; t += Tile(width, tokens - t).tokens) work(Tile(width, tokens - t), t);
+}
+
+}  // namespace
