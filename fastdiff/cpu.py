@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ __all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows", "posterior_into"
 
 SLOTS, COPIES, IN_ONE = 16, 2, 4  # as fastdiff_kernels/step_cpu.cpp has them
 TERMS = SLOTS + 3
+HEAVY = 8  # a normal is worth that many plain elements
 P, M, N = -1, -2, -3  # what a term may read beside a slot
 
 
@@ -173,7 +175,7 @@ class Row(ctypes.Structure):
 
     _fields_ = [
         *((name, c_float) for name in ("c_skip", "c_ratio", "lo", "hi", "c_in_next")),
-        *((name, ctypes.c_int32) for name in ("skips", "uses_p", "fused", "targets")),
+        *((name, ctypes.c_int32) for name in ("skips", "uses_p", "fused", "targets", "noisy", "number")),
         *((name, ctypes.c_int32 * SLOTS) for name in ("place", "terms", "held")),
         ("source", ctypes.c_int32 * TERMS * SLOTS),
         ("c", c_float * TERMS * SLOTS),
@@ -189,17 +191,20 @@ class Call(ctypes.Structure):
         ("copies", c_void_p * COPIES),
         *((name, ctypes.c_int32) for name in ("m_type", "uncond_type", "copy_type", "w_each")),
         *((name, c_int64) for name in ("batch", "n")),
+        *((name, c_void_p) for name in ("seeds", "index")),
+        ("samples", c_int64),
     ]
 
 
-def _native_row(row: HostRow) -> Row:
+def _native_row(row: HostRow, number: int) -> Row:
     targets = sorted(row.targets, key=lambda t: t.is_prediction) if row.uses_p else row.targets
     terms = [_native_terms(t, row.noisy) for t in targets]
     # of use to one short sum alone, and otherwise kept as it is: then p never leaves the registers
     short = row.uses_p and len(targets) <= 2 and 0 < len(terms[0]) <= IN_ONE + (targets[0].b != 0)
     fused = short and all(t.is_prediction for t in targets[1:])
     prediction = (row.c_skip, row.c_ratio) if row.c_skip != 0 else (1.0, row.c_out)
-    found = Row(*prediction, row.lo, row.hi, row.c_in_next, row.c_skip != 0, row.uses_p, fused, len(targets))
+    numbers = (row.c_skip != 0, row.uses_p, fused, len(targets), row.noisy, number)
+    found = Row(*prediction, row.lo, row.hi, row.c_in_next, *numbers)
     for i, (t, kept) in enumerate(zip(targets, terms, strict=True)):
         found.place[i], found.held[i], found.terms[i] = t.place, t.place in row.staged, len(kept)
         for at, (source, c) in enumerate(kept):
@@ -213,21 +218,38 @@ def _native_terms(t: Target, noisy: bool) -> list[tuple[int, float]]:
     return [(source, c) for source, c in terms if c != 0]
 
 
+def _loop(slots: int) -> Callable[..., None] | None:
+    return function("step", "affine_row", c_void_p, c_void_p, c_int) if slots <= SLOTS else None
+
+
 class CompiledStep:
     """Rows of a plan by one C++ loop that runs any row, shape and dtype: built once a machine, nothing a plan."""
 
-    def __init__(self, plan: Plan, slots: list[Tensor], *, copies: list[Tensor]) -> None:
-        """copies: buffers that receive c_in_next * S'[0] in their own dtype (the model's next input)."""
+    def __init__(
+        self, plan: Plan, slots: list[Tensor], *, copies: list[Tensor], keys: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """copies: buffers that receive c_in_next * S'[0] in their own dtype (the model's next input).
+
+        keys: seeds and sample indices, int64 [B], of which rows that are given no noise draw it.
+        """
         self.slots = slots  # the list is shared with EagerStep, which may trade
         self.bound: list[Tensor | None] = [None] * len(slots)
-        self.rows = [_native_row(row) for row in host_rows(plan)] if len(slots) <= SLOTS else []
-        self.loop = function("step", "affine_row", c_void_p, c_void_p, c_int) if self.rows else None
-        self.threads = threads(slots[0].numel())
+        self.loop = _loop(len(slots))
+        self.rows = [_native_row(row, k) for k, row in enumerate(host_rows(plan))] if self.loop else []
+        self.keys, x = keys, slots[0]
+        self.threads, self.drawing = threads(x.numel()), threads(x.numel() * HEAVY)
         self.w: Tensor | None = None
-        self.operands = Call(batch=1, n=slots[0].numel())
+        self.operands = Call(batch=1, n=x.numel(), samples=max(1, x.shape[0]))
+        if keys is not None:
+            self.operands.seeds, self.operands.index = (v.data_ptr() for v in keys)
         for i, copy in enumerate(copies):
             self.operands.copies[i], self.operands.copy_type = copy.data_ptr(), TYPES[copy.dtype]
         self.references = [ctypes.byref(row) for row in self.rows], ctypes.byref(self.operands)
+
+    @staticmethod
+    def usable(slots: int) -> bool:
+        """Is there a loop for that many slots?"""
+        return _loop(slots) is not None
 
     def __call__(
         self, k: int, m: Tensor, uncond: Tensor | None, w: Tensor | None, noise: Tensor | None, x0: Tensor | None
@@ -247,7 +269,9 @@ class CompiledStep:
         operands.noise = None if noise is None else noise.data_ptr()
         operands.x0 = None if x0 is None else x0.data_ptr()
         rows, reference = self.references
-        call(self.loop, rows[k], reference, self.threads)
+        drawing = noise is None and self.rows[k].noisy
+        assert not drawing or self.keys is not None, f"row {k} has noise and got none"
+        call(self.loop, rows[k], reference, self.drawing if drawing else self.threads)
         return True
 
     def _weigh(self, w: Tensor | None) -> None:

@@ -22,6 +22,7 @@ class LearnedVarianceRun(Run):
     before the step.
     """
 
+    loop_draws = False  # the noise is scaled before the step
     output_says = "two planes, the prediction and v, on axis 1"
 
     def __init__(self, model: Callable[..., Any], plan: Plan, request: Request, *, compiled: bool) -> None:

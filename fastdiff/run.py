@@ -28,6 +28,7 @@ class Run:
     """
 
     input_is_state = True  # may the model see slot 0 itself?
+    loop_draws = True  # may the CPU's loop draw a row's noise?
     draws_on_host = True  # does the host draw a row's noise, where rows run on the host?
     output_says = "the shape of its input"
 
@@ -88,13 +89,15 @@ class Run:
                 self.w_tensors = [w.view(-1, *[1] * (len(self.shape) - 1)) for w in rows]
             slots = list(self.slab.unbind(0))
             self.eager = EagerStep(plan, slots)
-            self.compiled = CompiledStep(plan, slots, copies=self.halves) if compiled else None
+            keys = (self.noise.seeds, self.noise.index) if isinstance(self.noise, PhiloxNoise) else None
+            self.compiled = CompiledStep(plan, slots, copies=self.halves, keys=keys) if compiled else None
         else:
             self.table = plan.pack(self.device)
 
     def _noise(self, request: Request, compiled: bool) -> Noise:
         noise, plan = request.options.noise, self.plan
-        self.noise_in_kernel = noise == "philox" and not (self.on_host and self.draws_on_host)
+        draws = compiled and self.on_host and self.loop_draws and CompiledStep.usable(len(self.slab))
+        self.noise_in_kernel = noise == "philox" and (draws or not (self.on_host and self.draws_on_host))
         if noise == "torch":
             return TorchNoise(plan, self.x, request.generators)
         philox = PhiloxNoise(plan, self.x, compiled=compiled, in_kernel=noise != "philox" or self.noise_in_kernel)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +21,7 @@ from fastdiff.run import Run
 
 __all__ = ["Sampler", "Trajectory", "sample"]
 
-log = logging.getLogger("fastdiff")
 CACHED_RUNS = 4
-TIMED_STEPS = 9
 
 
 class Trajectory(NamedTuple):
@@ -50,8 +46,8 @@ class Sampler:
     Args:
         model: model(x, t, **cond) -> Tensor of x's shape. x [B, *] is the sampler's own buffer: do not keep or change
             it. t [B] is float32 or int64 (plan.times).
-        plan: from fastdiff.solvers. mode: see fd.sample; "auto" may compile here (on a CPU steps on classes, 10 s
-            at the first call of a shape) and keeps what a measurement after warm-up shows to be fastest.
+        plan: from fastdiff.solvers. mode: see fd.sample; "auto" may capture a CUDA graph here, and keeps it if a
+            measurement after warm-up shows it to be faster.
         options: any option of fd.sample, as a default for every call.
     """
 
@@ -121,18 +117,9 @@ class Sampler:
             self._runs.move_to_end(key)
             prepared.run.bind(self._model(o.mode), o.cond, o.uncond)
             return prepared
-        auto = o.mode == "auto" and not (self._one_shot and self.plan.classes)  # steps on classes take seconds
-        compiled = request.device.type in runs.HOST_DEVICES and (o.mode == "compile" or auto)
-        if compiled and self.plan.classes:
-            log.warning(
-                "compiling the step of %s for shape %s (about 10 s; later processes find it in a cache)",
-                self.plan.name,
-                request.shape,
-            )
+        compiled = request.device.type in runs.HOST_DEVICES and o.mode in ("auto", "compile")
         run = make_run(self.model, self.plan, request, compiled=compiled)
         run.bind(self._model(o.mode), o.cond, o.uncond)
-        if compiled and auto and not self._one_shot:
-            _keep_faster_step(run, request)
         graph = None if self._one_shot and o.mode == "auto" else graphs.build(run, request)
         self._runs[key] = _Prepared(run, graph)
         while len(self._runs) > CACHED_RUNS:
@@ -170,25 +157,6 @@ def _key(value: object) -> object:
     except TypeError:
         return id(value)
     return value
-
-
-def _keep_faster_step(run: Run, request: Request) -> None:
-    """Times the compiled step against the eager one on a middle row and drops the compiled one unless it wins."""
-    run.start(request)
-    k = run.plan.nfe // 2
-    n = torch.zeros_like(run.x) if run.plan.s[k].any() and not run.noise_in_kernel else None
-    m = torch.zeros(run.output_shape(), dtype=request.dtype)
-    u, m = m.split(run.shape[0]) if run.doubled else (m if run.guided else None, m)
-    best: dict[str, float] = {}
-    compiled = run.compiled
-    for _ in range(2):
-        for name, step in (("eager", None), ("compiled", compiled)):
-            run.compiled = step
-            for _ in range(TIMED_STEPS):
-                begin = time.perf_counter()
-                run.step(k, run.rows[k], m, u, n)
-                best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
-    run.compiled = compiled if best["compiled"] < best["eager"] else None
 
 
 def _rows(count: int, progress: bool) -> Any:  # noqa: ANN401 - an iterable of int
@@ -284,8 +252,8 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
         guide, guide_options: the rule that combines them (cfg, rescale, apg, zero_star) and its options: fd.ops.guide.
         threshold: (quantile, maximum), dynamic thresholding of x0-hat: fd.ops.threshold.
         x_T: the starting state itself. x_init: clean data, noised to the plan's start (plans made with start=k).
-        mode: auto | eager | compile (the model through torch.compile; on a CPU steps on classes too) | step_graph |
-            loop_graph (CUDA). auto never compiles in this one-shot call; a fd.Sampler may.
+        mode: auto | eager | compile (the model through torch.compile) | step_graph | loop_graph (CUDA). On a CPU all
+            but eager run rows as C++ loops. auto captures no graph in this one-shot call; a fd.Sampler may.
         callback: (row, t, x, x0) -> None or a replacement of x, after each row; x may be edited in place.
         trajectory: also return a Trajectory. check_finite: off | warn | raise (read once, at the end).
         device, dtype (of the model's input): default those of the model's parameters. out_dtype: default float32.

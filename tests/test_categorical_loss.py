@@ -74,12 +74,15 @@ def test_strides_and_axes(device):
 
 def test_near_the_truth_no_digits_are_lost(device, request):
     """A confident network: the error 2 (1 - p)^2 keeps its relative precision."""
-    logits = torch.tensor([[[9.0, 0.0, -40.0, -40.0]]])
-    p = torch.softmax(logits.double(), -1)[0, 0]
-    want = float((1 - p[0]) ** 2 + (p[1:] ** 2).sum())
-    got = float(ops.categorical_loss(logits.to(device), torch.zeros(1, 1, dtype=torch.int64, device=device)))
     exact = "loop" in request.node.name  # adds the others up; 1 - p in fp32 is 6e-8 of 1.2e-4, squared
-    assert abs(got / want - 1) < (1e-6 if exact else 2e-3)
+    for logits in (torch.tensor([[[9.0, 0.0, -40.0, -40.0]]]), torch.tensor([[[-9.0]]])):
+        p = torch.softmax(logits.double(), -1)[0, 0]
+        want = float((1 - p[0]) ** 2 + (p[1:] ** 2).sum()) if len(p) > 1 else 2 / (1 + math.exp(9)) ** 2
+        got = float(ops.categorical_loss(logits.to(device), torch.zeros(1, 1, dtype=torch.int64, device=device)))
+        assert abs(got / want - 1) < (1e-6 if exact else 2e-3)
+    if exact:  # two classes, the second true
+        got = float(ops.categorical_loss(torch.tensor([[[9.0]]]), torch.ones(1, 1, dtype=torch.int64)))
+        assert abs(got * (1 + math.exp(9)) ** 2 / 2 - 1) < 1e-6
 
 
 def test_extremes(device):

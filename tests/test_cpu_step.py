@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastdiff import Plan, ops, schedules, solvers
+from fastdiff import Plan, ops, rng, schedules, solvers
 from fastdiff.cpu import CompiledStep, EagerStep
 
 SHAPE = (3, 7, 173)  # two blocks and a rest
@@ -148,3 +148,36 @@ def test_slots_that_the_eager_rows_trade():
     assert (ends[0] - ends[1]).abs().max() <= 4 * 2.0**-24 * 3 * ends[
         0
     ].abs().max()  # four roundings of a row, in three
+
+
+@pytest.mark.parametrize("weights", [0, 1, 6])
+@pytest.mark.parametrize("sample", [(1,), (3,), (4, 8), (16, 14), (513,), (3, 700)])
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m_sde"])
+def test_a_row_that_draws_its_noise(name: str, sample: tuple[int, ...], weights: int):
+    """Bit for bit what the same row makes of rng.normal's numbers: samples that share a draw, and those of many."""
+    plan, shape = PLANS[name], (6, *sample)
+    seeds, index = torch.tensor([7, 2**62 + 1, 3, 3, 9, 0]), torch.tensor([0, 2**31 + 3, 1, 2, 5, 0])
+    held, w = random(plan.allocate().physical, *shape, seed=1), torch.linspace(0.5, 3, weights)
+    ends = []
+    for given in (False, True):
+        slots, copies = list(held.clone().unbind(0)), [torch.empty(shape, dtype=torch.bfloat16) for _ in range(2)]
+        step = CompiledStep(plan, slots, copies=copies, keys=(seeds, index))
+        for k in range(plan.nfe):
+            m, u = (random(*shape, seed=s + 10 * k) for s in (2, 3))
+            n = rng.normal(seeds, sample, row=k, index=index) if given and plan.s[k].any() else None
+            each = w.view(-1, *[1] * len(sample)) if weights else None
+            assert step(k, m, u if weights else None, each, n, None)
+        ends.append((torch.stack(slots), *copies))
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*ends, strict=True))
+
+
+def test_noise_is_drawn_the_same_by_any_number_of_threads():
+    plan, seeds = PLANS["ddpm"], torch.arange(5)
+    held, m = random(plan.allocate().physical, 5, 3001, seed=4), random(5, 3001, seed=5)
+    ends = []
+    for threads in (1, 2, 3):
+        step = CompiledStep(plan, slots := list(held.clone().unbind(0)), copies=[], keys=(seeds, seeds * 0))
+        step.drawing = threads
+        assert step(0, m, None, None, None, None)
+        ends.append(slots[0])
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])

@@ -101,6 +101,39 @@ def test_a_number_does_not_depend_on_what_is_drawn_beside_it(kind):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("kind", native.KINDS)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 32, 100, 128, 129])
+def test_small_samples_share_a_draw(n, kind):
+    """Bit for bit what each gives alone, from any counter on, and with a row each."""
+    batch = 67
+    seeds, index = torch.arange(batch) * 2**50 + 5, torch.arange(batch) * 3**17
+    whole = drawn(seeds, index, [(0, 1), (1, 9)], n, kind=kind)
+    long = drawn(seeds, index, [(0, 1), (1, 9)], 300, kind=kind)  # a sample alone
+    assert torch.equal(whole, long[..., :n])
+    later = drawn(seeds, index, [(0, 1)], n, kind=kind, first=7)
+    assert torch.equal(later[0], long[0, :, 28 : 28 + n])
+    out, rows = torch.empty(1, batch, n), torch.arange(batch) % 5
+    native.fill(out, seeds, index, torch.tensor([1]), rows, kind=kind, paired=True)
+    for row in range(5):
+        assert torch.equal(out[0, rows == row], drawn(seeds, index, [(1, row)], n, kind=kind)[0, rows == row])
+
+
+@pytest.mark.parametrize("n", [2, 100])
+def test_noising_and_loss_of_small_samples(n):
+    """Samples that share a draw: each result is that of the sample alone."""
+    batch = 37
+    seeds, index, g = torch.arange(batch) + 11, torch.arange(batch) * 7, torch.Generator().manual_seed(n)
+    x, m, coef = (torch.randn(batch, k, generator=g) for k in (n, n, 4))
+    out, loss, grad = torch.empty(batch, n), torch.empty(batch), torch.empty(batch, n)
+    assert _fused.noised(x, coef, seeds, index, 3, 1, [out])
+    assert _fused.loss_and_gradient(m, x, coef, seeds, index, 3, 1, 0, 1.0, loss, grad)
+    for b in range(batch):
+        part, a, c, d = slice(b, b + 1), torch.empty(1, n), torch.empty(1), torch.empty(1, n)
+        assert _fused.noised(x[part], coef[part], seeds[part], index[part], 3, 1, [a])
+        assert _fused.loss_and_gradient(m[part], x[part], coef[part], seeds[part], index[part], 3, 1, 0, 1.0, c, d)
+        assert torch.equal(a[0], out[b]) and torch.equal(c[0], loss[b]) and torch.equal(d[0], grad[b])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 def test_noising_in_the_same_loop(given: torch.dtype, dtype: torch.dtype):

@@ -19,14 +19,20 @@ struct Draws {
 
 template <Kind KIND>
 void fill(const Draws& v, int threads) {
-  const int64_t blocks = (v.n + WIDTH - 1) / WIDTH, jobs = v.pairs * v.batch * blocks;
+  const int64_t shared = v.first ? 0 : samples_of_draw(v.n), blocks = shared ? 1 : (v.n + WIDTH - 1) / WIDTH;
+  const int64_t groups = shared ? (v.batch + shared - 1) / shared : v.batch, jobs = v.pairs * groups * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs; job++) {
-    const int64_t sample = job / blocks, start = job % blocks * WIDTH, count = std::min<int64_t>(v.n - start, WIDTH);
-    const int64_t pair = sample / v.batch, b = sample % v.batch;
-    float *to = v.out + sample * v.n + start, part[WIDTH], *made = count < WIDTH ? part : to;
-    draw<KIND>(uint64_t(v.seeds[b]), uint32_t(v.first + start / 4), uint32_t(v.rows[v.paired ? b : pair]),
-               uint32_t(v.streams[pair]), uint32_t(v.index[b]), made);
+    const int64_t start = job % blocks * WIDTH, pair = job / blocks / groups, group = job / blocks % groups;
+    const int64_t b = shared ? group * shared : group, many = std::min(shared ? shared : 1, v.batch - b);
+    const int64_t count = shared ? many * v.n : std::min<int64_t>(v.n - start, WIDTH);
+    const auto row = [&](int64_t i) { return uint32_t(v.rows[v.paired ? b + i : pair]); };
+    float *to = v.out + (pair * v.batch + b) * v.n + start, part[WIDTH], *made = count < WIDTH ? part : to;
+    const auto stream = uint32_t(v.streams[pair]);
+    if (shared)
+      draw_samples<KIND>(int(many), int(v.n), v.seeds + b, v.index + b, stream, row, made);
+    else
+      draw<KIND>(uint64_t(v.seeds[b]), uint32_t(v.first + start / 4), row(0), stream, uint32_t(v.index[b]), made);
     if (made != to) std::memcpy(to, part, sizeof(float) * count);
   }
 }
@@ -37,24 +43,31 @@ struct Noise {
   int64_t stream, row, batch, n;
 };
 
-// a block of WIDTH normals, of which the sample may have fewer elements
+// `count` numbers of a sample and their normals
 struct Block {
-  int64_t b, at;
+  int64_t b, at, number;
   int count;
-  float n[WIDTH];
+  const float* n;
 };
 
 template <class Work>
 void each_block(const Noise& noise, int threads, const Work& work) {
-  const int64_t blocks = (noise.n + WIDTH - 1) / WIDTH, jobs = noise.batch * blocks;
+  const int64_t shared = samples_of_draw(noise.n), blocks = (noise.n + WIDTH - 1) / WIDTH;
+  const int64_t jobs = shared ? (noise.batch + shared - 1) / shared : noise.batch * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs; job++) {
+    alignas(64) float n[WIDTH];
+    if (shared) {
+      const int64_t b = job * shared, many = std::min(shared, noise.batch - b);
+      draw_samples<NORMAL>(int(many), int(noise.n), noise.seeds + b, noise.index + b, uint32_t(noise.stream),
+                           [&](int) { return uint32_t(noise.row); }, n);
+      for (int64_t i = 0; i < many; i++) work({b + i, (b + i) * noise.n, b + i, int(noise.n), n + i * noise.n});
+      continue;
+    }
     const int64_t b = job / blocks, start = job % blocks * WIDTH;
-    alignas(64) Block block;
-    block.b = b, block.at = b * noise.n + start, block.count = int(std::min<int64_t>(noise.n - start, WIDTH));
     draw<NORMAL>(uint64_t(noise.seeds[b]), uint32_t(start / 4), uint32_t(noise.row), uint32_t(noise.stream),
-                 uint32_t(noise.index[b]), block.n);
-    work(block, job);
+                 uint32_t(noise.index[b]), n);
+    work({b, b * noise.n + start, job, int(std::min<int64_t>(noise.n - start, WIDTH)), n});
   }
 }
 
@@ -103,7 +116,7 @@ extern "C" void fill_noise(float* out, const int64_t* seeds, const int64_t* inde
 // out = coef[b][0] x + coef[b][1] noise, and target, unless it is null, coef[b][2] x + coef[b][3] noise; x [batch, n]
 extern "C" void add_noise(const Noise* noise, const void* x, int x_type, const float* coef, void* out, void* target,
                           int out_type, int threads) {
-  each_block(*noise, threads, [&](const Block& v, int64_t) {
+  each_block(*noise, threads, [&](const Block& v) {
     alignas(64) float held[WIDTH], y[WIDTH];
     const float *from = read(x, x_type, v.at, v.count, held), *c = coef + 4 * v.b;
     for (void* to : {out, target}) {
@@ -121,7 +134,7 @@ extern "C" void denoising_loss(const Noise* noise, const void* m, int m_type, co
                                const float* coef, int kind, float delta, float* loss, void* grad, double* sums,
                                int threads) {
   const auto derivative = kind == L2 ? rho<L2> : kind == L1 ? rho<L1> : rho<HUBER>;
-  each_block(*noise, threads, [&](Block& v, int64_t job) {
+  each_block(*noise, threads, [&](const Block& v) {
     alignas(64) float held[WIDTH], value[WIDTH] = {}, d[WIDTH];
     const float* c = coef + 4 * v.b;
     for (int i = 0; i < v.count; i++) d[i] = c[1] * v.n[i];
@@ -133,7 +146,7 @@ extern "C" void denoising_loss(const Noise* noise, const void* m, int m_type, co
     for (int i = 0; i < v.count; i++) d[i] = given[i] - d[i];
     derivative(d, value, delta, v.count);
     write(d, c[2] / float(noise->n), grad, m_type, v.at, v.count);
-    sums[job] = sum(value);
+    sums[v.number] = sum(value);
   });
   const int64_t blocks = (noise->n + WIDTH - 1) / WIDTH;
   for (int64_t b = 0; b < noise->batch; b++) {

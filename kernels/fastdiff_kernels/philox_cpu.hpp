@@ -12,12 +12,14 @@ namespace {
 
 constexpr int LANES = 64, WIDTH = 4 * LANES;
 
-inline void philox(uint32_t* a, uint32_t* b, uint32_t* c, uint32_t* d, uint32_t k0, uint32_t k1) {
-  for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+// key(i): the two words of lane i
+template <class Key>
+inline void philox(uint32_t* a, uint32_t* b, uint32_t* c, uint32_t* d, const Key& key) {
+  for (uint32_t round = 0; round < 10; round++)
     for (int i = 0; i < LANES; i++) {
       const uint64_t p0 = uint64_t(a[i]) * 0xD2511F53u, p1 = uint64_t(c[i]) * 0xCD9E8D57u;
-      a[i] = uint32_t(p1 >> 32) ^ b[i] ^ k0;
-      c[i] = uint32_t(p0 >> 32) ^ d[i] ^ k1;
+      a[i] = uint32_t(p1 >> 32) ^ b[i] ^ (key(i, 0) + round * 0x9E3779B9u);
+      c[i] = uint32_t(p0 >> 32) ^ d[i] ^ (key(i, 1) + round * 0xBB67AE85u);
       b[i] = uint32_t(p1);
       d[i] = uint32_t(p0);
     }
@@ -82,27 +84,66 @@ inline void turn(uint32_t word, float r, float& sine, float& cosine) {
 
 enum Kind { NORMAL, GUMBEL, LOGISTIC };
 
-template <Kind KIND>
-void draw(uint64_t seed, uint32_t first, uint32_t row, uint32_t stream, uint32_t index, float* out) {
+struct Words {
   uint32_t a[LANES], b[LANES], c[LANES], d[LANES];
+};
+
+// the four numbers of every lane, one after another
+template <Kind KIND>
+__attribute__((noinline)) void numbers(const Words& v, float* out) {
   float n[4][LANES];
-  for (int i = 0; i < LANES; i++) {
-    a[i] = first + i;
-    b[i] = row;
-    c[i] = stream;
-    d[i] = index;
-  }
-  philox(a, b, c, d, uint32_t(seed), uint32_t(seed >> 32));
   if constexpr (KIND == NORMAL) {
-    for (int i = 0; i < LANES; i++) turn(b[i], radius(a[i]), n[0][i], n[1][i]);
-    for (int i = 0; i < LANES; i++) turn(d[i], radius(c[i]), n[2][i], n[3][i]);
+    for (int i = 0; i < LANES; i++) turn(v.b[i], radius(v.a[i]), n[0][i], n[1][i]);
+    for (int i = 0; i < LANES; i++) turn(v.d[i], radius(v.c[i]), n[2][i], n[3][i]);
   } else {
-    const uint32_t* words[4] = {a, b, c, d};
+    const uint32_t* words[4] = {v.a, v.b, v.c, v.d};
     for (int j = 0; j < 4; j++)
       for (int i = 0; i < LANES; i++) n[j][i] = KIND == GUMBEL ? gumbel(words[j][i]) : logistic(words[j][i]);
   }
   for (int i = 0; i < LANES; i++)
     for (int j = 0; j < 4; j++) out[4 * i + j] = n[j][i];
+}
+
+// WIDTH numbers of one sample, from counter `first` on
+template <Kind KIND>
+void draw(uint64_t seed, uint32_t first, uint32_t row, uint32_t stream, uint32_t index, float* out) {
+  Words v;
+  for (int i = 0; i < LANES; i++) {
+    v.a[i] = first + i;
+    v.b[i] = row;
+    v.c[i] = stream;
+    v.d[i] = index;
+  }
+  const uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+  philox(v.a, v.b, v.c, v.d, [&](int, int word) { return key[word]; });
+  numbers<KIND>(v, out);
+}
+
+// how many whole samples of n numbers share a draw; none where a sample alone fills more than half of it
+inline int64_t samples_of_draw(int64_t n) {
+  const int64_t many = n > WIDTH / 2 || n == 0 ? 0 : LANES / ((n + 3) / 4);
+  return many > 1 ? many : 0;
+}
+
+// the n numbers of each of `many` samples, one sample after another; out has room for WIDTH. row(i): of the i-th
+template <Kind KIND, class Row>
+void draw_samples(int many, int n, const int64_t* seeds, const int64_t* index, uint32_t stream, const Row& row,
+                  float* out) {
+  Words v = {};
+  uint32_t key[2][LANES] = {};
+  const int counters = (n + 3) / 4;
+  for (int s = 0, lane = 0; s < many; s++)
+    for (int i = 0; i < counters; i++, lane++) {
+      v.a[lane] = i;
+      v.b[lane] = row(s);
+      v.c[lane] = stream;
+      v.d[lane] = index ? uint32_t(index[s]) : 0u;
+      key[0][lane] = uint32_t(uint64_t(seeds[s]));
+      key[1][lane] = uint32_t(uint64_t(seeds[s]) >> 32);
+    }
+  philox(v.a, v.b, v.c, v.d, [&](int i, int word) { return key[word][i]; });
+  numbers<KIND>(v, out);
+  for (int s = 1; n % 4 && s < many; s++) std::memmove(out + s * n, out + s * counters * 4, sizeof(float) * n);
 }
 
 }  // namespace

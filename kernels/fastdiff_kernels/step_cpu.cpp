@@ -6,11 +6,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "philox_cpu.hpp"
 #include "sums_cpu.hpp"
 #include "types_cpu.hpp"
 
 namespace {
 
+constexpr uint32_t ROWS = 1;  // stream of noise, as in fastdiff.rng
 constexpr int BLOCK = 512, SLOTS = 16, TERMS = SLOTS + 3, COPIES = 2;
 enum Source { P = -1, M = -2, N = -3 };  // else a slot
 
@@ -24,6 +26,7 @@ struct Row {
   Prediction p;
   float c_in_next;
   int32_t skips, uses_p, fused, targets;  // fused: p is in target 0 alone, its last term, or all of target 1
+  int32_t noisy, number;
   int32_t place[SLOTS], terms[SLOTS], held[SLOTS];
   int32_t source[SLOTS][TERMS];
   float c[SLOTS][TERMS];
@@ -38,6 +41,8 @@ struct Call {
   void* copies[COPIES];
   int32_t m_type, uncond_type, copy_type, w_each;
   int64_t batch, n;
+  const int64_t *seeds, *index;  // the noise of a row that is given none
+  int64_t samples;
 };
 
 // a NaN passes
@@ -72,8 +77,8 @@ void fuse(const Prediction& of, const float* x, const float* m, float b, const f
   fuse<SUMMED, KEPT, IN_ONE>(of, x, m, b, s, c, to, kept, count);
 }
 
-// elements at .. at + count - 1, all of sample b
-void block(const Row& row, const Call& v, int64_t b, int64_t at, int count) {
+// elements at .. at + count - 1, all of sample b where there is a weight each; noise: theirs
+void block(const Row& row, const Call& v, int64_t b, int64_t at, int count, const float* noise) {
   alignas(64) static const float nothing[BLOCK] = {};
   alignas(64) float mixed[BLOCK], other[BLOCK], p[BLOCK], values[SLOTS][BLOCK];
   const float *x = row.skips ? v.slots[0] + at : nothing, *m = read(v.m, v.m_type, at, count, mixed);
@@ -88,7 +93,7 @@ void block(const Row& row, const Call& v, int64_t b, int64_t at, int count) {
   const auto terms = [&](int target) {
     for (int k = 0; k < row.terms[target]; k++) {
       const int j = row.source[target][k];
-      s[k] = j == P ? p : j == M ? m : j == N ? v.noise + at : v.slots[j] + at;
+      s[k] = j == P ? p : j == M ? m : j == N ? noise : v.slots[j] + at;
     }
     return row.terms[target];
   };
@@ -112,14 +117,35 @@ void block(const Row& row, const Call& v, int64_t b, int64_t at, int count) {
     if (v.copies[j]) write(v.slots[0] + at, row.c_in_next, v.copies[j], v.copy_type, at, count);
 }
 
+// a row that draws its noise, a block at a time
+void drawn(const Row& row, const Call& v, int threads) {
+  const int64_t n = v.batch * v.n / v.samples, shared = samples_of_draw(n), blocks = (n + BLOCK - 1) / BLOCK;
+  const int64_t jobs = shared ? (v.samples + shared - 1) / shared : v.samples * blocks;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t job = 0; job < jobs; job++) {
+    alignas(64) float noise[BLOCK];
+    if (shared) {
+      const int64_t b = job * shared, many = std::min(shared, v.samples - b), each = v.w_each ? 1 : many;
+      draw_samples<NORMAL>(int(many), int(n), v.seeds + b, v.index + b, ROWS, [&](int) { return row.number; }, noise);
+      for (int64_t i = 0; i < many; i += each) block(row, v, b + i, (b + i) * n, int(each * n), noise + i * n);
+      continue;
+    }
+    const int64_t b = job / blocks, start = job % blocks * BLOCK, count = std::min<int64_t>(BLOCK, n - start);
+    for (int64_t i = 0; i < count; i += WIDTH)
+      draw<NORMAL>(uint64_t(v.seeds[b]), uint32_t((start + i) / 4), row.number, ROWS, uint32_t(v.index[b]), noise + i);
+    block(row, v, b, b * n + start, int(count), noise);
+  }
+}
+
 }  // namespace
 
 extern "C" void affine_row(const Row* row, const Call* call, int threads) {
+  if (row->noisy && !call->noise) return drawn(*row, *call, threads);
   const int64_t blocks = (call->n + BLOCK - 1) / BLOCK, jobs = call->batch * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs; job++) {
-    const int64_t b = job / blocks, start = job % blocks * BLOCK;
-    block(*row, *call, b, b * call->n + start, int(std::min<int64_t>(BLOCK, call->n - start)));
+    const int64_t b = job / blocks, start = job % blocks * BLOCK, at = b * call->n + start;
+    block(*row, *call, b, at, int(std::min<int64_t>(BLOCK, call->n - start)), call->noise ? call->noise + at : nullptr);
   }
 }
 
