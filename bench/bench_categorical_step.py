@@ -5,7 +5,7 @@ import torch
 
 from fastdiff_bench.kernels import categorical_step
 
-COLUMNS = ("torch", "torch.compile", "fastdiff eager")
+COLUMNS = ("torch", "torch.compile", "fastdiff eager", "fastdiff compiled")
 
 
 @pytest.mark.parametrize("classes", [27, 256])

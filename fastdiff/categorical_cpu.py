@@ -256,14 +256,13 @@ def noise_into(
     x: Tensor, noise: Tensor | None, coef: Tensor, seeds: Tensor | None, index: Tensor | None, row: int, out: Tensor,
     logits: Tensor | None,
 ) -> bool:  # fmt: skip
-    """z = coef[:, 0] onehot(x) + coef[:, 1] n, out = 2 softmax(z) - 1 by the C++ loop; False where it cannot run.
+    """z = coef[:, 0] onehot(x) + coef[:, 1] n, out = 2 softmax(z) - 1 by the C++ loop; False where there is none.
 
     Args: x int64 [B, *D]; noise [B, *D, K'] of a float dtype, or seeds and index; coef fp32 [B, 2] (K = 2: of 2 x - 1);
         out, logits: outputs [B, *D, K'], contiguous, of one float dtype but float64.
     """
     kinds = (*[c_void_p] * 6, c_int64, *[c_void_p] * 2, *[ctypes.c_int] * 2)
-    given = [x, coef, *(v for v in (noise, seeds, index) if v is not None)]
-    loop = function("categorical", "categorical_noise", *kinds) if plain(given) else None
+    loop = function("categorical", "categorical_noise", *kinds)
     if loop is None:
         return False
     x, coef = x.contiguous(), coef.contiguous()
@@ -277,13 +276,12 @@ def noise_into(
 
 
 def loss_into(logits: Tensor, x: Tensor, error: Tensor, grad: Tensor | None) -> bool:
-    """The loss [B] of logits [B, *D, K'] and classes x [B, *D] by the C++ loop; False where it cannot run.
+    """The loss [B] of logits [B, *D, K'] and classes x [B, *D] by the C++ loop; False where there is none.
 
     grad, contiguous like logits, receives tokens times its gradient.
     """
     kinds = (c_void_p, c_void_p, ctypes.c_int, *[c_void_p] * 4, ctypes.c_int)
-    fits = logits.dtype in TYPES and plain((logits, x))
-    loop = function("categorical", "categorical_loss", *kinds) if fits else None
+    loop = function("categorical", "categorical_loss", *kinds) if logits.dtype in TYPES else None
     if loop is None:
         return False
     logits, x = logits.contiguous(), x.contiguous()

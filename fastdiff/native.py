@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 __all__ = ["ONE_THREAD", "TYPES", "available", "call", "draw", "fill", "function", "plain", "threads", "usable"]
 
-# Inductor writes its own vector code and forbids the compiler's; a square root that sets errno is no vector code
+# torch's toolchain forbids vector code of the compiler's own; a square root that sets errno is none
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
 INCLUDE = re.compile(r'#include "(\w+\.hpp)"')
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as fastdiff_kernels/types_cpu.hpp has them

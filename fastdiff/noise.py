@@ -31,7 +31,7 @@ class Noise:
 
 
 class PhiloxNoise(Noise):
-    """n = normal(seed, sample, stream, row, element): on CUDA in the step kernel, on the CPU some rows at a time.
+    """n = normal(seed, sample, stream, row, element): in the step's kernel or loop, else some rows at a time.
 
     Compiled, the start rides along as the first rows of the first block.
     """

@@ -222,11 +222,9 @@ def test_batch_invariance(K, device):
         assert torch.equal(z, whole[0][:, pick]) and torch.equal(x, whole[1][pick]) and torch.equal(k, whole[2][pick])
 
 
-@pytest.mark.parametrize("K", [2, 3, 27, 256])
+@pytest.mark.parametrize("K", [2, 3, 27, 100])
 def test_frequencies_are_categorical(K, device):
     """Classes of equal tokens against softmax: chi-square below its 0.9999 quantile (normal approximation)."""
-    if K == 256 and device.type == "cpu" and ops._dispatch.kernels_for(torch.empty(0)):
-        pytest.skip("a minute in the interpreter; its classes equal the reference's in the other tests")
     tokens = 40 * K
     g = torch.Generator().manual_seed(K)
     logits = torch.randn(1, 1, width(K), generator=g).expand(1, tokens, width(K))

@@ -3,8 +3,8 @@
     python -m fastdiff_bench.categorical [--quick] [--json FILE]
 
 Plain: softmax, Categorical sample, one_hot, normal, exp, product with theta, normalise, 2 theta - 1, each a call, with
-torch's generator; the same function through torch.compile beside it. fastdiff: compiled chunks (what sampling uses by
-default) and the eager operation, with Philox noise. Medians of interleaved calls; the two paths are compared first.
+torch's generator; the same function through torch.compile beside it. fastdiff: the C++ loop (what sampling uses by
+default) and eager chunks (what it uses without a compiler), with Philox noise. Medians of interleaved calls; the two paths are compared first.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def measure(K: int, batch: int, tokens: int, asked: float | None, *, repeats: in
             raise RuntimeError("the CPU compiler is not usable")
 
     def eager() -> None:
-        ops.categorical_step(
-            state, m, table, row, slots=1, readout="sample", seeds=seeds, index=index, model_in=x, classes=classes
-        )
+        with ops.cpu_compiler(False):
+            ops.categorical_step(
+                state, m, table, row, slots=1, readout="sample", seeds=seeds, index=index, model_in=x, classes=classes
+            )
 
     compiled()
     first, k = state.clone(), classes.clone()

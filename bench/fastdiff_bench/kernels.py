@@ -270,7 +270,7 @@ def categorical_step(schedule: str, elements: int, dtype: torch.dtype, device: t
     still = torch.zeros(shape, device=device)
     ops.categorical_step(state, m, table, row, slots=plan.slots, readout="argmax", noise=still, model_in=seen)
     work.differs["fastdiff eager"] = _gap(seen, want)
-    return _finish(work, names, found, ours, device)
+    return _finish(work, names, found, ours, device, compiles=True)
 
 
 def denoising_loss(

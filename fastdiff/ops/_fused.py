@@ -20,7 +20,7 @@ BLOCK = 256  # elements whose loss is added up first: WIDTH of fastdiff_kernels/
 
 @contextmanager
 def cpu_compiler(enabled: bool) -> Iterator[None]:
-    """Inside this context the CPU's noising and loss run as C++ loops (the default), or as eager torch."""
+    """Inside this context the CPU's operations run as C++ loops (the default), or as eager torch."""
     global _enabled
     before, _enabled = _enabled, enabled
     try:
@@ -30,7 +30,7 @@ def cpu_compiler(enabled: bool) -> Iterator[None]:
 
 
 def wanted(*tensors: Tensor) -> bool:
-    """Plain CPU tensors, outside of tracing and of functorch."""
+    """Are these plain CPU tensors for the loops: outside of tracing, functorch and `cpu_compiler(False)`?"""
     return _enabled and native.plain(tensors) and not _dispatch.kernels_for(tensors[0])
 
 
@@ -38,6 +38,14 @@ class Noise(ctypes.Structure):
     """Normals [batch, n] of one stream and row, as fastdiff_kernels/noise_cpu.cpp reads them."""
 
     _fields_ = [("seeds", c_void_p), ("index", c_void_p), *((v, c_int64) for v in ("stream", "row", "batch", "n"))]
+
+
+def _noise(
+    seeds: Tensor, index: Tensor | None, row: int, stream: int, like: Tensor
+) -> tuple[Noise, tuple[Tensor, ...]]:
+    """The noise of like's shape [B, n], and the tensors that must outlive it."""
+    held = seeds.contiguous(), (torch.zeros_like(seeds) if index is None else index).contiguous()
+    return Noise(*(v.data_ptr() for v in held), stream, row, *like.shape), held
 
 
 def noised(
@@ -51,8 +59,7 @@ def noised(
     loop = native.function("noise", "add_noise", *kinds) if wanted(x, seeds) else None
     if loop is None:
         return False
-    held = seeds.contiguous(), (torch.zeros_like(seeds) if index is None else index).contiguous()
-    noise = Noise(*(v.data_ptr() for v in held), stream, row, *x.shape)
+    noise, _held = _noise(seeds, index, row, stream, x)
     out, target = (*(v.data_ptr() for v in outs), None)[:2]
     native.call(
         loop, ctypes.byref(noise), x.data_ptr(), TYPES[x.dtype], coef.data_ptr(), out, target, TYPES[outs[0].dtype],
@@ -74,8 +81,7 @@ def loss_and_gradient(
     loop = native.function("noise", "denoising_loss", *kinds) if wanted(m, seeds) else None
     if loop is None:
         return False
-    held = seeds.contiguous(), (torch.zeros_like(seeds) if index is None else index).contiguous()
-    noise = Noise(*(v.data_ptr() for v in held), stream, row, *m.shape)
+    noise, _held = _noise(seeds, index, row, stream, m)
     sums = torch.empty(m.shape[0], -(-m.shape[1] // BLOCK), dtype=torch.float64)
     clean = (None, 0) if x0 is None else (x0.data_ptr(), TYPES[x0.dtype])
     outputs = (v.data_ptr() for v in (loss, grad, sums))

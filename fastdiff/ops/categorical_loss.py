@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdiff.categorical_cpu import chunks, loss_into
-from fastdiff.ops import _dispatch
+from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._categorical import (
     check_classes,
     check_logits,
@@ -86,7 +86,7 @@ def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
         torch.ops.fastdiff.categorical_loss(logits, x, errors, grad)
         return errors.sum(1) / tokens
     found = torch.empty(batch)
-    if loss_into(logits, x, found, grad):
+    if _fused.wanted(logits, x) and loss_into(logits, x, found, grad):
         return found
     return _error_on_cpu(
         logits.reshape(batch, tokens, width), x.reshape(batch, tokens, 1),

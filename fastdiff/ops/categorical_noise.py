@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff import rng
 from fastdiff.categorical_cpu import belief_, chunks, drawn, noise_into
-from fastdiff.ops import _dispatch, _noising
+from fastdiff.ops import _dispatch, _fused, _noising
 from fastdiff.ops._categorical import belief, channels, check_classes, rows_of, vectors
 from fastdiff.ops._dispatch import FLOATS64, spread
 from fastdiff.ops._noising import Seeds
@@ -107,7 +107,7 @@ def _on_cpu(
                     for v in (schedule.alpha(at), schedule.sigma(at)))  # fmt: skip
     if not wide:
         coef = torch.stack([alpha, SQRT2 * sigma if width == 1 else sigma], 1)
-        if noise_into(x, noise, coef, seeds, index, row, out, logits):
+        if _fused.wanted(x, coef) and noise_into(x, noise, coef, seeds, index, row, out, logits):
             return out if logits is None else (out, logits)
     which = torch.full((1,), row, dtype=torch.int64)
     flat = [None if v is None else v.view(batch, -1, width) for v in (out, logits)]

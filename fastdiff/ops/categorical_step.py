@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import native
 from fastdiff.categorical_cpu import CompiledStep, chunks, step_in_chunks
 from fastdiff.cpu import host_row
 from fastdiff.gumbel import gumbels
-from fastdiff.ops import _dispatch
+from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._categorical import (
     READOUTS,
     belief,
@@ -169,7 +168,7 @@ def _step_on_cpu(
 ) -> None:  # fmt: skip
     """In place, by the C++ loop or else a chunk at a time."""
     given = {"uncond": uncond, "guidance": guidance, "seeds": seeds, "index": index, "noise": noise, "gumbel": gumbel}
-    if native.usable(model_out, row, *(v for v in given.values() if v is not None)) and CompiledStep(
+    if _fused.wanted(model_out, row, *(v for v in given.values() if v is not None)) and CompiledStep(
         state, model_in, classes, table.contiguous(), slots
     )(readout, row, model_out, **given):
         return
