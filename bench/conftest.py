@@ -1,7 +1,5 @@
 """Options and facts shared by the bench_*.py files: pytest bench/bench_*.py [pytest-benchmark's options]."""
 
-import logging
-
 import pytest
 import torch
 
@@ -19,7 +17,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    logging.getLogger("fastdiff").setLevel(logging.ERROR)
     if not malloc_is_set():
         print("MALLOC_MMAP_THRESHOLD_ is not set: page faults are on the clock; `make bench` sets it")
 

@@ -4,7 +4,8 @@
 
 Plain: softmax, Categorical sample, one_hot, normal, exp, product with theta, normalise, 2 theta - 1, each a call, with
 torch's generator; the same function through torch.compile beside it. fastdiff: the C++ loop (what sampling uses by
-default) and eager chunks (what it uses without a compiler), with Philox noise. Medians of interleaved calls; the two paths are compared first.
+default) and eager chunks (what it uses without a compiler), with Philox noise. Medians of interleaved calls; the two
+paths are compared first.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ bandwidth; the launch floor is the smallest operation there is.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,7 +83,6 @@ def run(request: Request, *, say: Callable[[str], object]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 2 with one line for bad input."""
     args = options.parser().parse_args(argv)
-    logging.getLogger("fastdiff").setLevel(logging.ERROR)  # what compiles is known here
     try:
         request = Request(args)
         data = run(request, say=lambda line: print(line, file=sys.stderr, flush=True))

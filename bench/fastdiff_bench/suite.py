@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -112,7 +111,6 @@ def text(data: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 2 and a line for bad input or a failing model, 1 where --compare finds slower rows."""
     args = options.parser().parse_args(argv)
-    logging.getLogger("fastdiff").setLevel(logging.ERROR)  # what compiles is known here
     try:
         request = Request(args)
         model = None
