@@ -258,6 +258,13 @@ def test_more_samples_than_a_grid_axis(kernel_device, monkeypatch):
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+def test_more_samples_than_a_kernel_counts(kernel_device):
+    """2^31 of them would wrap around: refused before anything is launched."""
+    kernel = ops._dispatch.kernels("affine_step").affine_step_kernel
+    with pytest.raises(ValueError, match="at most 2147418113 samples, got 2147483648"):
+        ops._dispatch.run(kernel, (torch.empty(1, device=kernel_device),), 1, 2**31)
+
+
 def test_reference_is_differentiable_and_vectorises():
     table = make_table(1, 2, noisy=False, seed=11).double()
     state = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)

@@ -136,6 +136,8 @@ def run(
         raise RuntimeError("TRITON_INTERPRET is set: Triton's interpreter runs CPU tensors, not CUDA tensors")
     if constants["MATH"] != "exact" and not tensor.is_cuda:
         raise RuntimeError("kernels run CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1 before import")
+    if batch > 2**31 - GRID_LIMIT:  # kernels count samples in 32 bits
+        raise ValueError(f"a kernel takes at most {2**31 - GRID_LIMIT} samples, got {batch}")
     for first in range(0, batch, GRID_LIMIT):
         grid = (programs, min(GRID_LIMIT, batch - first), depth)
         filled = [first if a is FIRST else a for a in args]

@@ -33,7 +33,7 @@ def add_noise_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (tiles of a sample, samples); noise is noise_ptr's or Philox's of (seed, stream, row, index)."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     t, valid = coef_row(t_ptr, b * t_stride, rows)
     alpha, sigma, target_x0, target_eps = load4(coef_ptr + t * 4, MATH)
     alpha = tl.where(valid, alpha, float("nan"))

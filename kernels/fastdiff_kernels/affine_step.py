@@ -50,7 +50,7 @@ def affine_step_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (tiles of a sample, samples). All loads of an element precede its stores: a slot may be read and written."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     row = tl.load(row_ptr + b * row_stride).to(tl.int64)
     c = ()
     for k in tl.static_range(0, WIDTH, 4):

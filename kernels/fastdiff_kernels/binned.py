@@ -35,7 +35,7 @@ def binned_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (tiles of a sample, samples)."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     row = tl.load(row_ptr + b * row_stride).to(tl.int64)
     c_skip = tl.load(coef_ptr + 2 * row)
     c_out = tl.load(coef_ptr + 2 * row + 1)

@@ -43,7 +43,7 @@ def denoising_loss_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (programs of a sample, samples)."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     t, valid = coef_row(t_ptr, b * t_stride, rows)
     target_x0, target_eps, weight, _ = load4(coef_ptr + t * 4, MATH)
     scale = tl.where(valid, weight, float("nan")) * one_over_n
@@ -94,7 +94,7 @@ def sum_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (1, samples): one warp adds a sample's parts in the order of their lanes."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     lane = tl.arange(0, 128)
     total = tl.zeros([128], tl.float32)
     for start in range(0, tiles, 128):

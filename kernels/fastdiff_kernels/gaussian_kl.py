@@ -40,7 +40,7 @@ def gaussian_kl_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (programs of a sample, samples); the pieces depend on the sample's size alone."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     n = sample_size(n, ALIGNED)
     PIECE: tl.constexpr = BLOCK // PARTS
     lane = tl.arange(0, PIECE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]

@@ -48,7 +48,7 @@ def scales_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (1, samples): k_c and k_d of one sample."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     n = sample_size(n, ALIGNED)
     c_ptr += b * n
     u_ptr += b * n
@@ -113,7 +113,7 @@ def combine_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (tiles, samples): k_c c + k_d (c - u)."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     n = sample_size(n, ALIGNED)
     c_ptr += b * n
     u_ptr += b * n

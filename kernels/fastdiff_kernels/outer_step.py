@@ -40,7 +40,7 @@ def outer_step_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (tiles of a sample, samples). All loads of an element precede its stores."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     c = ()
     for k in tl.static_range(0, WIDTH, 4):
         c = c + load4(table_ptr + row.to(tl.int64) * WIDTH + k, MATH)

@@ -143,7 +143,7 @@ def normal_kernel(
     MATH: tl.constexpr,
 ):
     """Fills out[k, b] with the normals of (seed[b], stream, rows[k], index[b]); grid (tiles, batch, rows)."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     k = tl.program_id(2).to(tl.int64)
     key = sample_key(tl.load(rows_ptr + k), stream, tl.load(index_ptr + b), tl.load(seed_ptr + b))
     n = sample_size(n, ALIGNED)

@@ -35,7 +35,7 @@ def posterior_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (tiles of a sample, samples); the first tile writes the sample's variances."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     t, valid = coef_row(t_ptr, b * t_stride, rows)
     coef_ptr += t * 8
     c_skip, c_ratio, k_x0, k_xt = load4(coef_ptr, MATH)

@@ -55,7 +55,7 @@ def bound_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (1, samples): s = clamp(quantile of |x0|, 1, maximum); NaN where the sample holds one."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     n = sample_size(n, ALIGNED)
     x_ptr += b * n
     c_skip = 1.0
@@ -122,7 +122,7 @@ def threshold_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (tiles, samples): clamp(x, -s, s) / s."""
-    b = tl.program_id(1).to(tl.int64) + first
+    b = (tl.program_id(1) + first).to(tl.int64)
     n = sample_size(n, ALIGNED)
     x_ptr += b * n
     out_ptr += b * n
