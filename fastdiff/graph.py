@@ -117,8 +117,12 @@ class LoopGraph:
         self.graph = _capture(self._rows, self.rewind, run.device)
 
     def _rows(self) -> None:
-        for k in range(self.run.plan.nfe):
-            self.run.advance(k)
+        self.run.numbered = True
+        try:
+            for k in range(self.run.plan.nfe):
+                self.run.advance(k)
+        finally:
+            self.run.numbered = False
 
     def rewind(self) -> None:
         """Nothing to do: every row holds its own index."""

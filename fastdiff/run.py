@@ -69,6 +69,7 @@ class Run:
         self.compiled: Callable[..., bool] | None = None
         self.w_tensors: list[Tensor] = []
         self.relaunch = Relaunch()
+        self.numbered = False  # do kernels get a row's number itself? Where each is launched, or captured, for one row
         self.seeded: tuple[int, int] | None = None  # whose keys the noise holds
         self._prepare(compiled)
 
@@ -236,7 +237,10 @@ class Run:
         if not self.on_host:
             reduced = self.reduce(row, m, u)
             changing = (m, u, row, noise, *reduced.values())
-            self.relaunch("fastdiff::affine_step", lambda: self._launch(row, m, u, noise, reduced), changing)
+            if self.numbered:
+                self._launch(k, m, u, noise, reduced)
+            else:
+                self.relaunch("fastdiff::affine_step", lambda: self._launch(row, m, u, noise, reduced), changing)
         elif self.compiled is None or not self.compiled(
             k, m, u, self.w_tensors[k] if self.guided else None, noise, self.x0
         ):
@@ -244,7 +248,9 @@ class Run:
             self.refresh(k + 1)
         self.watch(row, m)
 
-    def _launch(self, row: Tensor, m: Tensor, u: Tensor | None, noise: Tensor | None, reduced: dict[str, Any]) -> None:
+    def _launch(
+        self, row: Tensor | int, m: Tensor, u: Tensor | None, noise: Tensor | None, reduced: dict[str, Any]
+    ) -> None:
         seeded = self.noise if self.noise_in_kernel and self.plan.stochastic else None
         ops.affine_step(
             self.slab, m, self.table, row, slots=self.plan.slots, uncond=u, **reduced,

@@ -57,9 +57,10 @@ def run(device, state, m, table, row, *, slots, model_in=None, x0=None, **tensor
     here = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
     state = state.clone().to(device)
     outs = [None if o is None else torch.full_like(o, math.nan, device=device) for o in (model_in, x0)]
+    row = row if isinstance(row, int) else row.to(device)
     ops.affine_step(
-        state, m.to(device), table.to(device), row.to(device), slots=slots, model_in=outs[0], x0=outs[1], **here
-    )
+        state, m.to(device), table.to(device), row, slots=slots, model_in=outs[0], x0=outs[1], **here
+    )  # fmt: skip
     return state, *outs
 
 
@@ -247,6 +248,20 @@ def test_non_contiguous_inputs(device):
     assert relative(got, reference(state, m, table, row, slots=1, uncond=u, guidance=w, noise=n)[0]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_row_by_its_number(slots, device):
+    """Bit for bit the row that a tensor names, its noise and weight included."""
+    table, g = make_table(4, slots, seed=12), torch.Generator().manual_seed(12)
+    state, m = torch.randn(slots, 3, 37, generator=g), torch.randn(3, 37, generator=g)
+    u, w = torch.randn(3, 37, generator=g), torch.tensor([[1.0], [2.0], [0.5], [3.0]])
+    options = dict(slots=slots, uncond=u, guidance=w, seeds=torch.arange(3))
+    for k in (0, 2, 3):
+        got = run(device, state, m, table, k, **options)[0]
+        assert torch.equal(got, run(device, state, m, table, torch.tensor([k]), **options)[0])
+    with pytest.raises(ValueError, match="row must be in 0..3, got 4"):
+        run(device, state, m, table, 4, **options)
+
+
 def test_more_samples_than_a_grid_axis(kernel_device, monkeypatch):
     """Batches beyond the grid's second axis run in several launches with the same result."""
     table, g = make_table(1, 2, seed=10), torch.Generator().manual_seed(10)
@@ -285,7 +300,7 @@ def test_registration(kernel_device):
     table, state = make_table(2, 2).to(kernel_device), torch.randn(2, 3, 5, device=kernel_device)
     m, row = torch.randn(3, 5, device=kernel_device), torch.tensor([1], device=kernel_device)
     seeds, x = torch.arange(3, device=kernel_device), torch.empty(3, 5, device=kernel_device)
-    args = (state, m, table, row, 2, None, None, None, None, None, seeds, None, 1, None, x, torch.empty_like(x))
+    args = (state, m, table, row, -1, 2, None, None, None, None, None, seeds, None, 1, None, x, torch.empty_like(x))
     torch.library.opcheck(torch.ops.fastdiff.affine_step.default, args, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -64,11 +64,11 @@ def tile_of(slots: int = 1, *, lanes: int = 32) -> tuple[dict[str, Any], int]:
 
 
 def _step(slots: int, model: str, *, lanes: int = 32, noise: bool = True, guided: bool = True, copies: int = 1,
-          ruled: bool = False) -> Case:  # fmt: skip
+          ruled: bool = False, numbered: bool = False) -> Case:  # fmt: skip
     from fastdiff.plan import ROW_HEADER, row_width
 
     scalars = ("n", "batch", "first", "row_stride", "w_row_stride", "w_batch_stride", "stream")
-    types = {"state_ptr": "*fp32", "model_ptr": f"*{model}", "table_ptr": "*fp32", "row_ptr": "*i32"}
+    types = {"state_ptr": "*fp32", "model_ptr": f"*{model}", "table_ptr": "*fp32", "row": "i32" if numbered else "*i32"}
     types |= dict.fromkeys(scalars, "i32")
     if copies:
         types["model_in_ptr"] = "*bf16"
@@ -82,8 +82,12 @@ def _step(slots: int, model: str, *, lanes: int = 32, noise: bool = True, guided
     constants = {"SLOTS": slots, "HEADER": ROW_HEADER, "WIDTH": row_width(slots), "NOISE": int(noise)}
     constants |= {"GUIDED": guided + ruled, "COPIES": copies, **tile}
     features = [
-        f for f, on in (("noise", noise), ("guidance", guided), ("rule", ruled), ("2copies", copies == 2)) if on
-    ]
+        f
+        for f, on in (
+            ("noise", noise), ("guidance", guided), ("rule", ruled), ("2copies", copies == 2), ("number", numbered),
+        )
+        if on
+    ]  # fmt: skip
     return Case(
         f"affine_step/r{slots}/{'+'.join(features) or 'plain'}/{model}",
         "affine_step", "affine_step_kernel", types, constants,
@@ -160,6 +164,8 @@ def cases(lanes: int = 32) -> Iterator[Case]:
     for model in ("fp32", "bf16"):
         yield _step(1, model, lanes=lanes, noise=False, guided=False)
         yield _step(1, model, lanes=lanes, guided=False)
+        yield _step(1, model, lanes=lanes, noise=False, guided=False, numbered=True)
+        yield _step(1, model, lanes=lanes, guided=False, numbered=True)
         for slots in (1, 2, 3, 4):
             yield _step(slots, model, lanes=lanes)
         yield _step(2, model, lanes=lanes, ruled=True)

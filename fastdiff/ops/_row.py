@@ -21,9 +21,14 @@ def check_table(table: Tensor, slots: int, like: Tensor) -> None:
         raise ValueError(f"table must be [N, {width}] for {slots} slots, got {tuple(table.shape)}")
 
 
-def check_row(row: Tensor, table: Tensor, batch: int, like: Tensor) -> None:
-    """row [1] or [B], inside the table where looking at it costs no sync."""
+def check_row(row: Tensor | int, table: Tensor, batch: int, like: Tensor) -> None:
+    """row [1] or [B], or one number, inside the table where looking at it costs no sync."""
+    if isinstance(row, int) and not isinstance(row, bool):
+        if not 0 <= row < table.shape[0]:
+            raise ValueError(f"row must be in 0..{table.shape[0] - 1}, got {row}")
+        return
     check_tensor("row", row, dtypes=INTS, like=like)
+    assert isinstance(row, Tensor)
     if tuple(row.shape) not in ((1,), (batch,)):
         raise ValueError(f"row must have shape (1,) or ({batch},), got {tuple(row.shape)}")
     if not row.is_cuda and not torch.compiler.is_compiling() and row.numel():

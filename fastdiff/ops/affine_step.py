@@ -18,7 +18,7 @@ def affine_step(
     state: Tensor,
     model_out: Tensor,
     table: Tensor,
-    row: Tensor,
+    row: Tensor | int,
     *,
     slots: int,
     uncond: Tensor | None = None,
@@ -49,7 +49,8 @@ def affine_step(
         model_out: [B, *sample], fp32, bf16 or fp16 (made contiguous if it is not).
         table: fp32 [N, W] of `Plan.pack()`, W = row_width(slots): c_skip, c_ratio, lo, hi, c_in_next, has_noise,
             log_var_lo, log_var_hi, A (row-major over logical slots), b, d, s, read, write, padding.
-        row: int32 or int64, [1] or one row a sample [B], on the device. On CUDA its range is not looked at.
+        row: int32 or int64, [1] or one row a sample [B], on the device (on CUDA its range is not looked at); or one
+            number, which the kernel then need not load first.
         slots: logical slots, 1 to 6.   uncond: like model_out.
         guidance: fp32 w, one number or [N or 1, B or 1]: per plan row, per sample.
         scales: fp32 [B, 2] of `guidance_scales`, in the place of guidance.   bound: fp32 [B] of `threshold_bound`.
@@ -86,10 +87,11 @@ def affine_step(
         return
     if _dispatch.kernels_for(state):
         torch.ops.fastdiff.affine_step(
-            state, model_out, table, row, slots, uncond, guidance, scales, bound, variance, seeds, index, stream, noise,
-            model_in, x0,
+            state, model_out, table, None if isinstance(row, int) else row, row if isinstance(row, int) else -1, slots,
+            uncond, guidance, scales, bound, variance, seeds, index, stream, noise, model_in, x0,
         )  # fmt: skip
         return
+    row = torch.tensor([row], device=state.device) if isinstance(row, int) else row
     new, x, p = affine_step_ref(
         state, model_out, table, row, slots=slots, uncond=uncond, guidance=guidance, scales=scales, bound=bound,
         variance=variance, seeds=seeds, index=index, stream=stream, noise=noise,
@@ -186,7 +188,7 @@ def _check(
     state: Tensor,
     model_out: Tensor,
     table: Tensor,
-    row: Tensor,
+    row: Tensor | int,
     slots: int,
     uncond: Tensor | None,
     guidance: Tensor | None,
@@ -240,7 +242,8 @@ def _launch(
     state: Tensor,
     model_out: Tensor,
     table: Tensor,
-    row: Tensor,
+    row: Tensor | None,
+    number: int,
     slots: int,
     uncond: Tensor | None,
     guidance: Tensor | None,
@@ -271,7 +274,7 @@ def _launch(
         x0,
         None if noise is None else noise.contiguous(),
         table,
-        row.contiguous(),
+        number if row is None else row.contiguous(),
         w,
         None if bound is None else bound.contiguous(),
         None if variance is None else variance.contiguous(),
@@ -280,7 +283,7 @@ def _launch(
         n,
         batch,
         _dispatch.FIRST,
-        1 if row.numel() > 1 else 0,
+        0 if row is None else int(row.numel() > 1),
         w_row,
         w_batch,
         stream,
@@ -301,7 +304,7 @@ def _launch(
 
 
 _dispatch.register(
-    "affine_step(Tensor(a!) state, Tensor model_out, Tensor table, Tensor row, int slots, Tensor? uncond, "
+    "affine_step(Tensor(a!) state, Tensor model_out, Tensor table, Tensor? row, int number, int slots, Tensor? uncond, "
     "Tensor? guidance, Tensor? scales, Tensor? bound, Tensor? variance, Tensor? seeds, Tensor? index, int stream, "
     "Tensor? noise, Tensor(b!)? model_in, Tensor(c!)? x0) -> ()",
     _launch,

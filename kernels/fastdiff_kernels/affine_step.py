@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from fastdiff_kernels.philox import normal4, sample_key
-from fastdiff_kernels.tiles import load4, load_float, sample_size, tile
+from fastdiff_kernels.tiles import load4, load_float, row_of, sample_size, tile
 
 
-@triton.jit(do_not_specialize=["batch", "first", "row_stride", "w_row_stride", "w_batch_stride", "stream"])
+@triton.jit(do_not_specialize=["row", "batch", "first", "row_stride", "w_row_stride", "w_batch_stride", "stream"])
 def affine_step_kernel(
     state_ptr,  # [P, batch, n] fp32, slot 0 is the model's x
     model_ptr,  # [batch, n]
@@ -24,7 +24,7 @@ def affine_step_kernel(
     x0_ptr,  # [batch, n] fp32 or None
     noise_ptr,  # [batch, n] or None
     table_ptr,  # [N, WIDTH] fp32
-    row_ptr,  # [1] or [batch], int32 or int64
+    row,  # [1] or [batch], int32 or int64; or the number itself, which saves waiting for a load
     w_ptr,  # guidance, fp32, read at row * w_row_stride + sample * w_batch_stride, or scales [batch, 2], or None
     bound_ptr,  # dynamic threshold [batch] fp32 or None
     variance_ptr,  # v of a learned variance [batch, n] or None
@@ -51,7 +51,7 @@ def affine_step_kernel(
 ):
     """Grid (tiles of a sample, samples). All loads of an element precede its stores: a slot may be read and written."""
     b = (tl.program_id(1) + first).to(tl.int64)
-    row = tl.load(row_ptr + b * row_stride).to(tl.int64)
+    row = row_of(row, b * row_stride)
     c = ()
     for k in tl.static_range(0, WIDTH, 4):
         c = c + load4(table_ptr + row * WIDTH + k, MATH)

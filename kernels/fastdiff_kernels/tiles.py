@@ -60,6 +60,15 @@ def load_float(ptr, mask):
 
 
 @triton.jit
+def row_of(row, at):
+    """The row to run, int64: element `at` of a tensor, or the number itself."""
+    if row.dtype.is_ptr():
+        return tl.load(row + at).to(tl.int64)
+    else:
+        return row.to(tl.int64)
+
+
+@triton.jit
 def coef_row(t_ptr, at, rows):
     """The coefficient row of a sample and whether it is inside the table (outside: row 0, to be answered with NaN)."""
     if t_ptr is None:
