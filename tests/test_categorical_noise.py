@@ -168,3 +168,18 @@ def test_the_loop_in_many_jobs(K, tokens):
     want = ops.categorical_noise_ref(x, t, schedule, **draws, out_dtype=torch.float64, return_logits=True)
     for a, b in zip(ops.categorical_noise(x, t, schedule, **draws, return_logits=True), want, strict=True):
         assert float((a - b).abs().max() / b.abs().max()) <= 4e-6
+
+
+@pytest.mark.usefixtures("cpp_loops")
+@pytest.mark.parametrize(("K", "tokens"), [(2, 1), (2, 7), (3, 2), (5, 8), (27, 4)])
+def test_small_samples_share_a_draw(K, tokens):
+    """A time and a seed each: equal to float64, and each sample bit for bit what it is alone."""
+    batch, g = 71, torch.Generator().manual_seed(K)
+    x, t = torch.randint(0, K, (batch, tokens), generator=g), torch.rand(batch, generator=g)
+    schedule, seeds = BFNDiscrete(1.5, K), torch.randint(2**62, (batch,), generator=g)
+    got = ops.categorical_noise(x, t, schedule, seeds=seeds, row=4)
+    want = ops.categorical_noise_ref(x, t, schedule, seeds=seeds, row=4, out_dtype=torch.float64)
+    assert float((got - want).abs().max()) <= 4e-6
+    for b in (0, 35, batch - 1):
+        part = slice(b, b + 1)
+        assert torch.equal(ops.categorical_noise(x[part], t[part], schedule, seeds=seeds[part], row=4), got[part])

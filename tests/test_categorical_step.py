@@ -304,6 +304,27 @@ def test_the_loop_in_many_jobs(K, tokens, readout, threads):
 
 
 @pytest.mark.usefixtures("cpp_loops")
+@pytest.mark.parametrize(("K", "tokens"), [(2, 1), (2, 7), (3, 2), (5, 8), (27, 2), (27, 4)])
+def test_small_samples_share_a_draw(K, tokens):
+    """A weight and a seed each: equal to float64, and each sample bit for bit what it is alone."""
+    batch, g = 71, torch.Generator().manual_seed(K + tokens)
+    state = torch.randn(1, batch, tokens, width(K), generator=g)
+    m, u = torch.randn(2, batch, tokens, width(K), generator=g)
+    seeds, index = torch.randint(2**62, (batch,), generator=g), torch.randint(2**31, (batch,), generator=g)
+    options = dict(slots=1, readout="sample", seeds=seeds, index=index, uncond=u)
+    options["guidance"] = torch.linspace(0.0, 3.0, batch)[None]
+    args, here = (state, m, plain_table(), torch.tensor([1])), torch.device("cpu")
+    got = run(here, *args, **options)
+    agree(got, reference(*args, **options))
+    for b in (0, 35, batch - 1):
+        one = {name: v[b : b + 1] for name, v in options.items() if name in ("seeds", "index", "uncond")}
+        one["guidance"] = options["guidance"][:, b : b + 1]
+        alone = run(here, state[:, b : b + 1], m[b : b + 1], *args[2:], **(options | one))
+        assert all(torch.equal(a, v[..., b : b + 1, :, :] if v.dim() > 2 else v[b : b + 1])
+                   for a, v in zip(alone, got, strict=True))  # fmt: skip
+
+
+@pytest.mark.usefixtures("cpp_loops")
 @pytest.mark.parametrize("w", [1.5, [1.5], [[1.5, 0.5]], [[1.5], [2.5], [0.5]], [[0.0, 1.0], [1.5, 2.0], [2.0, 0.5]]])
 def test_the_weights_of_the_loop(w):
     """One for all, one a sample, one a row of the table, and both."""

@@ -1,6 +1,7 @@
 // Categorical data on a CPU, any number of classes: a row of a plan, noised data, and the loss with its gradient.
 //
-// A job is some whole tokens of a sample. Their numbers and noise stay in a core's caches, and noise is never stored.
+// A job is some whole tokens of a sample, or some small samples that share a draw. Their numbers and noise stay in a
+// core's caches, and noise is never stored.
 
 #include <algorithm>
 #include <cstdint>
@@ -60,24 +61,28 @@ struct Room {
   float* part(int i) { return all.data() + i * each; }
 };
 
-// tokens d .. d + tokens - 1 of sample b, n numbers from the sample's element `start` on
+// `tokens` tokens, n numbers, from the element `start` of sample b on; of `samples` samples, all of each where many
 struct Job {
-  int64_t b, d, start, at;
-  int tokens, width, n;
+  int64_t b, start, token, at;  // token, at: places in the whole tensors
+  int samples, tokens, width, n;
+
+  int each() const { return n / samples; }
 };
 
 template <class Work>
-void each_job(const Shape& shape, int parts, int threads, const Work& work) {
-  const int64_t many = tokens_of_job(shape.width, shape.tokens), jobs = (shape.tokens + many - 1) / many;
-  const int64_t size = std::max(many * shape.width, LANE * std::min<int64_t>(shape.width, FEW));
+void each_job(const Shape& shape, int64_t together, int parts, int threads, const Work& work) {
+  const int64_t many = tokens_of_job(shape.width, shape.tokens), pieces = (shape.tokens + many - 1) / many;
+  const int64_t shared = pieces == 1 ? std::max<int64_t>(1, together) : 1, groups = (shape.batch + shared - 1) / shared;
+  const int64_t size = std::max(shared * many * shape.width, LANE * std::min<int64_t>(shape.width, FEW));
 #pragma omp parallel num_threads(threads)
   {
     Room room(size, parts);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < shape.batch * jobs; i++) {
-      const int64_t b = i / jobs, d = i % jobs * many, tokens = std::min(many, shape.tokens - d);
-      const int64_t start = d * shape.width, at = b * shape.tokens * shape.width + start;
-      work(Job{b, d, start, at, int(tokens), int(shape.width), int(tokens * shape.width)}, room, i);
+    for (int64_t i = 0; i < groups * pieces; i++) {
+      const int64_t b = i / pieces * shared, d = i % pieces * many, samples = std::min(shared, shape.batch - b);
+      const int64_t tokens = samples * std::min(many, shape.tokens - d), token = b * shape.tokens + d;
+      const int64_t w = shape.width;
+      work(Job{b, d * w, token, token * w, int(samples), int(tokens), int(w), int(tokens * w)}, room, i);
     }
   }
 }
@@ -86,6 +91,11 @@ void each_job(const Shape& shape, int parts, int threads, const Work& work) {
 template <Kind KIND>
 const float* drawn(const Job& job, const int64_t* seeds, const int64_t* index, int64_t row, uint32_t stream,
                    float* to) {
+  if (job.samples > 1) {
+    draw_samples<KIND>(job.samples, job.each(), seeds + job.b, index ? index + job.b : nullptr, stream,
+                       [&](int) { return uint32_t(row); }, to);
+    return to;
+  }
   const int64_t skipped = job.start % 4, counter = job.start / 4;
   for (int64_t at = 0; at < skipped + job.n; at += WIDTH)
     draw<KIND>(uint64_t(seeds[job.b]), uint32_t(counter + at / 4), uint32_t(row), stream,
@@ -134,8 +144,10 @@ void run(const Call& v, const Job& job, Room& room) {
   const float* m = read(v.m, v.m_type, job.at, n, mixed);
   if (v.uncond) {
     const float* u = read(v.uncond, v.uncond_type, job.at, n, room.part(Z));
-    const float w = v.w[row * v.w_row + job.b * v.w_each];
-    for (int i = 0; i < n; i++) mixed[i] = u[i] + w * (m[i] - u[i]);
+    for (int k = 0, each = job.each(); k < job.samples; k++) {
+      const float w = v.w[row * v.w_row + (job.b + k) * v.w_each];
+      for (int i = k * each; i < (k + 1) * each; i++) mixed[i] = u[i] + w * (m[i] - u[i]);
+    }
     m = mixed;
   }
   if (v.readout == MEAN) softmax(job, m, 1.0f, 0.0f, p = room.part(P), room.part(TILE));
@@ -148,7 +160,7 @@ void run(const Call& v, const Job& job, Room& room) {
   float top[JOB];
   int32_t hit[JOB];
   const bool lost = decide(job, m, top, hit, room.part(TILE));
-  if (v.classes) std::copy(hit, hit + job.tokens, v.classes + job.b * v.shape.tokens + job.d);
+  if (v.classes) std::copy(hit, hit + job.tokens, v.classes + job.token);
   if (width == 1 && !p) {
     p = room.part(P);
     for (int i = 0; i < n; i++) p[i] = hit[i] ? 1.0f : -1.0f;
@@ -225,7 +237,8 @@ double error_of(const Job& job, const float* m, const int64_t* x, float* d, floa
 }  // namespace
 
 extern "C" void categorical_row(const Call* call) {
-  each_job(call->shape, VALUES + (call->slots > 1 ? int(call->slots) : 0), call->threads,
+  const int64_t together = call->row_each || !call->seeds ? 1 : samples_of_draw(call->shape.tokens * call->shape.width);
+  each_job(call->shape, together, VALUES + (call->slots > 1 ? int(call->slots) : 0), call->threads,
            [&](const Job& job, Room& room, int64_t) { run(*call, job, room); });
 }
 
@@ -233,16 +246,21 @@ extern "C" void categorical_row(const Call* call) {
 extern "C" void categorical_noise(const Shape* shape, const int64_t* x, const float* noise, const float* coef,
                                   const int64_t* seeds, const int64_t* index, int64_t row, void* out, void* logits,
                                   int out_type, int threads) {
-  each_job(*shape, VALUES, threads, [&](const Job& job, Room& room, int64_t) {
+  const int64_t together = noise ? 1 : samples_of_draw(shape->tokens * shape->width);
+  each_job(*shape, together, VALUES, threads, [&](const Job& job, Room& room, int64_t) {
     const float* n = noise ? noise + job.at : drawn<NORMAL>(job, seeds, index, row, ROWS, room.part(Z));
-    const int64_t* classes = x + job.b * shape->tokens + job.d;
-    const float alpha = coef[2 * job.b], sigma = coef[2 * job.b + 1];
+    const int64_t* classes = x + job.token;
     float *z = room.part(V), *y = room.part(P);
-    if (job.width == 1)
-      for (int i = 0; i < job.n; i++) z[i] = sigma * n[i] + (classes[i] ? alpha : -alpha);
-    else
-      for (int i = 0; i < job.n; i++) z[i] = sigma * n[i];
-    for (int t = 0; job.width > 1 && t < job.tokens; t++) z[t * job.width + classes[t]] += alpha;
+    for (int k = 0, each = job.each(), tokens = job.tokens / job.samples; k < job.samples; k++) {
+      const float alpha = coef[2 * (job.b + k)], sigma = coef[2 * (job.b + k) + 1];
+      for (int i = k * each; i < (k + 1) * each; i++) z[i] = sigma * n[i];
+      for (int t = k * tokens; t < (k + 1) * tokens; t++) {
+        if (job.width == 1)
+          z[t] += classes[t] ? alpha : -alpha;
+        else
+          z[t * job.width + classes[t]] += alpha;
+      }
+    }
     softmax(job, z, 2.0f, -1.0f, y, room.part(TILE));
     write(y, 1.0f, out, out_type, job.at, job.n);
     if (logits) write(z, 1.0f, logits, out_type, job.at, job.n);
@@ -255,9 +273,9 @@ extern "C" void categorical_noise(const Shape* shape, const int64_t* x, const fl
 extern "C" void categorical_loss(const Shape* shape, const void* m, int m_type, const int64_t* x, float* error,
                                  void* grad, double* sums, int threads) {
   const int64_t many = tokens_of_job(shape->width, shape->tokens), jobs = (shape->tokens + many - 1) / many;
-  each_job(*shape, VALUES, threads, [&](const Job& job, Room& room, int64_t i) {
+  each_job(*shape, 1, VALUES, threads, [&](const Job& job, Room& room, int64_t i) {
     const float* logits = read(m, m_type, job.at, job.n, room.part(V));
-    sums[i] = error_of(job, logits, x + job.b * shape->tokens + job.d, room.part(P), room.part(TILE));
+    sums[i] = error_of(job, logits, x + job.token, room.part(P), room.part(TILE));
     if (grad) write(room.part(P), 1.0f, grad, m_type, job.at, job.n);
   });
   for (int64_t b = 0; b < shape->batch; b++) {
