@@ -119,9 +119,9 @@ void draw(uint64_t seed, uint32_t first, uint32_t row, uint32_t stream, uint32_t
   numbers<KIND>(v, out);
 }
 
-// how many whole samples of n numbers share a draw; none where a sample alone fills more than half of it
+// how many whole samples of n numbers share a draw; 0 where a sample alone fills more than half of it
 inline int64_t samples_of_draw(int64_t n) {
-  const int64_t many = n > WIDTH / 2 || n == 0 ? 0 : LANES / ((n + 3) / 4);
+  const int64_t many = n ? LANES / ((n + 3) / 4) : 0;
   return many > 1 ? many : 0;
 }
 
