@@ -80,7 +80,11 @@ def test_near_the_truth_no_digits_are_lost(device, request):
         want = float((1 - p[0]) ** 2 + (p[1:] ** 2).sum()) if len(p) > 1 else 2 / (1 + math.exp(9)) ** 2
         got = float(ops.categorical_loss(logits.to(device), torch.zeros(1, 1, dtype=torch.int64, device=device)))
         assert abs(got / want - 1) < (1e-6 if exact else 2e-3)
-    if exact:  # two classes, the second true
+    if exact:  # the gradient too, number by number, and two classes, the second true
+        logits, x, w = torch.tensor([[[9.0, 0.0, -4.0]]]), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1)
+        grad = with_gradient(ops.categorical_loss, logits, x, w)[1]
+        want = with_gradient(ops.categorical_loss_ref, logits.double(), x, w.double())[1]
+        assert float((grad / want - 1).abs().max()) < 2e-6
         got = float(ops.categorical_loss(torch.tensor([[[9.0]]]), torch.ones(1, 1, dtype=torch.int64)))
         assert abs(got * (1 + math.exp(9)) ** 2 / 2 - 1) < 1e-6
 
