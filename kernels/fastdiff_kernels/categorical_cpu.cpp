@@ -213,22 +213,21 @@ double error_of(const Job& job, const float* m, const int64_t* x, float* d, floa
   }
   each(job.width, job.tokens, [&](const Tile& tile, int t) {
     tile.softmax(tile.load(m + t * job.width, room), 1.0f, 0.0f, room);
-    double rest[LANE] = {}, squares[LANE] = {};  // of the other classes: 1 - p would lose digits where p is near 1
-    float p[LANE], r[LANE], dot[LANE];
-    for (int j = 0; j < tile.tokens; j++) std::swap(p[j] = 0.0f, room[tile.at(j, x[t + j])]);
+    double rest[LANE] = {}, squares[LANE] = {}, error[LANE];  // sums over the others: 1 - p loses digits at p near 1
+    float p[LANE], dot[LANE];
+    for (int j = 0; j < tile.tokens; j++) p[j] = std::exchange(room[tile.at(j, x[t + j])], 0.0f);
     add_up(tile.steps, rest, [&](int i, int j) { return room[i * LANE + j]; });
     add_up(tile.steps, squares, [&](int i, int j) { return room[i * LANE + j] * room[i * LANE + j]; });
     tile.join(rest);
     tile.join(squares);
     for (int j = 0; j < tile.tokens; j++) {
-      all += squares[j] + rest[j] * rest[j];
-      r[j] = float(-rest[j]);
-      dot[j] = float(squares[j] - p[j] * rest[j]);
+      all += error[j] = squares[j] + rest[j] * rest[j];
+      dot[j] = float(squares[j] - p[j] * rest[j]);  // sum p (p - onehot)
     }
     std::fill(dot + tile.tokens, dot + LANE, dot[tile.tokens - 1]);
     for (int i = 0; i < tile.steps; i++)
       for (int j = 0; j < LANE; j++) room[i * LANE + j] *= 2.0f * (room[i * LANE + j] - dot[j]);
-    for (int j = 0; j < tile.tokens; j++) room[tile.at(j, x[t + j])] = 2.0f * p[j] * (r[j] - dot[j]);
+    for (int j = 0; j < tile.tokens; j++) room[tile.at(j, x[t + j])] = float(-2.0 * p[j] * error[j]);
     tile.store(room, d + t * job.width);
   });
   return all;
