@@ -265,8 +265,9 @@ def noise_into(
     loop = function("categorical", "categorical_noise", *kinds)
     if loop is None:
         return False
-    x, coef = x.contiguous(), coef.contiguous()
-    held = (noise if noise is None else noise.float().contiguous(), coef, seeds, index)
+    x = x.contiguous()
+    noise = None if noise is None else noise.float()
+    held = [None if v is None else v.contiguous() for v in (noise, coef, seeds, index)]
     pointers = (None if v is None else v.data_ptr() for v in held)
     call(
         loop, _shape(out), x.data_ptr(), *pointers, row, out.data_ptr(), None if logits is None else logits.data_ptr(),

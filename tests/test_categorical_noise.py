@@ -183,3 +183,11 @@ def test_small_samples_share_a_draw(K, tokens):
     for b in (0, 35, batch - 1):
         part = slice(b, b + 1)
         assert torch.equal(ops.categorical_noise(x[part], t[part], schedule, seeds=seeds[part], row=4), got[part])
+
+
+def test_seeds_with_strides(device):
+    seeds, index = torch.arange(12).view(6, 2)[:, 1], torch.arange(18).view(6, 3)[:, 2]
+    x, schedule = torch.arange(6)[:, None] % 5, BFNDiscrete(1.5, 5)
+    got = ops.categorical_noise(*here(device, x), 0.5, schedule, seeds=seeds.to(device), index=index.to(device)).cpu()
+    want = ops.categorical_noise_ref(x, 0.5, schedule, seeds=seeds, index=index, out_dtype=torch.float64)
+    assert float((got - want).abs().max()) <= 4e-6

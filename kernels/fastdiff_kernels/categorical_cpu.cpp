@@ -54,11 +54,16 @@ int64_t tokens_of_job(int64_t width, int64_t tokens) {
 enum Part { V, Z, TILE, P, VALUES };
 
 struct Room {
-  std::vector<float> all;
+  float* all;
   int64_t each;
 
-  Room(int64_t size, int parts) : each((size + WIDTH + 2 * LANE) / LANE * LANE) { all.resize(size_t(each) * parts); }
-  float* part(int i) { return all.data() + i * each; }
+  // kept for the next call: new memory is mapped and cleared page by page
+  Room(int64_t size, int parts) : each((size + WIDTH + 2 * LANE) / LANE * LANE) {
+    static thread_local std::vector<float> kept;
+    if (int64_t(kept.size()) < each * parts) kept.resize(size_t(each) * parts);
+    all = kept.data();
+  }
+  float* part(int i) { return all + i * each; }
 };
 
 // `tokens` tokens, n numbers, from the element `start` of sample b on; of `samples` samples, all of each where many
