@@ -19,7 +19,7 @@ __all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows", "posterior_into"
 
 SLOTS, COPIES, IN_ONE = 16, 2, 4  # as fastdiff_kernels/step_cpu.cpp has them
 TERMS = SLOTS + 3
-HEAVY = 8  # a normal is worth that many plain elements
+HEAVY = 16  # a normal is worth that many plain elements
 P, M, N = -1, -2, -3  # what a term may read beside a slot
 
 
