@@ -37,15 +37,15 @@ struct Call {
   int32_t m_type, uncond_type, copy_type, readout, threads;
 };
 
-// tokens a job: as many as leave the fewest numbers of a Philox block and lanes of a tile unused
+// tokens a job, in whole tiles: as many as leave the fewest numbers of a Philox block unused
 int64_t tokens_of_job(int64_t width, int64_t tokens) {
-  int64_t best = 1;
+  const int64_t limit = std::min<int64_t>(tokens, JOB / width), step = width > FEW ? 1 : LANE;
+  int64_t best = std::max<int64_t>(1, limit);
   double most = 0;
-  for (int64_t many = 1; many <= std::min<int64_t>(tokens, JOB / width); many++) {
+  for (int64_t many = best; many > 0; many = many > step ? (many - 1) / step * step : 0) {
     const int64_t n = many * width, numbers = (n + (n % 4 ? 3 : 0) + WIDTH - 1) / WIDTH * WIDTH;
-    const int64_t lanes = width == 1 || width > FEW ? many : (many + LANE - 1) / LANE * LANE;
-    const double used = double(n) / double(numbers) * double(many) / double(lanes);
-    if (used >= most) most = used, best = many;
+    const double used = double(n) / double(numbers);
+    if (used > most) most = used, best = many;
   }
   return best;
 }
