@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import native, rng
-from fastdiff.cpu import HostRow
+from fastdiff.cpu import COPIES, SLOTS, HostRow
 from fastdiff.gumbel import SCALE, logistic_of
 from fastdiff.native import TYPES, call, function, plain, threads
 from fastdiff.plan import ROW_HEADER
@@ -20,8 +20,6 @@ from fastdiff.readout import CATEGORICAL as READOUTS
 __all__ = ["Chunk", "CompiledStep", "chunks", "step_in_chunks"]
 
 CHUNK = 1 << 18  # elements an eager pass: its temporaries stay in the caches
-SLOTS, COPIES = 16, 2  # as fastdiff_kernels/categorical_cpu.cpp has them
-HEAVY = 16  # an element is worth that many of a plain step, with its noise and exponentials
 Draws = tuple[Tensor, Tensor]  # seeds and sample indices, int64 [b]
 
 
@@ -219,7 +217,7 @@ class CompiledStep:
         tokens = state.shape[2:-1].numel()
         self.operands = Call(
             shape=Shape(batch, tokens, width), state=state.data_ptr(), table=table.data_ptr(), slots=slots,
-            header=ROW_HEADER, row_width=table.shape[1], threads=threads(batch * tokens * width * HEAVY),
+            header=ROW_HEADER, row_width=table.shape[1], threads=threads(batch * tokens * width, heavy=True),
         )  # fmt: skip
         if classes is not None:
             self.operands.classes = classes.data_ptr()
@@ -271,7 +269,7 @@ def noise_into(
     pointers = (None if v is None else v.data_ptr() for v in held)
     call(
         loop, _shape(out), x.data_ptr(), *pointers, row, out.data_ptr(), None if logits is None else logits.data_ptr(),
-        TYPES[out.dtype], threads(out.numel() * HEAVY),
+        TYPES[out.dtype], threads(out.numel(), heavy=True),
     )  # fmt: skip
     return True
 
@@ -289,7 +287,7 @@ def loss_into(logits: Tensor, x: Tensor, error: Tensor, grad: Tensor | None) -> 
     sums = torch.empty(x.numel(), dtype=torch.float64)
     call(
         loop, _shape(logits), logits.data_ptr(), TYPES[logits.dtype], x.data_ptr(), error.data_ptr(),
-        None if grad is None else grad.data_ptr(), sums.data_ptr(), threads(logits.numel() * HEAVY),
+        None if grad is None else grad.data_ptr(), sums.data_ptr(), threads(logits.numel(), heavy=True),
     )  # fmt: skip
     return True
 

@@ -17,9 +17,8 @@ from fastdiff.prediction import NO_SKIP
 
 __all__ = ["CompiledStep", "EagerStep", "HostRow", "host_rows", "posterior_into"]
 
-SLOTS, COPIES, IN_ONE = 16, 2, 4  # as fastdiff_kernels/step_cpu.cpp has them
+SLOTS, COPIES, IN_ONE = 16, 2, 4  # as fastdiff_kernels/sums_cpu.hpp has them
 TERMS = SLOTS + 3
-HEAVY = 16  # a normal is worth that many plain elements
 P, M, N = -1, -2, -3  # what a term may read beside a slot
 
 
@@ -237,7 +236,7 @@ class CompiledStep:
         self.loop = _loop(len(slots))
         self.rows = [_native_row(row, k) for k, row in enumerate(host_rows(plan))] if self.loop else []
         self.keys, x = keys, slots[0]
-        self.threads, self.drawing = threads(x.numel()), threads(x.numel() * HEAVY)
+        self.threads, self.drawing = threads(x.numel()), threads(x.numel(), heavy=True)
         self.w: Tensor | None = None
         self.operands = Call(batch=1, n=x.numel(), samples=max(1, x.shape[0]))
         if keys is not None:

@@ -23,6 +23,7 @@ INCLUDE = re.compile(r'#include "(\w+\.hpp)"')
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as fastdiff_kernels/types_cpu.hpp has them
 KINDS = ("normal", "gumbel", "logistic")
 ONE_THREAD = 1 << 16
+HEAVY = 16  # a number that is drawn, or an exponential, is worth that many plain elements
 _broken: list[str] = []
 
 
@@ -105,9 +106,12 @@ def usable(*tensors: Tensor) -> bool:
     return plain(tensors) and available()
 
 
-def threads(elements: int) -> int:
-    """How many threads a loop over so many elements is worth: waking one takes longer than a small loop."""
-    return 1 if elements < ONE_THREAD else torch.get_num_threads()
+def threads(elements: int, *, heavy: bool = False) -> int:
+    """How many threads a loop over so many elements is worth: waking one takes longer than a small loop.
+
+    heavy: the loop draws noise, or takes exponentials.
+    """
+    return 1 if elements * (HEAVY if heavy else 1) < ONE_THREAD else torch.get_num_threads()
 
 
 def fill(
@@ -129,7 +133,7 @@ def fill(
     held = (out, seeds.contiguous(), index.contiguous(), streams.contiguous(), rows.contiguous())
     n = out.numel() // (k * batch)
     pointers = (v.data_ptr() for v in held)
-    call(filler, *pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads(out.numel()))
+    call(filler, *pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads(out.numel(), heavy=True))
 
 
 def draw(

@@ -81,13 +81,8 @@ def _step(slots: int, model: str, *, lanes: int = 32, noise: bool = True, guided
     tile, warps = tile_of(slots, lanes=lanes)
     constants = {"SLOTS": slots, "HEADER": ROW_HEADER, "WIDTH": row_width(slots), "NOISE": int(noise)}
     constants |= {"GUIDED": guided + ruled, "COPIES": copies, **tile}
-    features = [
-        f
-        for f, on in (
-            ("noise", noise), ("guidance", guided), ("rule", ruled), ("2copies", copies == 2), ("number", numbered),
-        )
-        if on
-    ]  # fmt: skip
+    has = {"noise": noise, "guidance": guided, "rule": ruled, "2copies": copies == 2, "number": numbered}
+    features = [name for name, on in has.items() if on]
     return Case(
         f"affine_step/r{slots}/{'+'.join(features) or 'plain'}/{model}",
         "affine_step", "affine_step_kernel", types, constants,

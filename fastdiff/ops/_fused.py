@@ -63,7 +63,7 @@ def noised(
     out, target = (*(v.data_ptr() for v in outs), None)[:2]
     native.call(
         loop, ctypes.byref(noise), x.data_ptr(), TYPES[x.dtype], coef.data_ptr(), out, target, TYPES[outs[0].dtype],
-        native.threads(x.numel()),
+        native.threads(x.numel(), heavy=True),
     )  # fmt: skip
     return True
 
@@ -87,6 +87,6 @@ def loss_and_gradient(
     outputs = (v.data_ptr() for v in (loss, grad, sums))
     native.call(
         loop, ctypes.byref(noise), m.data_ptr(), TYPES[m.dtype], *clean, coef.data_ptr(), kind, delta, *outputs,
-        native.threads(m.numel()),
+        native.threads(m.numel(), heavy=True),
     )  # fmt: skip
     return True

@@ -15,8 +15,7 @@
 
 namespace {
 
-constexpr int JOB = 2048, SLOTS = 16, TERMS = SLOTS + 2, COPIES = 2;
-constexpr uint32_t ROWS = 1, CLASSES = 2;  // streams of noise, as in fastdiff.rng
+constexpr int JOB = 2048, TERMS = SLOTS + 2;
 enum Readout { SAMPLE, ARGMAX, MEAN };
 
 // tensors [batch, tokens, width], dense

@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int LANES = 64, WIDTH = 4 * LANES;
+constexpr uint32_t ROWS = 1, CLASSES = 2;  // streams of a row's noise, as in fastdiff.rng
 
 // key(i): the two words of lane i
 template <class Key>

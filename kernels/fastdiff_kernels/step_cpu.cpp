@@ -12,8 +12,7 @@
 
 namespace {
 
-constexpr uint32_t ROWS = 1;  // stream of noise, as in fastdiff.rng
-constexpr int BLOCK = 512, SLOTS = 16, TERMS = SLOTS + 3, COPIES = 2;
+constexpr int BLOCK = 512, TERMS = SLOTS + 3;
 enum Source { P = -1, M = -2, N = -3 };  // else a slot
 
 // p = clamp(c_skip (x + c_ratio m)): x and m may nearly cancel

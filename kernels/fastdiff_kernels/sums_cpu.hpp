@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int IN_ONE = 4;  // terms a pass sums
+constexpr int SLOTS = 16, COPIES = 2;  // what a row may have at most, of slots and of places for the model's next input
 
 template <int K, bool MORE>
 void add(const float* const* s, const float* c, float* to, int count) {
