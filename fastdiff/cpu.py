@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.native import TYPES, call, function, plain, threads
+from fastdiff.native import TYPES, call, function, plain, rows_of, threads
 from fastdiff.plan import ROW_HEADER, Plan
 from fastdiff.prediction import NO_SKIP
 
@@ -282,22 +281,24 @@ class CompiledStep:
 
 
 def posterior_into(
-    x: Tensor, m: Tensor, coef: Tensor, clip: tuple[float, float] | None, mean: Tensor, x0: Tensor
-) -> bool:
+    x: Tensor, m: Tensor, coef: Tensor, t: Tensor | None, bounds: tuple[float, float], mean: Tensor, x0: Tensor,
+    variance: Tensor,
+) -> bool:  # fmt: skip
     """x0 = clamp(c_skip (x + c_ratio m)), mean = k_x0 x0 + k_xt x by the C++ loop; False where it cannot run.
 
-    Args: x, m: [B, *sample] of any float dtypes but float64. coef: fp32 [B or 1, 8]: c_skip, c_ratio, k_x0, k_xt, ...
-        mean, x0: outputs like x, contiguous.
+    Args: x, m: [B, *sample] of any float dtypes but float64. coef: fp32 [T, 8], t int64 [B] or [1]; or [B or 1, 8] and
+        None: c_skip, c_ratio, k_x0, k_xt, variance, log-variance, ... mean, x0: outputs like x; variance: [2, B] fp32;
+        contiguous.
     """
-    kinds = (*[c_void_p] * 5, *[c_int] * 3, *[c_float] * 2, *[c_int64] * 2, c_int)
+    kinds = (*[c_void_p] * 6, *[c_int] * 2, *[c_float] * 2, *[c_int64] * 2, c_int)
     loop = function("step", "posterior", *kinds) if plain((x, m)) else None
     if loop is None:
         return False
-    x, m, coef = x.contiguous(), m.contiguous(), coef.contiguous()
-    pointers = (v.data_ptr() for v in (x, m, coef, mean, x0))
-    batch = x.shape[0]
+    x, m = x.contiguous(), m.contiguous()
+    rows, _held = rows_of(coef, t)
+    batch, size = x.shape[0], x.numel()
     call(
-        loop, *pointers, TYPES[x.dtype], TYPES[m.dtype], int(coef.shape[0] > 1),
-        *(clip or (-math.inf, math.inf)), batch, x.numel() // max(1, batch), threads(x.numel()),
+        loop, rows, x.data_ptr(), m.data_ptr(), mean.data_ptr(), x0.data_ptr(), variance.data_ptr(),
+        TYPES[x.dtype], TYPES[m.dtype], *bounds, batch, size // max(1, batch), threads(size),
     )  # fmt: skip
     return True

@@ -57,9 +57,9 @@ def target_weight(name: str | None, target: str, schedule: Schedule, t: Tensor, 
 
     Args:    name: None (1, on the target itself) or one of WEIGHTINGS.   target: eps, x0, v, score or flow.
     """
-    a, s = schedule.alpha(t), schedule.sigma(t)
     if name is None:
-        return torch.ones_like(a)
+        return torch.ones_like(t, dtype=torch.float64)
+    a, s = schedule.alpha(t), schedule.sigma(t)
     a2, s2 = a * a, s * s
 
     def rate() -> Tensor:

@@ -125,13 +125,27 @@ def test_noising_and_loss_of_small_samples(n):
     seeds, index, g = torch.arange(batch) + 11, torch.arange(batch) * 7, torch.Generator().manual_seed(n)
     x, m, coef = (torch.randn(batch, k, generator=g) for k in (n, n, 4))
     out, loss, grad = torch.empty(batch, n), torch.empty(batch), torch.empty(batch, n)
-    assert _fused.noised(x, coef, seeds, index, 3, 1, [out])
-    assert _fused.loss_and_gradient(m, x, coef, seeds, index, 3, 1, 0, 1.0, loss, grad)
+    assert _fused.noised(x, coef, None, seeds, index, 3, 1, [out])
+    assert _fused.loss_and_gradient(m, x, coef, None, seeds, index, 3, 1, 0, 1.0, loss, grad)
     for b in range(batch):
         part, a, c, d = slice(b, b + 1), torch.empty(1, n), torch.empty(1), torch.empty(1, n)
-        assert _fused.noised(x[part], coef[part], seeds[part], index[part], 3, 1, [a])
-        assert _fused.loss_and_gradient(m[part], x[part], coef[part], seeds[part], index[part], 3, 1, 0, 1.0, c, d)
+        assert _fused.noised(x[part], coef[part], None, seeds[part], index[part], 3, 1, [a])
+        keys = seeds[part], index[part], 3, 1
+        assert _fused.loss_and_gradient(m[part], x[part], coef[part], None, *keys, 0, 1.0, c, d)
         assert torch.equal(a[0], out[b]) and torch.equal(c[0], loss[b]) and torch.equal(d[0], grad[b])
+
+
+@pytest.mark.parametrize("t", [[4], [4, 0, 4]], ids=str)
+def test_rows_of_a_table(t):
+    """A table's rows at t are those of the table that t picked, for one t and one a sample; no index is 0 each."""
+    seeds, table, t = torch.arange(3), torch.rand(5, 4), torch.tensor(t)
+    x, m = torch.randn(3, 300), torch.randn(3, 300)
+    out, loss, grad = torch.empty(2, 3, 300), torch.empty(2, 3), torch.empty(2, 3, 300)
+    for i, (coef, at, index) in enumerate([(table, t, None), (table[t], None, seeds * 0)]):
+        assert _fused.noised(x, coef, at, seeds, index, 3, 1, [out[i]])
+        assert _fused.loss_and_gradient(m, x, coef, at, seeds, index, 3, 1, 0, 1.0, loss[i], grad[i])
+    assert torch.equal(out[0], out[1]) and torch.equal(loss[0], loss[1]) and torch.equal(grad[0], grad[1])
+    assert (loss > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -144,7 +158,7 @@ def test_noising_in_the_same_loop(given: torch.dtype, dtype: torch.dtype):
     unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
     for count in (1, 2):
         outs = [torch.full((3, 1000), torch.nan, dtype=dtype) for _ in range(count)]
-        assert _fused.noised(x, coef, seeds, index, row, stream, outs)
+        assert _fused.noised(x, coef, None, seeds, index, row, stream, outs)
         for i, out in enumerate(outs):
             want = coef[:, 2 * i, None].double() * x.double() + coef[:, 2 * i + 1, None].double() * n
             assert ((out.double() - want).abs() <= 1e-6 + unit * want.abs()).all()

@@ -107,9 +107,9 @@ def test_posterior(device):
 
 
 def test_posterior_compiled(cpp_loops):
-    mean, x0 = torch.empty_like(X), torch.empty_like(X)
+    mean, x0, variance = torch.empty_like(X), torch.empty_like(X), torch.empty(2, X.shape[0])
     coef = torch.from_numpy(np.stack([c.numpy() for c in posterior_columns(CHAIN, "eps")], 1)).float()[999:]
-    assert posterior_into(X, M, coef, None, mean, x0)
+    assert posterior_into(X, M, coef, None, (-float("inf"), float("inf")), mean, x0, variance)
     want = ops.posterior_ref(X.double(), M.double(), 999, CHAIN)
     check_posterior(mean, x0, want)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_float, c_int, c_int64, c_void_p
 
-import torch
 from torch import Tensor
 
 from fastdiff import native
@@ -15,7 +14,6 @@ from fastdiff.native import TYPES
 from fastdiff.ops import _dispatch
 
 _enabled = True
-BLOCK = 256  # elements whose loss is added up first: WIDTH of fastdiff_kernels/noise_cpu.cpp
 
 
 @contextmanager
@@ -42,51 +40,58 @@ class Noise(ctypes.Structure):
 
 def _noise(
     seeds: Tensor, index: Tensor | None, row: int, stream: int, like: Tensor
-) -> tuple[Noise, tuple[Tensor, ...]]:
-    """The noise of like's shape [B, n], and the tensors that must outlive it."""
-    held = seeds.contiguous(), (torch.zeros_like(seeds) if index is None else index).contiguous()
-    return Noise(*(v.data_ptr() for v in held), stream, row, *like.shape), held
+) -> tuple[object, tuple[Tensor | None, ...]]:
+    """A reference to the noise of like [B, *sample], and the tensors that must outlive it."""
+    seeds, index = seeds.contiguous(), None if index is None else index.contiguous()
+    batch = like.shape[0]
+    made = Noise(
+        seeds.data_ptr(), None if index is None else index.data_ptr(), stream, row, batch, like.numel() // max(1, batch)
+    )  # fmt: skip
+    return ctypes.byref(made), (seeds, index)
 
 
 def noised(
-    x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, outs: Sequence[Tensor]
-) -> bool:
-    """outs[i] = coef[:, 2 i] x + coef[:, 2 i + 1] noise; False, and nothing written, where no loop can run.
+    x: Tensor, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor | None, row: int, stream: int,
+    outs: Sequence[Tensor],
+) -> bool:  # fmt: skip
+    """outs[i] = c[2 i] x + c[2 i + 1] noise, c a sample's row; False, and nothing written, where no loop can run.
 
-    Args: x: [B, n]. coef: fp32 [B, 4]. outs: one or two [B, n] of one dtype. All contiguous, no float64.
+    Args: x: [B, *sample]. coef: fp32 [T, 4], t int64 [B] or [1]; or [B or 1, 4] and None. outs: one or two [B, *sample]
+        of one dtype, contiguous. No float64.
     """
-    kinds = (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int)
+    kinds = (c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, c_int)
     loop = native.function("noise", "add_noise", *kinds) if wanted(x, seeds) else None
     if loop is None:
         return False
+    x = x.contiguous()
     noise, _held = _noise(seeds, index, row, stream, x)
-    out, target = (*(v.data_ptr() for v in outs), None)[:2]
+    rows, _table = native.rows_of(coef, t)
     native.call(
-        loop, ctypes.byref(noise), x.data_ptr(), TYPES[x.dtype], coef.data_ptr(), out, target, TYPES[outs[0].dtype],
-        native.threads(x.numel(), heavy=True),
+        loop, noise, rows, x.data_ptr(), TYPES[x.dtype], outs[0].data_ptr(),
+        outs[1].data_ptr() if len(outs) > 1 else None, TYPES[outs[0].dtype], native.threads(x.numel(), heavy=True),
     )  # fmt: skip
     return True
 
 
 def loss_and_gradient(
-    m: Tensor, x0: Tensor | None, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, kind: int,
-    delta: float, loss: Tensor, grad: Tensor,
+    m: Tensor, x0: Tensor | None, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor | None, row: int,
+    stream: int, kind: int, delta: float, loss: Tensor, grad: Tensor,
 ) -> bool:  # fmt: skip
-    """loss = coef[:, 2] mean rho(m - coef[:, 0] x0 - coef[:, 1] noise) and its gradient by m; False where no loop runs.
+    """loss = c[2] mean rho(m - c[0] x0 - c[1] noise) and its gradient by m; False where no loop can run.
 
-    Args: m, x0, grad: [B, n], grad of m's dtype. coef: fp32 [B, 4]. kind: index into LOSSES. loss: fp32 [B]. All
-        contiguous, no float64.
+    Args: m, x0: [B, *sample]. coef, t: as for `noised`. kind: index into LOSSES. loss: fp32 [B]. grad: [B, *sample] of
+        m's dtype, contiguous. No float64.
     """
-    kinds = (c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int, c_float, c_void_p, c_void_p, c_void_p, c_int)
+    kinds = (c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int, c_float, c_void_p, c_void_p, c_int)
     loop = native.function("noise", "denoising_loss", *kinds) if wanted(m, seeds) else None
     if loop is None:
         return False
+    m, x0 = m.contiguous(), None if x0 is None else x0.contiguous()
     noise, _held = _noise(seeds, index, row, stream, m)
-    sums = torch.empty(m.shape[0], -(-m.shape[1] // BLOCK), dtype=torch.float64)
+    rows, _table = native.rows_of(coef, t)
     clean = (None, 0) if x0 is None else (x0.data_ptr(), TYPES[x0.dtype])
-    outputs = (v.data_ptr() for v in (loss, grad, sums))
     native.call(
-        loop, ctypes.byref(noise), m.data_ptr(), TYPES[m.dtype], *clean, coef.data_ptr(), kind, delta, *outputs,
+        loop, noise, rows, m.data_ptr(), TYPES[m.dtype], *clean, kind, delta, loss.data_ptr(), grad.data_ptr(),
         native.threads(m.numel(), heavy=True),
     )  # fmt: skip
     return True

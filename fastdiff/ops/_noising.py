@@ -12,7 +12,7 @@ from fastdiff import rng
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
 from fastdiff.schedules import Betas, Schedule
-from fastdiff.schedules.base import traced_constant
+from fastdiff.schedules.base import outside, traced_constant
 
 Seeds = Sequence[int] | Tensor
 
@@ -43,9 +43,9 @@ def times(t: object, schedule: object, x: Tensor) -> Tensor:
         out = out.view(1)
     if tuple(out.shape) not in ((1,), (x.shape[0],)):
         raise ValueError(f"t must be a scalar or have shape ({x.shape[0]},), got {tuple(out.shape)}")
-    if out.is_cpu and not torch.compiler.is_compiling() and out.numel():
-        low, high = out.min().item(), out.max().item()
-        if not (low >= 0 and high <= schedule.t_max):
+    if out.is_cpu and not torch.compiler.is_compiling():
+        if outside(out, schedule.t_max):
+            low, high = out.min().item(), out.max().item()
             raise ValueError(f"t must be in 0..{schedule.t_max:g} for {schedule}, got {low:g}..{high:g}")
     return out
 
@@ -167,8 +167,10 @@ class Noised(torch.autograd.Function):
             x_t, target = run_kernel(x, coef, t, seeds, index, row, stream, noise, dtype, with_target)
             return (x_t,) if target is None else (x_t, target)
         assert seeds is not None
-        outs = [torch.empty(x.shape, dtype=dtype) for _ in range(1 + with_target)]
-        _on_cpu(x, coef if t is None else coef[t], seeds, index, row, stream, outs)
+        outs = [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)]
+        if with_target:
+            outs.append(torch.empty_like(outs[0]))
+        _on_cpu(x, coef, t, seeds, index, row, stream, outs)
         return tuple(outs)
 
     @staticmethod
@@ -187,17 +189,15 @@ class Noised(torch.autograd.Function):
 
 
 def _on_cpu(
-    x: Tensor, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int, outs: Sequence[Tensor]
-) -> None:
+    x: Tensor, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor | None, row: int, stream: int,
+    outs: Sequence[Tensor],
+) -> None:  # fmt: skip
     """Writes outs, contiguous, by the C++ loop where there is a compiler, else by plain torch."""
-    batch, n = x.shape[0], x.shape[1:].numel()
-    flat = [o.view(batch, n) for o in outs]
-    x, coef = x.reshape(batch, n).contiguous(), coef.expand(batch, 4).contiguous()
-    if _fused.noised(x, coef, seeds, index, row, stream, flat):
+    if _fused.noised(x, coef, t, seeds, index, row, stream, outs):
         return
-    z = rng.normal(seeds, (n,), row=row, stream=stream, index=index)
-    for i, out in enumerate(flat):
-        out.copy_(coef[:, 2 * i, None] * x.float() + coef[:, 2 * i + 1, None] * z)
+    z, c = rng.normal(seeds, x.shape[1:], row=row, stream=stream, index=index), coef if t is None else coef[t]
+    for i, out in enumerate(outs):
+        out.copy_(affine(x, z, c[:, 2 * i], c[:, 2 * i + 1]))
 
 
 def run_kernel(

@@ -95,14 +95,14 @@ def add_noise_ref(
     at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise)
     dtype = _noising.out_type(x0, out_dtype)
     n = _noising.noise_of(x0, keyed, which, row, stream, noise, _noising.wide(x0))
-    alpha, sigma, t_x0, t_eps = _columns(schedule, at, target)
+    alpha, sigma, *pair = _columns(schedule, at, target)
     x_t = _noising.affine(x0, n, alpha, sigma).to(dtype)
-    return x_t if target is None else (x_t, _noising.affine(x0, n, t_x0, t_eps).to(dtype))
+    return x_t if target is None else (x_t, _noising.affine(x0, n, *pair).to(dtype))
 
 
 def _columns(schedule: Schedule, t: Tensor, target: str | None) -> tuple[Tensor, ...]:
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return alpha, sigma, *TARGETS[target or "eps"](alpha, sigma)
+    return alpha, sigma, *((alpha, sigma) if target is None else TARGETS[target](alpha, sigma))
 
 
 def _table(schedule: Betas, target: str | None) -> tuple[Tensor, ...]:

@@ -75,12 +75,15 @@ def denoising_loss(
     x0 = None if target in NOISE_TARGETS else x0
     wide = torch.float64 if torch.float64 in (model_out.dtype, x0.dtype if x0 is not None else None) else torch.float32
     on_kernel = _dispatch.kernels_for(model_out) and wide == torch.float32
-    coef, rows = _coefficients(schedule, at, target, named, options, wide, gather=not on_kernel)
-    shape = (model_out.shape[0],)
-    args = (model_out, x0, coef, rows, keyed, which, row, stream, LOSSES.index(loss), float(delta), on_kernel)
-    plain = _fused.wanted(model_out, *([] if x0 is None else [x0]))
-    out: Tensor = (_Direct if plain else _DenoisingLoss).apply(*args)[0]
-    return out if named == weighting else out * weighting.to(out.dtype).expand(shape)  # type: ignore[union-attr]
+    coef, rows = _coefficients(schedule, at, target, named, options, wide)
+    given = coef, rows, keyed, which, row, stream, LOSSES.index(loss), float(delta), on_kernel
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        out: Tensor = _DenoisingLoss.apply(model_out, x0, *given)[0]
+    elif torch.is_grad_enabled() and (model_out.requires_grad or (x0 is not None and x0.requires_grad)):
+        out = _Direct.apply(model_out, x0, given)
+    else:
+        out = _loss_and_gradient(model_out, x0, *given)[0]
+    return out if named == weighting else out * weighting.to(out.dtype)  # type: ignore[union-attr]
 
 
 def denoising_loss_ref(
@@ -107,7 +110,8 @@ def denoising_loss_ref(
     )
     dtype = _noising.wide(model_out)
     named = weighting if isinstance(weighting, str) else None
-    coef = _coefficients(schedule, at, target, named, options, dtype, gather=True)[0].expand(model_out.shape[0], 4)
+    coef, rows = _coefficients(schedule, at, target, named, options, dtype)
+    coef = (coef if rows is None else coef[rows]).expand(model_out.shape[0], 4)
     n = rng.normal(keyed, model_out.shape[1:], row=row, stream=stream, index=which).to(dtype).flatten(1)
     goal = coef[:, 1:2] * n
     if x0 is not None and target not in NOISE_TARGETS:
@@ -155,91 +159,101 @@ def _fill(
 
 
 def _on_cpu(
-    model_out: Tensor, x0: Tensor | None, coef: Tensor, seeds: Tensor, index: Tensor | None, row: int, stream: int,
-    kind: int, delta: float,
+    model_out: Tensor, x0: Tensor | None, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor | None, row: int,
+    stream: int, kind: int, delta: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """loss [B], grad like model_out: by the C++ loop where it can run, else plain torch."""
-    batch, n = model_out.shape[0], model_out.shape[1:].numel()
-    wide = coef.dtype
+    batch, wide = model_out.shape[0], coef.dtype
     loss = torch.empty(batch, dtype=wide, device=model_out.device)
     grad = torch.empty_like(model_out, memory_format=torch.contiguous_format)
-    m, flat = model_out.reshape(batch, n).contiguous(), grad.view(batch, n)
-    clean = None if x0 is None else x0.reshape(batch, n).contiguous()
-    coef = coef.expand(batch, 4).contiguous()
-    plain = wide == torch.float32 and (clean is None or _fused.wanted(clean))
-    if not (plain and _fused.loss_and_gradient(m, clean, coef, seeds, index, row, stream, kind, delta, loss, flat)):
+    plain = wide == torch.float32 and (x0 is None or _fused.wanted(x0))
+    given = model_out, x0, coef, t, seeds, index, row, stream, kind, delta
+    if not (plain and _fused.loss_and_gradient(*given, loss, grad)):
+        n = grad.shape[1:].numel()
         z = rng.normal(seeds, (n,), row=row, stream=stream, index=index).to(wide)
-        _fill(loss, flat, m, clean, coef, z, kind, delta)
+        clean, c = None if x0 is None else x0.reshape(batch, n), (coef if t is None else coef[t]).expand(batch, 4)
+        _fill(loss, grad.view(batch, n), model_out.reshape(batch, n), clean, c, z, kind, delta)
+    return loss, grad
+
+
+def _loss_and_gradient(
+    model_out: Tensor, x0: Tensor | None, coef: Tensor, rows: Tensor | None, seeds: Tensor, index: Tensor | None,
+    row: int, stream: int, kind: int, delta: float, on_kernel: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss [B], dL/d(model_out)): the second is what backward scales, and all that is saved of full size."""
+    if not on_kernel:
+        return _on_cpu(model_out, x0, coef, rows, seeds, index, row, stream, kind, delta)
+    loss = torch.empty(model_out.shape[0], dtype=torch.float32, device=model_out.device)
+    grad = torch.empty_like(model_out, memory_format=torch.contiguous_format)
+    if model_out.numel():
+        torch.ops.fastdiff.denoising_loss(model_out, x0, coef, rows, seeds, index, row, stream, kind, delta, loss, grad)
+    else:
+        loss.fill_(math.nan)
     return loss, grad
 
 
 class _DenoisingLoss(torch.autograd.Function):
-    """(loss [B], dL/d(model_out)): the second output is what backward scales, and all that is saved of full size."""
+    """Both, in the form that functorch and torch.compile take apart."""
 
-    @staticmethod
-    def forward(
-        model_out: Tensor, x0: Tensor | None, coef: Tensor, rows: Tensor | None, seeds: Tensor, index: Tensor | None,
-        row: int, stream: int, kind: int, delta: float, on_kernel: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if not on_kernel:
-            return _on_cpu(model_out, x0, coef, seeds, index, row, stream, kind, delta)
-        loss = torch.empty(model_out.shape[0], dtype=torch.float32, device=model_out.device)
-        grad = torch.empty_like(model_out, memory_format=torch.contiguous_format)
-        if model_out.numel():
-            torch.ops.fastdiff.denoising_loss(
-                model_out, x0, coef, rows, seeds, index, row, stream, kind, delta, loss, grad
-            )
-        else:
-            loss.fill_(math.nan)
-        return loss, grad
+    forward = staticmethod(_loss_and_gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
-        x0, coef, rows = inputs[1:4]
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        column = None
-        if x0 is not None and x0.requires_grad:
-            column = coef[:, 0] if rows is None else coef[:, 0][rows]
-            ctx.x0_dtype = x0.dtype
-        ctx.save_for_backward(output[1], column)
+        _save(ctx, inputs[1], inputs[2], inputs[3], output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        nothing: tuple[None, ...] = (None,) * 9
-        if g is None:
-            return (None, None, *nothing)
+        return *_scaled(ctx, g), *(None,) * 9
+
+
+class _Direct(torch.autograd.Function):
+    """The loss alone, in the form that is called sooner: binding arguments to names takes 0.15 ms."""
+
+    @staticmethod
+    def forward(ctx: Any, model_out: Tensor, x0: Tensor | None, given: tuple[Any, ...]) -> Tensor:  # noqa: ANN401
+        loss, grad = _loss_and_gradient(model_out, x0, *given)
+        _save(ctx, x0, given[0], given[1], grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        # refusing a second derivative takes 18 us, and only where one is prepared is there something to refuse
+        return *(_once if torch.is_grad_enabled() else _scaled)(ctx, g), None
+
+
+def _save(ctx: Any, x0: Tensor | None, coef: Tensor, rows: Tensor | None, grad: Tensor) -> None:  # noqa: ANN401
+    ctx.set_materialize_grads(False)
+    column = None
+    if x0 is not None and x0.requires_grad:
+        column = coef[:, 0] if rows is None else coef[:, 0][rows]
+        ctx.x0_dtype = x0.dtype
+    ctx.save_for_backward(grad, column)
+
+
+def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
+    """The gradients of model_out and x0, from that of the loss [B]."""
+    of_model = of_x0 = None
+    if g is not None:
         grad, column = ctx.saved_tensors
-        of_model = of_x0 = None
         if ctx.needs_input_grad[0]:
             of_model = (grad * _dispatch.spread(g, grad)).to(grad.dtype)
         if ctx.needs_input_grad[1]:
             of_x0 = (grad * _dispatch.spread(-g * column, grad)).to(ctx.x0_dtype)
-        return (of_model, of_x0, *nothing)
+    return of_model, of_x0
 
 
-class _Direct(torch.autograd.Function):
-    """The same for plain CPU tensors outside of functorch: binding arguments to names takes 0.15 ms a call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        output = _DenoisingLoss.forward(*inputs)
-        _DenoisingLoss.setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_DenoisingLoss.backward)  # type: ignore[assignment]
+_once = torch.autograd.function.once_differentiable(_scaled)
 
 
 def _coefficients(
-    schedule: Schedule, t: Tensor, target: str, weighting: str | None, options: WeightOptions, dtype: torch.dtype, *,
-    gather: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(coef, t): [T, 4] and its row a sample for a chain, unless gathered; else [B or 1, 4] and None."""
+    schedule: Schedule, t: Tensor, target: str, weighting: str | None, options: WeightOptions, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """(coef, t): [T, 4] and its row a sample for a chain, else [B or 1, 4] and None."""
     if not isinstance(schedule, Betas):
         return torch.stack(_columns(schedule, t, target, weighting, options), 1).to(dtype), None
-    table = _noising.table_of(schedule, _table, (target, weighting, options), t.device, dtype)
-    return (table[t], None) if gather else (table, t)
+    return _noising.table_of(schedule, _table, (target, weighting, options), t.device, dtype), t
 
 
 def _columns(

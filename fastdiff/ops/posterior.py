@@ -48,18 +48,17 @@ def posterior(
     if graded or torch.float64 in (x_t.dtype, model_out.dtype) or not (on_kernel or _fused.wanted(x_t, model_out)):
         return posterior_ref(x_t, model_out, at, schedule, prediction, clip)
     coef = _noising.table_of(schedule, _columns, (prediction,), x_t.device)
-    mean = torch.empty(x_t.shape, dtype=x_t.dtype, device=x_t.device)
+    mean = torch.empty_like(x_t, memory_format=torch.contiguous_format)
     x0, variance = torch.empty_like(mean), torch.empty(2, x_t.shape[0], device=x_t.device)
     if not on_kernel:
-        rows = coef[at]
-        if not posterior_into(x_t, model_out, rows, clip, mean, x0):
+        if not posterior_into(x_t, model_out, coef, at, (lo, hi), mean, x0, variance):
             return posterior_ref(x_t, model_out, at, schedule, prediction, clip)
-        variance = rows[:, 4:6].T.expand(2, x_t.shape[0])
     elif x_t.numel():
         torch.ops.fastdiff.posterior(x_t, model_out, coef, at, lo, hi, clip is not None, mean, x0, variance)
     else:
         variance = coef[at, 4:6].T.expand(2, x_t.shape[0])
-    return mean, variance[0], variance[1], x0
+    value, logarithm = variance.unbind(0)
+    return mean, value, logarithm, x0
 
 
 def posterior_ref(

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "philox_cpu.hpp"
 #include "types_cpu.hpp"
@@ -37,10 +38,12 @@ void fill(const Draws& v, int threads) {
   }
 }
 
-// normals of one stream and row [batch, n]; what fastdiff.native.Noise declares
+// normals of one stream and row [batch, n]; what fastdiff.ops._fused.Noise declares
 struct Noise {
-  const int64_t *seeds, *index;
+  const int64_t *seeds, *index;  // index null: 0 each
   int64_t stream, row, batch, n;
+
+  const int64_t* index_of(int64_t b) const { return index ? index + b : nullptr; }
 };
 
 // `count` numbers of a sample and their normals
@@ -59,14 +62,14 @@ void each_block(const Noise& noise, int threads, const Work& work) {
     alignas(64) float n[WIDTH];
     if (shared) {
       const int64_t b = job * shared, many = std::min(shared, noise.batch - b);
-      draw_samples<NORMAL>(int(many), int(noise.n), noise.seeds + b, noise.index + b, uint32_t(noise.stream),
+      draw_samples<NORMAL>(int(many), int(noise.n), noise.seeds + b, noise.index_of(b), uint32_t(noise.stream),
                            [&](int) { return uint32_t(noise.row); }, n);
       for (int64_t i = 0; i < many; i++) work({b + i, (b + i) * noise.n, b + i, int(noise.n), n + i * noise.n});
       continue;
     }
     const int64_t b = job / blocks, start = job % blocks * WIDTH;
     draw<NORMAL>(uint64_t(noise.seeds[b]), uint32_t(start / 4), uint32_t(noise.row), uint32_t(noise.stream),
-                 uint32_t(noise.index[b]), n);
+                 noise.index ? uint32_t(noise.index[b]) : 0u, n);
     work({b, b * noise.n + start, job, int(std::min<int64_t>(noise.n - start, WIDTH)), n});
   }
 }
@@ -113,12 +116,12 @@ extern "C" void fill_noise(float* out, const int64_t* seeds, const int64_t* inde
   if (kind == LOGISTIC) fill<LOGISTIC>(draws, threads);
 }
 
-// out = coef[b][0] x + coef[b][1] noise, and target, unless it is null, coef[b][2] x + coef[b][3] noise; x [batch, n]
-extern "C" void add_noise(const Noise* noise, const void* x, int x_type, const float* coef, void* out, void* target,
+// out = c[0] x + c[1] noise, and target, unless it is null, c[2] x + c[3] noise; x [batch, n], c the sample's row
+extern "C" void add_noise(const Noise* noise, const Rows* rows, const void* x, int x_type, void* out, void* target,
                           int out_type, int threads) {
   each_block(*noise, threads, [&](const Block& v) {
     alignas(64) float held[WIDTH], y[WIDTH];
-    const float *from = read(x, x_type, v.at, v.count, held), *c = coef + 4 * v.b;
+    const float *from = read(x, x_type, v.at, v.count, held), *c = rows->of(v.b, 4);
     for (void* to : {out, target}) {
       if (!to) return;
       for (int i = 0; i < v.count; i++) y[i] = c[0] * from[i] + c[1] * v.n[i];
@@ -128,15 +131,16 @@ extern "C" void add_noise(const Noise* noise, const void* x, int x_type, const f
   });
 }
 
-// loss [batch] = coef[b][2] mean(rho(m - goal)), grad = its derivative by m, of m's type; goal = coef[b][0] x0 (unless
-// it is null) + coef[b][1] noise; sums [batch, blocks]: room, by which a loss is added up in an order of n alone
-extern "C" void denoising_loss(const Noise* noise, const void* m, int m_type, const void* x0, int x0_type,
-                               const float* coef, int kind, float delta, float* loss, void* grad, double* sums,
-                               int threads) {
+// loss [batch] = c[2] mean(rho(m - goal)), grad = its derivative by m, of m's type; goal = c[0] x0 (unless it is null) +
+// c[1] noise, c the sample's row
+extern "C" void denoising_loss(const Noise* noise, const Rows* rows, const void* m, int m_type, const void* x0,
+                               int x0_type, int kind, float delta, float* loss, void* grad, int threads) {
+  const int64_t blocks = (noise->n + WIDTH - 1) / WIDTH;
+  std::vector<double> sums(noise->batch * blocks);  // by which a loss is added up in an order of n alone
   const auto derivative = kind == L2 ? rho<L2> : kind == L1 ? rho<L1> : rho<HUBER>;
   each_block(*noise, threads, [&](const Block& v) {
     alignas(64) float held[WIDTH], value[WIDTH] = {}, d[WIDTH];
-    const float* c = coef + 4 * v.b;
+    const float* c = rows->of(v.b, 4);
     for (int i = 0; i < v.count; i++) d[i] = c[1] * v.n[i];
     if (x0) {
       const float* clean = read(x0, x0_type, v.at, v.count, held);
@@ -148,10 +152,9 @@ extern "C" void denoising_loss(const Noise* noise, const void* m, int m_type, co
     write(d, c[2] / float(noise->n), grad, m_type, v.at, v.count);
     sums[v.number] = sum(value);
   });
-  const int64_t blocks = (noise->n + WIDTH - 1) / WIDTH;
   for (int64_t b = 0; b < noise->batch; b++) {
     double all = 0;
     for (int64_t i = b * blocks; i < (b + 1) * blocks; i++) all += sums[i];
-    loss[b] = float(coef[4 * b + 2] * (all / double(noise->n)));  // of an empty sample NaN
+    loss[b] = float(rows->of(b, 4)[2] * (all / double(noise->n)));  // of an empty sample NaN
   }
 }

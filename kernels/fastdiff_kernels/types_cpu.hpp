@@ -34,4 +34,13 @@ void write(const float* from, float c, void* out, int type, int64_t at, int coun
   scaled<float>(from, c, out, at, count);
 }
 
+// a chain's table of coefficients, or one made for the call: what fastdiff.native.Rows declares
+struct Rows {
+  const float* table;
+  const int64_t* t;  // a row of the table; null: row b is sample b's
+  int64_t each;      // 0: all samples take the first
+
+  const float* of(int64_t b, int width) const { return table + width * (t ? t[each * b] : each * b); }
+};
+
 }  // namespace
