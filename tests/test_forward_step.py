@@ -71,6 +71,14 @@ def test_gradient(device):
     assert close(gradient, torch.full((3, 4), math.sqrt(1 - 0.02)))
 
 
+def test_gradient_of_the_coefficients(device):
+    """d/da and d/ds of the sum: each sample's sum of x, and of its noise."""
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(5)).to(device)
+    a, s = (torch.full((3,), v, device=device, requires_grad=True) for v in (0.5, 2.0))
+    of_a, of_s = torch.autograd.grad(ops.forward_step(x, a=a, s=s, seeds=SEEDS.to(device)).sum(), (a, s))
+    assert close(of_a, x.sum(1)) and close(of_s, rng.normal(SEEDS, (4,)).sum(1))
+
+
 X = torch.zeros(3, 4)
 
 

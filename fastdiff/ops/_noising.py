@@ -146,13 +146,26 @@ def out_type(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
 
 def on_kernel(x: Tensor, dtype: torch.dtype, *others: object) -> bool:
     """The kernel, unless float64 or a gradient to another argument than x is wanted."""
-    graded = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in others)
-    return _dispatch.kernels_for(x) and torch.float64 not in (x.dtype, dtype) and not graded
+    return _dispatch.kernels_for(x) and torch.float64 not in (x.dtype, dtype) and not _graded(others)
 
 
-def on_compiled(x: Tensor, noise: Tensor | None, dtype: torch.dtype) -> bool:
-    """The CPU's loops: Philox noise, no float64."""
-    return noise is None and torch.float64 not in (x.dtype, dtype) and _fused.wanted(x)
+def on_loop(x: Tensor, dtype: torch.dtype, noise: Tensor | None, *others: object) -> bool:
+    """The CPU's loop: the same, and Philox noise."""
+    return noise is None and torch.float64 not in (x.dtype, dtype) and _fused.wanted(x) and not _graded(others)
+
+
+def _graded(values: Sequence[object]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def noised(
+    x: Tensor, coef: Tensor, t: Tensor | None, seeds: Tensor | None, index: Tensor | None, row: int, stream: int,
+    noise: Tensor | None, dtype: torch.dtype, with_target: bool, by_kernel: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(x_t,) or (x_t, target), differentiable in x; coef [rows, 4], t [B], [1] or None (row = sample)."""
+    run: Any = Noised.apply if _graded((x,)) or torch.compiler.is_compiling() else Noised.forward
+    out: tuple[Tensor, ...] = run(x, coef, t, seeds, index, row, stream, noise, dtype, with_target, by_kernel)
+    return out
 
 
 class Noised(torch.autograd.Function):

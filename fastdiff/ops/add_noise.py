@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def add_noise(
     at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise)
     dtype = _noising.out_type(x0, out_dtype)
     on_kernel = _noising.on_kernel(x0, dtype, noise)
-    if not on_kernel and not _noising.on_compiled(x0, noise, dtype):
+    if not on_kernel and not _noising.on_loop(x0, dtype, noise):
         return add_noise_ref(
             x0, at, schedule, seeds=keyed, index=which, row=row, stream=stream, target=target, noise=noise,
             out_dtype=dtype,
@@ -70,12 +69,10 @@ def add_noise(
         coef = _noising.table_of(schedule, _table, (target,), x0.device)
     else:
         coef, which_row = torch.stack(_columns(schedule, at, target), 1).float(), None
-    graded = torch.is_grad_enabled() and x0.requires_grad
-    run: Any = _noising.Noised.apply if graded or torch.compiler.is_compiling() else _noising.Noised.forward
-    out = run(
+    out = _noising.noised(
         x0, coef, which_row, keyed, which, row, stream, noise, dtype, target is not None, on_kernel
     )  # fmt: skip
-    return out if target is not None else out[0]
+    return out[0] if target is None else (out[0], out[1])
 
 
 def add_noise_ref(

@@ -37,12 +37,13 @@ def forward_step(
         seeds, index, row, stream, noise, out_dtype: as in add_noise.
     Returns: x_t [B, *sample].
     Raises:  TypeError, ValueError: as add_noise; a schedule that is no Betas; a, s together with t or alone.
-    Numerics: coefficients in float64, arithmetic in fp32; differentiable in x. Runs add_noise's kernel.
+    Numerics: coefficients in float64, arithmetic in fp32; differentiable in x. Runs add_noise's kernel, or its loop.
     Source:  Ho et al. 2020, arXiv:2006.11239, eq. 2.
     """
     at, keyed, which = _checked(x, t, schedule, a, s, seeds, index, row, stream, noise)
     dtype = _noising.out_type(x, out_dtype)
-    if not _noising.on_kernel(x, dtype, a, s, noise):
+    on_kernel = _noising.on_kernel(x, dtype, a, s, noise)
+    if not on_kernel and not _noising.on_loop(x, dtype, noise, a, s):
         return forward_step_ref(
             x, at, schedule, a=a, s=s, seeds=keyed, index=which, row=row, stream=stream, noise=noise, out_dtype=dtype
         )
@@ -50,7 +51,7 @@ def forward_step(
         coef = _noising.table_of(schedule, _table, (), x.device)
     else:
         coef = torch.stack(_padded(*_pair(a, s, x)), 1).float()
-    return _noising.Noised.apply(x, coef, at, keyed, which, row, stream, noise, dtype, False, True)[0]
+    return _noising.noised(x, coef, at, keyed, which, row, stream, noise, dtype, False, on_kernel)[0]
 
 
 def forward_step_ref(
