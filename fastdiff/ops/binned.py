@@ -159,7 +159,9 @@ def _launch(
         *(None if v is None else v.contiguous() for v in given), out, n, _dispatch.FIRST, int(row.numel() > 1), stream,
         bins, 2.0 / bins,
     )  # fmt: skip
-    _dispatch.launch(_dispatch.kernels("binned").binned_kernel, args, n, batch, SAMPLED=sampled)
+    # the mean works on many numbers of an element at a time, as a step on many slots does
+    slots = 1 if sampled else 3
+    _dispatch.launch(_dispatch.kernels("binned").binned_kernel, args, n, batch, slots=slots, SAMPLED=sampled)
 
 
 _dispatch.register(
