@@ -9,14 +9,15 @@ import platform
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
-    "ONE_THREAD", "TYPES", "available", "call", "draw", "fill", "function", "plain", "rows_of", "threads", "usable"
+    "ONE_THREAD", "TYPES", "available", "call", "draw", "fill", "function", "layout", "plain", "rows_of", "run",
+    "threads", "types", "usable",
 ]  # fmt: skip
 
 # torch's toolchain forbids vector code of the compiler's own; a square root that sets errno is none
@@ -98,6 +99,30 @@ def function(file: str, name: str, *arguments: type) -> Callable[..., None] | No
     loop = getattr(found, name)
     loop.restype, loop.argtypes = None, list(arguments)
     return loop
+
+
+def run(file: str, name: str, *arguments: Tensor | float | None) -> bool:
+    """Calls a loop with contiguous tensors (or None), int64s and floats, as it declares them; False without a compiler.
+
+    A position holds one kind of argument in every call.
+    """
+    kinds = (c_void_p if a is None or isinstance(a, Tensor) else c_float if type(a) is float else c_int64
+             for a in arguments)  # fmt: skip
+    loop = function(file, name, *kinds)
+    if loop is None:
+        return False
+    call(loop, *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+    return True
+
+
+def layout(x: Tensor, *, heavy: bool = False) -> tuple[int, int, int]:
+    """What most loops' last arguments are: samples, elements of a sample, threads."""
+    return x.shape[0], x.shape[1:].numel(), threads(x.numel(), heavy=heavy)
+
+
+def types(*tensors: Tensor) -> tuple[int, ...]:
+    """The loops' numbers for dtypes."""
+    return tuple(TYPES[v.dtype] for v in tensors)
 
 
 def _filler() -> Callable[..., None] | None:

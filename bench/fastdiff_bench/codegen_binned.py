@@ -18,6 +18,6 @@ def binned_cases(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> It
     for name, sampled in (("sample", True), ("mean", False)):
         yield Case(
             f"binned/{name}/{dtype}", "binned", "binned_kernel", types | (seeds if sampled else {}),
-            {"SAMPLED": sampled, **tile, "PARTS": 1 if sampled else 2}, ("fp32", dtype, dtype), ("fp32",), clamps=sampled, num_warps=warps,
-            lanes=lanes,
+            {"SAMPLED": sampled, **tile, "PARTS": 1 if sampled else 2}, ("fp32", dtype, dtype), ("fp32",),
+            clamps=sampled, num_warps=warps, lanes=lanes,
         )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff import rng
-from fastdiff.ops import _dispatch
+from fastdiff import native, rng
+from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS, FLOATS64, INTS, check_batched, check_tensor, spread
 
 MODES = ("sample", "mean")
@@ -43,13 +43,38 @@ def binned_readout(
     Source:  Graves et al. 2023, arXiv:2308.07037, eq. 107-112.
     """
     _check(x, model_out, coef, row, bins, readout, seeds, index, noise)
-    if not _dispatch.kernels_for(x) or x.dtype == torch.float64 or not x.numel():
+    sampled, plain = readout == "sample", x.dtype == torch.float64 or not x.numel()
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if not plain and _dispatch.kernels_for(x):
+        torch.ops.fastdiff.binned(x, model_out, coef, row, bins, sampled, seeds, index, stream, noise, out)
+    elif plain or not _on_cpu(x, model_out, coef, row, bins, sampled, seeds, index, stream, noise, out):
         return binned_readout_ref(
             x, model_out, coef, row, bins=bins, readout=readout, seeds=seeds, index=index, stream=stream, noise=noise
         )
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    torch.ops.fastdiff.binned(x, model_out, coef, row, bins, readout == "sample", seeds, index, stream, noise, out)
     return out
+
+
+def _on_cpu(
+    x: Tensor, model_out: Tensor, coef: Tensor, row: Tensor, bins: int, sampled: bool, seeds: Tensor | None,
+    index: Tensor | None, stream: int, noise: Tensor | None, out: Tensor,
+) -> bool:  # fmt: skip
+    """Writes the readout by the C++ loop; False where it cannot run."""
+    given = (x, model_out, coef, row, *(v for v in (seeds, index, noise) if v is not None))
+    graded = torch.is_grad_enabled() and any(v.requires_grad for v in given)
+    if graded or torch.float64 in (model_out.dtype, coef.dtype) or not _fused.wanted(*given):
+        return False
+    if sampled and noise is None:
+        noise = _drawn(seeds, index, row, stream, x)
+    n = None if noise is None else noise.float().contiguous()
+    x, model_out, coef, row = x.contiguous(), model_out.contiguous(), coef.contiguous(), row.long().contiguous()
+    options = *native.types(model_out), row.numel() > 1, bins, *native.layout(x, heavy=True)
+    return native.run("binned", "binned", x, model_out, coef, row, n, out, *options)
+
+
+def _drawn(seeds: Tensor | None, index: Tensor | None, row: Tensor, stream: int, x: Tensor) -> Tensor:
+    assert seeds is not None
+    index = torch.zeros_like(seeds) if index is None else index
+    return rng.row_normals(seeds, index, row.long(), stream, x.shape[1:].numel()).view_as(x)
 
 
 def binned_readout_ref(
@@ -72,9 +97,7 @@ def binned_readout_ref(
     if readout == "mean":
         return bin_mean(mean, std, bins)
     if noise is None:
-        assert seeds is not None
-        which = torch.zeros_like(seeds) if index is None else index
-        noise = rng.row_normals(seeds, which, row.long(), stream, x.shape[1:].numel()).view_as(x)
+        noise = _drawn(seeds, index, row, stream, x)
     return bin_of(mean + std * noise.to(x.dtype), bins)
 
 

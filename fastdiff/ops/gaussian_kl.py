@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.ops import _dispatch
+from fastdiff import native
+from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
 from fastdiff.ops.denoising_loss import CHUNK, loss_tile
 
@@ -32,10 +34,13 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
     values = (mean1, log_variance1, mean2, log_variance2)
     graded = torch.is_grad_enabled() and (mean1.requires_grad or log_variance1.requires_grad)
     wide = any(v.dtype == torch.float64 for v in values)
-    if _dispatch.kernels_for(mean1) and mean1.numel() and not graded and not wide:
+    on_kernel = _dispatch.kernels_for(mean1)
+    if graded or wide or not mean1.numel() or not (on_kernel or (_fused.wanted(*values) and native.available())):
+        return gaussian_kl_ref(*values)
+    if on_kernel or (torch.is_grad_enabled() and (mean2.requires_grad or log_variance2.requires_grad)):
         out: Tensor = _KL.apply(*values)[0]
         return out
-    return gaussian_kl_ref(*values)
+    return _on_cpu(*values, (None, None))
 
 
 def gaussian_kl_ref(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -61,8 +66,10 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> tuple[Tensor, ...]:
-        kl = torch.empty(mean1.shape[0], dtype=torch.float32, device=mean1.device)
         slopes = [torch.empty_like(mean1, memory_format=torch.contiguous_format) for _ in range(2)]
+        if not _dispatch.kernels_for(mean1):
+            return _on_cpu(mean1, log_variance1, mean2, log_variance2, slopes), *slopes
+        kl = torch.empty(mean1.shape[0], dtype=torch.float32, device=mean1.device)
         full = [_per_sample_or_full(v, mean1) for v in (log_variance1, log_variance2)]
         torch.ops.fastdiff.gaussian_kl(mean1, full[0], mean2, full[1], kl, *slopes)
         return kl, *slopes
@@ -83,6 +90,19 @@ class _KL(torch.autograd.Function):
         for slope, (shape, dtype), needed in zip(ctx.saved_tensors, ctx.about, ctx.needs_input_grad[2:], strict=True):
             found.append((slope * spread(g, slope)).sum_to_size(shape).to(dtype) if needed else None)
         return (None, None, *found)
+
+
+def _on_cpu(
+    mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor, slopes: Sequence[Tensor | None]
+) -> Tensor:
+    """kl [B] by the C++ loop, which also writes the slopes, to mean2 and to log_variance2, where they are wanted."""
+    kl = torch.empty(mean1.shape[0])
+    m1, m2 = mean1.contiguous(), mean2.contiguous()
+    l1, l2 = (_per_sample_or_full(v, mean1).contiguous() for v in (log_variance1, log_variance2))
+    full = (l1.dim() > 1, l2.dim() > 1)
+    about = (*native.types(m1, l1), full[0], *native.types(m2, l2), full[1], native.TYPES[mean1.dtype])
+    native.run("gaussian_kl", "gaussian_kl", m1, l1, m2, l2, kl, *slopes, *about, *native.layout(m1))
+    return kl
 
 
 def _per_sample_or_full(value: Tensor, x: Tensor) -> Tensor:

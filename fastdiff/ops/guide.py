@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.ops import _dispatch
+from fastdiff import native
+from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, INTS, check_batched, check_tensor, spread
 from fastdiff.plan import Plan
 
@@ -50,15 +52,20 @@ def guide(
     """
     weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold)
     graded = torch.is_grad_enabled() and any(v.requires_grad for v in (cond, uncond, weight))
-    if not _dispatch.kernels_for(cond) or graded or torch.float64 in (cond.dtype, uncond.dtype):
-        return guide_ref(cond, uncond, weight, rule=rule, rescale=rescale, eta=eta, norm_threshold=norm_threshold)
+    options: dict[str, Any] = {"rule": rule, "rescale": rescale, "eta": eta, "norm_threshold": norm_threshold}
+    on_kernel = _dispatch.kernels_for(cond)
+    if graded or torch.float64 in (cond.dtype, uncond.dtype) or not (on_kernel or _fused.wanted(cond, uncond, weight)):
+        return guide_ref(cond, uncond, weight, **options)
     out = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
+    if not on_kernel:
+        scales = guidance_scales(cond, uncond, weight, **options)
+        given = cond.contiguous(), uncond.contiguous()
+        done = native.run("guide", "combine", *given, scales, out, *native.types(*given), *native.layout(cond))
+        return out if done else guide_ref(cond, uncond, weight, **options)
     if out.numel():
         scales = weight.to(torch.float32).contiguous()
         if rule != "cfg":
-            scales = guidance_scales(
-                cond, uncond, scales, rule=rule, rescale=rescale, eta=eta, norm_threshold=norm_threshold
-            )
+            scales = guidance_scales(cond, uncond, scales, **options)
         torch.ops.fastdiff.guide(cond, uncond, scales, RULES.index(rule), out)
     return out
 
@@ -91,13 +98,19 @@ def guidance_scales(
     """
     weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold, row)
     graded = torch.is_grad_enabled() and any(v.requires_grad for v in (cond, uncond, weight))
-    no_sums = rule == "cfg" or not cond.numel()
-    if no_sums or not _dispatch.kernels_for(cond) or graded or torch.float64 in (cond.dtype, uncond.dtype):
+    plain = rule == "cfg" or not cond.numel() or graded or torch.float64 in (cond.dtype, uncond.dtype)
+    on_kernel, a = _dispatch.kernels_for(cond), float(rescale if rule == "rescale" else eta)
+    scales = torch.empty(cond.shape[0], 2, dtype=torch.float32, device=cond.device)
+    if not plain and not on_kernel and _fused.wanted(cond, uncond, weight):
+        lift = _lift(weight, row, cond.shape[0], torch.float32).contiguous()
+        given = cond.contiguous(), uncond.contiguous()
+        options = *native.types(*given), RULES.index(rule), a, float(norm_threshold), *native.layout(cond)
+        if native.run("guide", "guidance_scales", *given, lift, scales, *options):
+            return scales
+    if plain or not on_kernel:
         return guidance_scales_ref(
             cond, uncond, weight, rule=rule, rescale=rescale, eta=eta, norm_threshold=norm_threshold, row=row
         )
-    scales = torch.empty(cond.shape[0], 2, dtype=torch.float32, device=cond.device)
-    a = rescale if rule == "rescale" else eta
     weight = weight.to(torch.float32).contiguous()
     torch.ops.fastdiff.guidance_scales(cond, uncond, weight, row, RULES.index(rule), a, norm_threshold, scales)
     return scales
@@ -134,10 +147,7 @@ def guidance_scales_ref(
     """`guidance_scales` in plain torch: computes in float64 for float64 data, else in float32; differentiable."""
     weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold, row)
     dtype = torch.float64 if torch.float64 in (cond.dtype, uncond.dtype) else torch.float32
-    weight = weight.to(dtype)
-    if weight.dim() == 2:
-        weight = weight[0] if row is None or weight.shape[0] == 1 else weight.index_select(0, row)[0]
-    lift = weight.reshape(-1).expand(cond.shape[0]) - 1
+    lift = _lift(weight, row, cond.shape[0], dtype)
     c, u = (v.to(dtype).reshape(v.shape[0], v.shape[1:].numel()) for v in (cond, uncond))
     d = c - u
 
@@ -160,6 +170,13 @@ def guidance_scales_ref(
         return torch.stack([1 - lift * (1 - eta) * k * dot(d, c) / dot(c, c), lift * k], 1)
     s = dot(c, u) / (dot(u, u) + ZERO_STAR_EPS)
     return torch.stack([1 + lift - lift * s, lift * s], 1)
+
+
+def _lift(weight: Tensor, row: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor:
+    """w - 1 of every sample."""
+    if weight.dim() == 2:
+        weight = weight[0] if row is None or weight.shape[0] == 1 else weight.index_select(0, row)[0]
+    return weight.to(dtype).reshape(-1).expand(batch) - 1
 
 
 def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:

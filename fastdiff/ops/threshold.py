@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastdiff.ops import _dispatch
+from fastdiff import native
+from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, INTS, check_batched, check_tensor, spread
+from fastdiff.ops.guide import guidance_scales
 
 Weight = Tensor | None
 
@@ -29,11 +31,16 @@ def threshold(x0: Tensor, quantile: float = 0.995, maximum: float = math.inf) ->
     """
     _checked(x0, quantile, maximum)
     graded = torch.is_grad_enabled() and x0.requires_grad
-    if not _dispatch.kernels_for(x0) or graded or x0.dtype == torch.float64 or not x0.numel():
+    on_kernel = _dispatch.kernels_for(x0)
+    if graded or x0.dtype == torch.float64 or not x0.numel() or not (on_kernel or _fused.wanted(x0)):
         return threshold_ref(x0, quantile, maximum)
     out = torch.empty(x0.shape, dtype=x0.dtype, device=x0.device)
     x0 = x0.contiguous()
-    torch.ops.fastdiff.threshold(x0, threshold_bound(x0, quantile, maximum), out)
+    bound = threshold_bound(x0, quantile, maximum)
+    if on_kernel:
+        torch.ops.fastdiff.threshold(x0, bound, out)
+    elif not native.run("threshold", "threshold", x0, bound, out, *native.types(x0), *native.layout(x0)):
+        return threshold_ref(x0, quantile, maximum)
     return out
 
 
@@ -72,15 +79,35 @@ def threshold_bound(
     _check_model(x, model_out, table, row, uncond, guidance, scales)
     graded = torch.is_grad_enabled() and x.requires_grad
     model = {"model_out": model_out, "table": table, "row": row, "uncond": uncond}
-    if not _dispatch.kernels_for(x) or graded or x.dtype == torch.float64 or not x.numel():
-        return threshold_bound_ref(x, quantile, maximum, **model, guidance=guidance, scales=scales)
+    plain = graded or not x.numel() or any(v is not None and v.dtype == torch.float64 for v in (x, model_out, uncond))
+    rank = quantile * (x.shape[1:].numel() - 1)
+    at = math.floor(rank), rank - math.floor(rank), float(maximum)
     bound = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    w = guidance if scales is None else scales
-    scaled, rank = scales is not None, quantile * (x.shape[1:].numel() - 1)
-    torch.ops.fastdiff.threshold_bound(
-        x, model_out, table, row, uncond, w, scaled, math.floor(rank), rank - math.floor(rank), float(maximum), bound
-    )
+    if not plain and _dispatch.kernels_for(x):
+        w = guidance if scales is None else scales
+        torch.ops.fastdiff.threshold_bound(x, model_out, table, row, uncond, w, scales is not None, *at, bound)
+    elif plain or not _bound_on_cpu(x, model_out, table, row, uncond, guidance, scales, at, bound):
+        return threshold_bound_ref(x, quantile, maximum, **model, guidance=guidance, scales=scales)
     return bound
+
+
+def _bound_on_cpu(
+    x: Tensor, model_out: Tensor | None, table: Tensor | None, row: Tensor | None, uncond: Tensor | None,
+    guidance: Tensor | None, scales: Tensor | None, at: tuple[int, float, float], bound: Tensor,
+) -> bool:  # fmt: skip
+    """Writes the bound by the C++ loop; False where it cannot run."""
+    if not _fused.wanted(x, *(v for v in (model_out, table, row, uncond, guidance, scales) if v is not None)):
+        return False
+    if guidance is not None:
+        scales = guidance_scales(x, x, guidance, rule="cfg", row=row)
+    numbers = None if table is None or row is None else table.index_select(0, row)[0].float().contiguous()
+    given = [None if v is None else v.contiguous() for v in (x, model_out, uncond)]
+    k_c = None if scales is None else scales.float().contiguous()
+    dtypes = (native.TYPES[x.dtype if v is None else v.dtype] for v in given)
+    return native.run(
+        "threshold", "threshold_bound", given[0], given[1], numbers, given[2], k_c, bound, *dtypes, *at,
+        *native.layout(x),
+    )  # fmt: skip
 
 
 def threshold_bound_ref(

@@ -2,8 +2,8 @@
 
 mean = c_skip x + c_out m0,  std = |c_out| exp(m1),  bin j: [2j/K - 1, 2(j+1)/K - 1], the outer ones with the tails
 sampled: the centre of the bin of mean + std n;   mean: sum_j centre_j P(bin j) = 1 - (1 + 2 T) / K,  T the sum of Phi
-over the K - 1 inner edges. Of many bins T is not added up: where a step between edges is h > 1 std, all Phi but those of
-the nearest edges are 0 or 1; elsewhere Euler and Maclaurin's formula gives the sum from its two ends, to 1e-7 of p.
+over the K - 1 inner edges. Of many bins T is not added up: where a step between edges is h > 1 std, all Phi but those
+of the nearest edges are 0 or 1; elsewhere Euler and Maclaurin's formula gives the sum from its ends, to 1e-7 of p.
 """
 
 import triton
@@ -11,7 +11,6 @@ import triton.language as tl
 
 from fastdiff_kernels.philox import normal4, sample_key
 from fastdiff_kernels.tiles import load_float, sample_size, tile
-
 
 FEW = tl.constexpr(20)  # edges that are added up
 NEAREST = tl.constexpr(6)  # edges on either side of the mean, each more than a std from the next

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "exp_cpu.hpp"
 #include "philox_cpu.hpp"
 #include "softmax_cpu.hpp"
 #include "sums_cpu.hpp"

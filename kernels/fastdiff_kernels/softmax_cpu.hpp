@@ -14,36 +14,6 @@ namespace {
 constexpr int LANE = 16, FEW = 64;
 constexpr int EXACT = 64;  // steps a lane adds up in fp32, before fp64
 
-// e^x - 1 = 2^n (1 + q) - 1 for x in [-104, 88]; a NaN passes
-inline float halves(float x, int32_t& n) {
-  float t = x * 1.44269504089f + 12582912.0f;
-  std::memcpy(&n, &t, 4);
-  n -= 0x4B400000;
-  t -= 12582912.0f;
-  const float r = (x - t * 0.693359375f) + t * 2.12194440e-4f;
-  float q = 1.9875691500e-4f;
-  q = q * r + 1.3981999507e-3f;
-  q = q * r + 8.3334519073e-3f;
-  q = q * r + 4.1665795894e-2f;
-  q = q * r + 1.6666665459e-1f;
-  q = q * r + 5.0000001201e-1f;
-  return q * r * r + r;
-}
-
-inline float power(int32_t n) {
-  float s;
-  n = int32_t(uint32_t(n + 127) << 23);
-  std::memcpy(&s, &n, 4);
-  return s;
-}
-
-inline float exp_of(float x) {
-  int32_t n;
-  const float q = halves(x < -104.0f ? -104.0f : x > 88.0f ? 88.0f : x, n);
-  const int32_t part = n >> 1;  // 2^n alone may be below the normal numbers
-  return (1.0f + q) * power(part) * power(n - part);
-}
-
 // tanh(z / 2), to full precision near 0
 inline float tanh_of_half(float z) {
   int32_t n;
