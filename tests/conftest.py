@@ -50,14 +50,12 @@ def cpp_loops():
 
 
 @pytest.fixture(params=["loop", "kernel", "eager"])
-def device_of_classes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """For operations on classes: the C++ loop, the kernels (GPU, else interpreter) and eager chunks."""
+def device_of_loops(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """For operations that are C++ loops on a CPU: those, the kernels (GPU, else interpreter) and eager torch."""
     from fastdiff import ops
 
     if request.param == "loop":
         request.getfixturevalue("cpp_loops")
-    if request.param == "eager":
-        monkeypatch.setattr("fastdiff.categorical_cpu.function", lambda *_: None)
     on_gpu = request.param == "kernel" and torch.cuda.is_available()
-    with ops.use_kernels() if request.param == "kernel" else nullcontext():
+    with ops.use_kernels() if request.param == "kernel" else ops.cpu_compiler(request.param == "loop"):
         yield torch.device("cuda" if on_gpu else "cpu")

@@ -16,6 +16,11 @@ TOLERANCE = 4e-6  # relative to the largest value
 SHAPES = [(), (1,), (0,), (7,), (2, 19, 7), (3, 1003)]
 
 
+@pytest.fixture
+def device(device_of_loops):
+    return device_of_loops
+
+
 def data(shape, dtype=torch.float32, seed=0):
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

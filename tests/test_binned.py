@@ -16,6 +16,11 @@ from fastdiff.ops.binned import bin_log_probability, bin_mean, bin_of, binned_re
 COEF = torch.tensor([[1.2, -0.4], [0.0, 1.0], [1.05, -0.2]])
 
 
+@pytest.fixture
+def device(device_of_loops: torch.device) -> torch.device:
+    return device_of_loops
+
+
 def probabilities(mean: float, std: float, bins: int) -> np.ndarray:
     """Mass of N(mean, std^2) in each bin, tails in the outer ones, by math.erf (eq. 109 of the paper)."""
     cdf = [0.0] + [0.5 * (1 + math.erf((2 * j / bins - 1 - mean) / (std * 2**0.5))) for j in range(1, bins)] + [1.0]

@@ -17,6 +17,11 @@ CHAIN = Betas(linear_betas(1000))
 STD = 0.6
 
 
+@pytest.fixture
+def device(device_of_loops):
+    return device_of_loops
+
+
 def data(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -12,8 +12,8 @@ JOBS = [(2, 4099), (3, 701), (27, 301), (65, 70), (300, 22)]  # several jobs of 
 
 
 @pytest.fixture
-def device(device_of_classes):
-    return device_of_classes
+def device(device_of_loops):
+    return device_of_loops
 
 
 def case(K, tokens, dtype=torch.float32, batch=2):

@@ -19,8 +19,8 @@ def case(K, tokens, batch=2):
 
 
 @pytest.fixture
-def device(device_of_classes):
-    return device_of_classes
+def device(device_of_loops):
+    return device_of_loops
 
 
 def here(device, *tensors):

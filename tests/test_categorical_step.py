@@ -18,8 +18,8 @@ cases = pytest.mark.parametrize(("K", "tokens"), CASES)
 
 
 @pytest.fixture
-def device(device_of_classes):
-    return device_of_classes
+def device(device_of_loops):
+    return device_of_loops
 
 
 def width(K):

@@ -17,6 +17,11 @@ WEIGHTINGS = ("snr", "min_snr", "truncated_snr", "edm", "sigma2", "likelihood", 
 TOLERANCE, GRADIENT = 1e-6, 4e-6  # relative, fp32
 
 
+@pytest.fixture
+def device(device_of_loops):
+    return device_of_loops
+
+
 def data(shape, dtype=torch.float32, seed=0):
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

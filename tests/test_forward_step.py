@@ -13,6 +13,11 @@ SEEDS = torch.tensor([3, 2**62 + 5, 8])
 TOLERANCE = 4e-6
 
 
+@pytest.fixture
+def device(device_of_loops):
+    return device_of_loops
+
+
 def close(got, want):
     got, want = got.cpu().double(), want.cpu().double()
     assert got.shape == want.shape

@@ -19,6 +19,11 @@ RULES = {
 }
 
 
+@pytest.fixture
+def device(device_of_loops):
+    return device_of_loops
+
+
 def data(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

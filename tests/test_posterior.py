@@ -14,6 +14,11 @@ PREDICTIONS = ("eps", "x0", "v", "score", "flow")
 TOLERANCE = 4e-6
 
 
+@pytest.fixture
+def device(device_of_loops):
+    return device_of_loops
+
+
 def data(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

@@ -10,6 +10,11 @@ from fastdiff import ops
 X = torch.zeros(3, 4)
 
 
+@pytest.fixture
+def device(device_of_loops):
+    return device_of_loops
+
+
 def data(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
