@@ -72,6 +72,19 @@ def test_kl_kernel_and_gradients(shape, full, device):
     assert torch.equal(ops.gaussian_kl(*(v[1:2] for v in mine)), got[1:2])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: exp
+def test_kl_far_apart(device):
+    """Closed forms where e^d, d and the distance are large, small or overflow fp32."""
+    for d in (-200.0, -30.0, 1e-3, 20.0, 85.0, 86.0, 100.0):
+        for apart, log2 in ((0.0, 0.0), (3.0, -80.0), (0.5, 95.0)):
+            log1 = d + log2
+            want = 0.5 * (math.expm1(d) - d + apart**2 * math.exp(-log2)) if d < 89 else math.inf
+            values = [torch.full((2, 5), v).to(device) for v in (apart, log1, 0.0, log2)]
+            got = ops.gaussian_kl(*values).cpu()
+            slack = 3e-6 + 1.2e-7 * (abs(log1) + abs(log2)) * (math.exp(d) if d < 89 else 1)  # the rounding of d itself
+            assert got.isinf().all() if want > 3.4e38 else ((got - want).abs() <= 2e-6 * want + slack).all()
+
+
 def test_kl_opcheck(kernel_device):
     x = torch.randn(3, 5, device=kernel_device)
     args = (x, x[:, 0].contiguous(), x + 1, x, torch.zeros(3, device=kernel_device), torch.zeros_like(x), x * 0)

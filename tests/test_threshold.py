@@ -49,6 +49,24 @@ def test_threshold_edges(device):
         ops.threshold(X.int())
 
 
+@pytest.mark.parametrize("n", [255, 256, 257, 5000])
+def test_any_order_statistic(n, device):
+    """Magnitudes of all sizes, zeros, the smallest and infinite ones: low + f (high - low) of the sorted sample."""
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(2, n, generator=g) * torch.exp(8 * torch.randn(2, n, generator=g))
+    x[0, :7], x[1, :3] = torch.tensor([0.0, -0.0, 1e-45, -1e-40, math.inf, 3e38, 1.5]), -math.inf
+    ordered = x.abs().double().sort(1).values
+    for k in (0, 1, n // 2, n - 9, n - 4, n - 1):
+        for fraction in (0.0, 0.25):
+            if fraction == 0 or k + 4 < n:
+                quantile = (k + fraction) / (n - 1)
+                rank = quantile * (n - 1)
+                low, high = ordered[:, math.floor(rank)], ordered[:, math.ceil(rank)]
+                want = torch.where(low == high, low, low + (rank - math.floor(rank)) * (high - low)).clamp(min=1)
+                got = ops.threshold_bound(x.to(device), quantile).cpu().double()
+                assert (got == want).logical_or((got - want).abs() <= 3e-7 * want).all()
+
+
 def test_equal_values_and_compile(device):
     """Ranks between equal values, and a rank between two groups of them."""
     x = torch.tensor([[3.0, -3.0, 3.0, 1.0, -1.0, 5.0, 5.0, 5.0]]).to(device)

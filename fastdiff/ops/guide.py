@@ -211,12 +211,12 @@ def _checked(
         raise ValueError(f"eta must be finite, got {eta!r}")
     if not 0 <= norm_threshold < math.inf:
         raise ValueError(f"norm_threshold must be finite and >= 0, got {norm_threshold!r}")
+    if row is not None:
+        check_tensor("row", row, shape=(1,), dtypes=INTS, like=cond)
     if isinstance(w, Tensor):
         check_tensor("w", w, dtypes=FLOATS64, like=cond)
-        if row is not None:
-            check_tensor("row", row, shape=(1,), dtypes=INTS, like=cond)
-            if w.dim() == 2 and w.shape[1] in (1, batch):
-                return w
+        if row is not None and w.dim() == 2 and w.shape[1] in (1, batch):
+            return w
         if tuple(w.shape) not in ((), (1,), (batch,)):
             raise ValueError(f"w must be a number or [B] = [{batch}], got shape {tuple(w.shape)}")
         return w.reshape(-1)

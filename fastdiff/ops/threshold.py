@@ -145,7 +145,7 @@ def threshold_bound_ref(
     below, above = math.floor(rank), math.ceil(rank)
     ordered = flat.sort(dim=1).values  # NaN comes last: it reaches the largest value
     low, high, last = ordered[:, below], ordered[:, above], ordered[:, -1]
-    s = (low + (rank - below) * (high - low)).clamp(1.0, maximum)
+    s = torch.where(low == high, low, low + (rank - below) * (high - low)).clamp(1.0, maximum)  # inf - inf is NaN
     return torch.where(last.isnan(), last, s)
 
 

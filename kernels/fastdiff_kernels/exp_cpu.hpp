@@ -39,8 +39,8 @@ inline float exp_of(float x) {
 // e^x - 1, to full precision near 0
 inline float expm1_of(float x) {
   int32_t n;
-  const float q = halves(x < -104.0f ? -104.0f : x > 88.0f ? 88.0f : x, n), s = power(n);
-  return s * q + (s - 1.0f);
+  const float q = halves(x < -80.0f ? -80.0f : x > 1.0f ? 1.0f : x, n), s = power(n);
+  return x > 1.0f ? exp_of(x) - 1.0f : s * q + (s - 1.0f);
 }
 
 // the standard normal's density, and Phi(-t) of t >= 0, within 2e-7

@@ -102,7 +102,8 @@ def bound_kernel(
     most = tl.max(largest, axis=0)
     next_value = tl.where(k + 1 < equal, value, tl.minimum(tl.min(above, axis=0), most))
     s = value.to(tl.float32, bitcast=True)
-    s = tl.where(fraction == 0.0, s, s + fraction * (next_value.to(tl.float32, bitcast=True) - s))
+    still = (fraction == 0.0) | (next_value == value)  # infinity less infinity is NaN
+    s = tl.where(still, s, s + fraction * (next_value.to(tl.float32, bitcast=True) - s))
     s *= tl.abs(c_skip)
     s = tl.minimum(tl.maximum(s, 1.0), maximum)
     tl.store(bound_ptr + b, tl.where(most > INFINITY, float("nan"), s))

@@ -67,7 +67,7 @@ extern "C" void threshold_bound(const void* x, const void* m, const float* row, 
         for (int i = 0; i < count; i++) other[i] = k_c * given[i] + k_d * (given[i] - less[i]);
         given = other;
       }
-      for (int i = 0; i < count; i++) y[i] = row[0] * (y[i] + row[1] * given[i]);
+      for (int i = 0; i < count; i++) y[i] += row[1] * given[i];
     }
     for (int i = 0; i < count; i++) y[i] = std::fabs(y[i]);
     std::memcpy(sizes.data() + at, y, sizeof(float) * count);
@@ -76,7 +76,7 @@ extern "C" void threshold_bound(const void* x, const void* m, const float* row, 
   for (int64_t b = 0; b < batch; b++) {
     float low, high;
     select(sizes.data() + b * n, n, k, low, high);
-    const float s = low + fraction * (high - low);
+    const float s = (fraction == 0 || low == high ? low : low + fraction * (high - low)) * (m ? std::fabs(row[0]) : 1.0f);
     bound[b] = s < 1.0f ? 1.0f : s > maximum ? maximum : s;
   }
 }
