@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdiff_bench.kernels import categorical_step
+from fastdiff_bench.kernels_categorical import categorical_step
 
 COLUMNS = ("torch", "torch.compile", "fastdiff eager", "fastdiff compiled")
 

@@ -6,13 +6,20 @@ import math
 import pytest
 import torch
 
-from fastdiff_bench import kernels, options, roofline
+from fastdiff_bench import kernels, options, roofline, work
+from fastdiff_bench.cases import KERNELS
 from fastdiff_bench.networks import NETWORKS, build
 from fastdiff_bench.textbook import compiled
 
 CPU = torch.device("cpu")
 COLUMNS = ("torch", "diffusers", "fastdiff eager")
-BYTES = {"affine_step": (12, 8), "add_noise": (8, 4), "posterior": (16, 8), "denoising_loss": (16, 8)}
+# fp32, bf16: what is read and written an element. affine_step: x in and out in fp32, the output and the next input in
+# the model's dtype; classes: 8 bytes a token of 32 numbers; binned: x and p in fp32, two outputs
+BYTES = {
+    "affine_step": (12, 12), "add_noise": (8, 4), "posterior": (16, 8), "denoising_loss": (16, 8), "guide": (12, 6),
+    "threshold": (8, 4), "gaussian_kl": (24, 12), "binned": (16, 12), "binned_mean": (16, 12),
+    "categorical_noise": (4.25, 2.25), "categorical_loss": (8.25, 4.25),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -24,12 +31,12 @@ def test_columns_agree_and_bytes_are_what_must_move(kernel, dtype):
         found = kernels.times(work, CPU, rounds=5, seconds=0.01)
     assert {"torch", "fastdiff eager"} <= set(found) and all(v["median"] > 0 for v in found.values())
     if kernel in BYTES:
-        # affine_step: x in and out in fp32, the output and the next input in the model's dtype; else that dtype's
-        # x0 -> x_t; x, m -> mean, x0; x0, m -> x_t, gradient
-        assert work.bytes_per_element == BYTES[kernel][dtype == torch.bfloat16] + 4 * (
-            kernel == "affine_step" and dtype == torch.bfloat16
-        )
+        assert work.bytes_per_element == BYTES[kernel][dtype == torch.bfloat16]
     assert all(torch.is_tensor(t) for buffers in work.sets for t in buffers)
+
+
+def test_every_kernel_can_be_asked_for():
+    assert set(KERNELS) == set(kernels.MAKERS)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -59,14 +66,14 @@ def test_roofline_measures_sizes_and_draws_floors(tmp_path, monkeypatch, capsys)
 
 
 def test_the_largest_difference_counts_in_whichever_piece_it_lies(monkeypatch):
-    monkeypatch.setattr(kernels, "PIECE", 8)
+    monkeypatch.setattr(work, "PIECE", 8)
     want = torch.linspace(-2, 2, 30).view(3, 10)
     for i in (0, 7, 8, 29):
         got = want.clone()
         got.view(-1)[i] += 0.5
-        assert kernels._gap(got, want) == pytest.approx(0.25)
+        assert work.gap(got, want) == pytest.approx(0.25)
         got.view(-1)[i] = math.nan
-        assert math.isnan(kernels._gap(got, want))
+        assert math.isnan(work.gap(got, want))
 
 
 def test_sizes_end_at_the_largest_asked_for():

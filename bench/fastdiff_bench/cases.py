@@ -33,7 +33,10 @@ STEPS = 50
 PEERS = ("torch", "torch.compile", "diffusers", "k-diffusion")
 GRAPHS = ("step_graph", "loop_graph")
 COLUMNS = (*PEERS, *(f"fastdiff {mode}" for mode in ("eager", "compiled", *GRAPHS)))
-KERNELS = ("affine_step", "add_noise", "posterior", "categorical_step", "denoising_loss")
+KERNELS = (
+    "affine_step", "add_noise", "posterior", "categorical_step", "denoising_loss", "categorical_noise",
+    "categorical_loss", "guide", "threshold", "gaussian_kl", "binned", "binned_mean",
+)  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"policy": (1, 16, 7), "latent": (1, 4, 64, 64), "batch": (16, 4, 128, 128)}
 CLASSES = 27

@@ -24,7 +24,11 @@ from fastdiff_bench.timing import copy_bandwidth, launch_floor_us
 
 __all__ = ["main", "points", "run"]
 
-SCHEDULE = {"categorical_step": "bfndiscrete"}
+SCHEDULE = {
+    **dict.fromkeys(("categorical_step", "categorical_noise", "categorical_loss"), "bfndiscrete"),
+    **dict.fromkeys(("binned", "binned_mean"), "bfn"),
+    **dict.fromkeys(("guide", "threshold", "gaussian_kl"), "any"),
+}
 GAP = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 3e-3}
 
 

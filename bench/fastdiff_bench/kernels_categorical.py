@@ -1,0 +1,123 @@
+"""The kernels of categorical Bayesian flows: the step, noising and the loss, over K classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff import ops
+from fastdiff_bench.textbook import compiled
+from fastdiff_bench.timing import rotation
+from fastdiff_bench.work import Column, Work, finish, gap, graded, randn
+
+__all__ = ["categorical_loss", "categorical_noise", "categorical_step"]
+
+CLASSES = 32
+
+
+def categorical_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str], *,
+                     classes: int = CLASSES) -> Work:  # fmt: skip
+    """A row of a discrete Bayesian flow: a class drawn, the logits moved, 2 theta - 1 written for the model."""
+    plan = fd.solvers.bfn_discrete(fd.schedules.BFNDiscrete(3.0, classes), 20)
+    k, tokens = plan.nfe // 2, max(1, elements // classes)
+    shape = (1, tokens, classes)
+    table, row = plan.pack(device), torch.full((1,), k, dtype=torch.int32, device=device)
+    seeds, index = fd.rng.keys(0, batch=1, device=device)
+    size = torch.finfo(dtype).bits // 8
+    moved = float(plan.bytes_per_element(model_bytes=size)[k])
+    sets = []
+    for i in range(rotation(int(moved * elements), device)):
+        state = ops.categorical_buffer((plan.allocate().physical, *shape), torch.float32, device)
+        state.copy_(randn(state.shape, device, torch.float32, i))
+        sets.append((state, randn(shape, device, dtype, i + 1), ops.categorical_buffer(shape, dtype, device)))
+    work = Work("categorical_step", schedule, elements, str(dtype), moved, sets, {})
+    b, s = float(plan.b[k, 0]), float(plan.s[k, 0])
+
+    def textbook(state: Tensor, m: Tensor, seen: Tensor, readout: str = "sample") -> Tensor:
+        z = state[0]
+        theta = m.float().softmax(-1)
+        drawn = theta / torch.empty_like(theta).exponential_() if readout == "sample" else theta
+        z = z + b * F.one_hot(drawn.argmax(-1), classes)
+        z = z + s * torch.randn_like(z) if readout == "sample" else z
+        return (2 * z.softmax(-1) - 1).to(m.dtype)
+
+    def ours(state: Tensor, m: Tensor, seen: Tensor) -> None:
+        ops.categorical_step(
+            state, m, table, row, slots=plan.slots, readout="sample", seeds=seeds, index=index, model_in=seen
+        )
+
+    found: dict[str, Column] = {"torch": textbook, "torch.compile": compiled(textbook, elements)}
+    state, m, seen = sets[0][0].clone(), sets[0][1], torch.empty_like(sets[0][2])
+    want = textbook(state, m, seen, "argmax")
+    still = torch.zeros(shape, device=device)
+    ops.categorical_step(state, m, table, row, slots=plan.slots, readout="argmax", noise=still, model_in=seen)
+    work.differs["fastdiff eager"] = gap(seen, want)
+    return finish(work, names, found, ours, device, compiles=True)
+
+
+def categorical_noise(
+    schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str]
+) -> Work:
+    """Classes noised to the network's input: reads a class a token, writes K numbers, the noise drawn in the call."""
+    flow, (batch, tokens) = fd.schedules.BFNDiscrete(3.0, CLASSES), _tokens(elements)
+    t = torch.linspace(0.1, 0.9, batch, dtype=torch.float64, device=device)
+    seeds = torch.arange(batch, device=device)
+    alpha, sigma = (c(t).float().view(batch, 1, 1) for c in (flow.alpha, flow.sigma))
+    moved = torch.finfo(dtype).bits // 8 + 8 / CLASSES
+    sets = [(_classes((batch, tokens), device, i),) for i in range(rotation(int(moved * elements), device))]
+    work = Work("categorical_noise", schedule, elements, str(dtype), moved, sets, {})
+
+    def textbook(x: Tensor, noise: Tensor | None = None) -> Tensor:
+        e = F.one_hot(x, CLASSES).float()
+        z = alpha * e + sigma * (torch.randn_like(e) if noise is None else noise)
+        return (2 * z.softmax(-1) - 1).to(dtype)
+
+    def ours(x: Tensor, noise: Tensor | None = None) -> object:
+        return ops.categorical_noise(x, t, flow, seeds=None if noise is not None else seeds, noise=noise,
+                                     out_dtype=dtype)  # fmt: skip
+
+    found: dict[str, Column] = {"torch": textbook, "torch.compile": compiled(textbook, elements)}
+    noise = randn((batch, tokens, CLASSES), device, torch.float32, 9)
+    got = ours(sets[0][0], noise)
+    assert isinstance(got, Tensor)
+    work.differs["fastdiff eager"] = gap(got, textbook(sets[0][0], noise))
+    return finish(work, names, found, ours, device, compiles=True)
+
+
+def categorical_loss(
+    schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str]
+) -> Work:
+    """The squared error of softmax and its gradient: reads logits and classes, writes a gradient like the logits."""
+    batch, tokens = _tokens(elements)
+    size = torch.finfo(dtype).bits // 8
+    moved = 2 * size + 8 / CLASSES
+    sets = [
+        (_classes((batch, tokens), device, i), randn((batch, tokens, CLASSES), device, dtype, i).requires_grad_())
+        for i in range(rotation(int(moved * elements), device))
+    ]
+    work = Work("categorical_loss", schedule, elements, str(dtype), moved, sets, {})
+
+    def textbook(x: Tensor, logits: Tensor) -> Tensor:
+        return ((logits.float().softmax(-1) - F.one_hot(x, CLASSES)) ** 2).sum(-1).mean()
+
+    def ours(x: Tensor, logits: Tensor) -> Tensor:
+        return ops.categorical_loss(logits, x).mean()
+
+    columns = {"torch": graded(textbook, 1), "torch.compile": graded(compiled(textbook, elements), 1)}
+    got, want = (graded(f, 1)(*sets[0]) for f in (ours, textbook))
+    assert isinstance(got, tuple) and isinstance(want, tuple)
+    work.differs["fastdiff eager"] = gap(got[0], want[0])
+    return finish(work, names, columns, graded(ours, 1), device, compiles=True)
+
+
+def _tokens(elements: int) -> tuple[int, int]:
+    batch = 8 if elements >= 64 * CLASSES else 1
+    return batch, max(1, elements // (batch * CLASSES))
+
+
+def _classes(shape: Sequence[int], device: torch.device, seed: int) -> Tensor:
+    return torch.randint(CLASSES, shape, generator=torch.Generator(device).manual_seed(seed), device=device)
