@@ -11,6 +11,7 @@ from fastdiff.ops._dispatch import FLOATS, FLOATS64, INTS, check_batched, check_
 
 MODES = ("sample", "mean")
 CHUNK = 1 << 20  # elements x bins of one eager pass over the edges
+LARGEST = 1 << 21  # bins whose numbers the C++ loop rounds
 
 
 def binned_readout(
@@ -61,7 +62,8 @@ def _on_cpu(
     """Writes the readout by the C++ loop; False where it cannot run."""
     given = (x, model_out, coef, row, *(v for v in (seeds, index, noise) if v is not None))
     graded = torch.is_grad_enabled() and any(v.requires_grad for v in given)
-    if graded or torch.float64 in (model_out.dtype, coef.dtype) or not _fused.wanted(*given):
+    wide = torch.float64 in (model_out.dtype, coef.dtype) or bins > LARGEST
+    if graded or wide or not _fused.wanted(*given):
         return False
     if sampled and noise is None:
         noise = _drawn(seeds, index, row, stream, x)

@@ -11,9 +11,12 @@
 
 namespace {
 
-constexpr int BLOCK = 256, FEW = 20, NEAREST = 6;
+constexpr int BLOCK = 256, FEW = 8, NEAREST = 6;
 
-float clamp(float v, float lo, float hi) { return v < lo ? lo : v > hi ? hi : v; }
+inline float clamp(float v, float lo, float hi) { return v < lo ? lo : v > hi ? hi : v; }
+
+// the nearest integer of a number within 2^21, which std::rint is no vector code for
+inline float nearest_of(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
 // total = the sum over the edges j = 1 .. bins - 1
 void few(const float* mean, const float* deviation, int bins, float width, float* total, int count) {
@@ -25,15 +28,16 @@ void few(const float* mean, const float* deviation, int bins, float width, float
 // the same where edges are more than a std apart: all but the nearest give 0 or 1
 void sparse(const float* mean, const float* deviation, int bins, float width, float* total, int count) {
   const float last = float(bins - 1);
+  float middle[BLOCK];
   for (int i = 0; i < count; i++) {
-    const float nearest = std::floor((mean[i] + 1.0f) / width + 0.5f);
-    total[i] = clamp(last - NEAREST - nearest, 0.0f, last);
+    middle[i] = nearest_of(clamp((mean[i] + 1.0f) / width, -NEAREST, last + 1 + NEAREST));
+    total[i] = clamp(last - NEAREST - middle[i], 0.0f, last);
   }
   for (int near = -NEAREST; near <= NEAREST; near++)
     for (int i = 0; i < count; i++) {
-      const float j = std::floor((mean[i] + 1.0f) / width + 0.5f) + float(near);
-      const float value = normal_cdf((j * width - 1.0f - mean[i]) / deviation[i]);
-      total[i] += j >= 1.0f && j <= last ? value : 0.0f;
+      const float j = middle[i] + float(near), value = normal_cdf((j * width - 1.0f - mean[i]) / deviation[i]);
+      const float below = j <= last ? value : 0.0f;
+      total[i] += j >= 1.0f ? below : 0.0f;
     }
 }
 
@@ -44,7 +48,8 @@ struct End {
 
 inline End end_of_sum(float z, float h) {
   z = clamp(z, -20.0f, 20.0f);
-  const float size = std::fabs(z), q = z * z, h2 = h * h, dense = density(z), low = tail(size);
+  const float size = std::fabs(z), q = z * z, h2 = h * h, e = exp_of(-0.5f * q), low = tail(size, e);
+  const float dense = 0.39894228f * e;
   const float he2 = q - 1.0f, he4 = (q - 6.0f) * q + 3.0f, he6 = ((q - 15.0f) * q + 45.0f) * q - 15.0f;
   const float he8 = (((q - 28.0f) * q + 210.0f) * q - 420.0f) * q + 105.0f;
   float bend = he8 * (1.0f / 47900160) * h2 - he6 * (1.0f / 1209600);
@@ -52,39 +57,41 @@ inline End end_of_sum(float z, float h) {
   return {z > 0 ? 1.0f - low : low, dense - size * low, dense * bend * h};
 }
 
-// the same where edges are at most a std apart; SMOOTH: of a std of 1 or more
-template <bool SMOOTH>
-void dense(const float* mean, const float* deviation, int bins, float width, float* total, int count) {
-  constexpr float POINT[3] = {0.23861919f, 0.66120939f, 0.93246951f}, WEIGHT[3] = {0.23395697f, 0.18038079f, 0.08566225f};
+// the same where edges are at most a std apart
+void close(const float* mean, const float* deviation, int bins, float width, float* total, int count) {
   const float last = float(bins - 1);
+  float between[BLOCK];
   for (int i = 0; i < count; i++) {
-    const float one = 1.0f / deviation[i], h = width * one, centre = -mean[i] * one, reach = (1.0f - width) * one;
+    const float one = 1.0f / deviation[i], h = width * one;
     const End low = end_of_sum((width - 1.0f - mean[i]) * one, h), high = end_of_sum((1.0f - width - mean[i]) * one, h);
-    float between = 0.0f;
-    if (SMOOTH)
-      for (int k = 0; k < 3; k++)
-        between += (last - 1.0f) * WEIGHT[k] *
-                   (normal_cdf(centre - POINT[k] * reach) + normal_cdf(centre + POINT[k] * reach));
-    else
-      between = clamp(last - (mean[i] + 1.0f) / width, 0.0f, last - 1.0f) +
-                (high.beyond - low.beyond) * deviation[i] / width;
-    total[i] = between + 0.5f * (low.phi + high.phi) + (high.bend - low.bend);
+    between[i] = clamp(last - (mean[i] + 1.0f) / width, 0.0f, last - 1.0f) +
+                 (high.beyond - low.beyond) * deviation[i] / width;
+    total[i] = 0.5f * (low.phi + high.phi) + (high.bend - low.bend);
   }
+  if (std::any_of(deviation, deviation + count, [](float s) { return s >= 1.0f; })) {
+    // there that difference would lose digits, and Phi is smooth: Gauss and Legendre's six points
+    constexpr float POINT[3] = {0.23861919f, 0.66120939f, 0.93246951f};
+    constexpr float WEIGHT[3] = {0.23395697f, 0.18038079f, 0.08566225f};
+    float smooth[BLOCK] = {};
+    for (int k = 0; k < 6; k++) {
+      const float point = (k % 2 ? -POINT[k / 2] : POINT[k / 2]) * (1.0f - width), weight = WEIGHT[k / 2];
+      for (int i = 0; i < count; i++) smooth[i] += weight * normal_cdf((point - mean[i]) / deviation[i]);
+    }
+    for (int i = 0; i < count; i++) between[i] = deviation[i] >= 1.0f ? smooth[i] * (last - 1.0f) : between[i];
+  }
+  for (int i = 0; i < count; i++) total[i] += between[i];
 }
 
 void bin_mean(const float* mean, const float* deviation, int bins, float width, float* p, int count) {
   float total[BLOCK], other[BLOCK];
-  const auto fill = [&](auto sum, auto where) {
-    if (std::none_of(deviation, deviation + count, where)) return;
-    sum(mean, deviation, bins, width, other, count);
-    for (int i = 0; i < count; i++) total[i] = where(deviation[i]) ? other[i] : total[i];
-  };
   if (bins <= FEW + 1) {
     few(mean, deviation, bins, width, total, count);
   } else {
-    fill(sparse, [&](float s) { return !(s >= width); });
-    fill(dense<false>, [&](float s) { return s >= width && s < 1.0f; });
-    fill(dense<true>, [&](float s) { return s >= 1.0f; });
+    close(mean, deviation, bins, width, total, count);
+    if (std::any_of(deviation, deviation + count, [&](float s) { return s < width; })) {
+      sparse(mean, deviation, bins, width, other, count);
+      for (int i = 0; i < count; i++) total[i] = deviation[i] < width ? other[i] : total[i];
+    }
   }
   for (int i = 0; i < count; i++) {
     const float made = 1.0f - 0.5f * width - width * total[i];
@@ -116,8 +123,9 @@ extern "C" void binned(const float* x, const void* m, const float* coef, const i
       continue;
     }
     for (int i = 0; i < count; i++) {
-      const float bin = std::floor((mean[i] + deviation[i] * noise[at + i] + 1.0f) / width);
-      out[at + i] = clamp(bin, 0.0f, last) * width + (0.5f * width - 1.0f);
+      const float v = clamp((mean[i] + deviation[i] * noise[at + i] + 1.0f) / width, 0.0f, last);  // NaN passes
+      const float near = nearest_of(v), bin = near > v ? near - 1.0f : near;
+      out[at + i] = bin * width + (0.5f * width - 1.0f);
     }
   }
 }
