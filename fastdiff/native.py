@@ -28,6 +28,7 @@ KINDS = ("normal", "gumbel", "logistic")
 ONE_THREAD = 1 << 16
 HEAVY = 16  # a number that is drawn, or an exponential, is worth that many plain elements
 _broken: list[str] = []
+_bound: dict[tuple[str, str], Callable[..., None]] = {}  # the loops that `run` has called
 
 
 class Rows(ctypes.Structure):
@@ -106,11 +107,14 @@ def run(file: str, name: str, *arguments: Tensor | float | None) -> bool:
 
     A position holds one kind of argument in every call.
     """
-    kinds = (c_void_p if a is None or isinstance(a, Tensor) else c_float if type(a) is float else c_int64
-             for a in arguments)  # fmt: skip
-    loop = function(file, name, *kinds)
+    loop = _bound.get((file, name))
     if loop is None:
-        return False
+        kinds = (c_void_p if a is None or isinstance(a, Tensor) else c_float if type(a) is float else c_int64
+                 for a in arguments)  # fmt: skip
+        loop = function(file, name, *kinds)
+        if loop is None:
+            return False
+        _bound[file, name] = loop
     call(loop, *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
     return True
 

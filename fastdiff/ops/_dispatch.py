@@ -70,6 +70,11 @@ def kernels_for(x: Tensor) -> bool:
     return _forced and not torch.compiler.is_compiling()
 
 
+def transformed() -> bool:
+    """Does torch.compile or a function transform look on? It takes apart functions in their longer form."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
 def register(schema: str, launch: Callable[..., None]) -> None:
     """Registers an operation that writes into its arguments: its launch (CUDA, the interpreter), nothing for Meta."""
     LIBRARY.define(schema)

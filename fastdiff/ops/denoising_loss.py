@@ -77,7 +77,7 @@ def denoising_loss(
     on_kernel = _dispatch.kernels_for(model_out) and wide == torch.float32
     coef, rows = _coefficients(schedule, at, target, named, options, wide)
     given = coef, rows, keyed, which, row, stream, LOSSES.index(loss), float(delta), on_kernel
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+    if _dispatch.transformed():
         out: Tensor = _DenoisingLoss.apply(model_out, x0, *given)[0]
     elif torch.is_grad_enabled() and (model_out.requires_grad or (x0 is not None and x0.requires_grad)):
         out = _Direct.apply(model_out, x0, given)

@@ -38,7 +38,7 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
     if graded or wide or not mean1.numel() or not (on_kernel or (_fused.wanted(*values) and native.available())):
         return gaussian_kl_ref(*values)
     if on_kernel or (torch.is_grad_enabled() and (mean2.requires_grad or log_variance2.requires_grad)):
-        out: Tensor = _KL.apply(*values)[0]
+        out: Tensor = _KL.apply(*values)[0] if _dispatch.transformed() else _Direct.apply(*values)
         return out
     return _on_cpu(*values, (None, None))
 
@@ -77,19 +77,42 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:])
-        ctx.about = [(v.shape, v.dtype) for v in inputs[2:]]
+        _save(ctx, inputs, output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        if g is None:
-            return (None,) * 4
-        found: list[Tensor | None] = []
-        for slope, (shape, dtype), needed in zip(ctx.saved_tensors, ctx.about, ctx.needs_input_grad[2:], strict=True):
-            found.append((slope * spread(g, slope)).sum_to_size(shape).to(dtype) if needed else None)
-        return (None, None, *found)
+        return _scaled(ctx, g)
+
+
+class _Direct(torch.autograd.Function):
+    """The same, called sooner: see `denoising_loss`."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor) -> Tensor:  # noqa: ANN401
+        output = _KL.forward(*values)
+        _save(ctx, values, output)
+        return output[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        return _scaled(ctx, g)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.about = [(v.shape, v.dtype) for v in inputs[2:]]
+
+
+def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    if g is None:
+        return (None,) * 4
+    found: list[Tensor | None] = []
+    for slope, (shape, dtype), needed in zip(ctx.saved_tensors, ctx.about, ctx.needs_input_grad[2:], strict=True):
+        found.append((slope * spread(g, slope)).sum_to_size(shape).to(dtype) if needed else None)
+    return (None, None, *found)
 
 
 def _on_cpu(

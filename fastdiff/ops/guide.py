@@ -51,18 +51,12 @@ def guide(
         al. 2024, arXiv:2410.02416, section 4 (without momentum); Fan et al. 2025, arXiv:2503.18886, eq. 8.
     """
     weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold)
-    graded = torch.is_grad_enabled() and any(v.requires_grad for v in (cond, uncond, weight))
     options: dict[str, Any] = {"rule": rule, "rescale": rescale, "eta": eta, "norm_threshold": norm_threshold}
-    on_kernel = _dispatch.kernels_for(cond)
-    if graded or torch.float64 in (cond.dtype, uncond.dtype) or not (on_kernel or _fused.wanted(cond, uncond, weight)):
+    on_kernel, plain = _dispatch.kernels_for(cond), _plain(cond, uncond, weight)
+    out = torch.empty_like(cond, memory_format=torch.contiguous_format)
+    if plain or not (on_kernel or _scales_on_cpu(cond, uncond, weight, None, **options, out=out) is not None):
         return guide_ref(cond, uncond, weight, **options)
-    out = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
-    if not on_kernel:
-        scales = guidance_scales(cond, uncond, weight, **options)
-        given = cond.contiguous(), uncond.contiguous()
-        done = native.run("guide", "combine", *given, scales, out, *native.types(*given), *native.layout(cond))
-        return out if done else guide_ref(cond, uncond, weight, **options)
-    if out.numel():
+    if on_kernel and out.numel():
         scales = weight.to(torch.float32).contiguous()
         if rule != "cfg":
             scales = guidance_scales(cond, uncond, scales, **options)
@@ -97,23 +91,36 @@ def guidance_scales(
     Raises, Numerics, Source: as `guide`; one kernel launch, one program a sample.
     """
     weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold, row)
-    graded = torch.is_grad_enabled() and any(v.requires_grad for v in (cond, uncond, weight))
-    plain = rule == "cfg" or not cond.numel() or graded or torch.float64 in (cond.dtype, uncond.dtype)
-    on_kernel, a = _dispatch.kernels_for(cond), float(rescale if rule == "rescale" else eta)
+    options: dict[str, Any] = {"rule": rule, "rescale": rescale, "eta": eta, "norm_threshold": norm_threshold}
+    if rule == "cfg" or not cond.numel() or _plain(cond, uncond, weight):
+        return guidance_scales_ref(cond, uncond, weight, **options, row=row)
+    if not _dispatch.kernels_for(cond):
+        found = _scales_on_cpu(cond, uncond, weight, row, **options)
+        return guidance_scales_ref(cond, uncond, weight, **options, row=row) if found is None else found
     scales = torch.empty(cond.shape[0], 2, dtype=torch.float32, device=cond.device)
-    if not plain and not on_kernel and _fused.wanted(cond, uncond, weight):
-        lift = _lift(weight, row, cond.shape[0], torch.float32).contiguous()
-        given = cond.contiguous(), uncond.contiguous()
-        options = *native.types(*given), RULES.index(rule), a, float(norm_threshold), *native.layout(cond)
-        if native.run("guide", "guidance_scales", *given, lift, scales, *options):
-            return scales
-    if plain or not on_kernel:
-        return guidance_scales_ref(
-            cond, uncond, weight, rule=rule, rescale=rescale, eta=eta, norm_threshold=norm_threshold, row=row
-        )
-    weight = weight.to(torch.float32).contiguous()
+    weight, a = weight.to(torch.float32).contiguous(), rescale if rule == "rescale" else eta
     torch.ops.fastdiff.guidance_scales(cond, uncond, weight, row, RULES.index(rule), a, norm_threshold, scales)
     return scales
+
+
+def _plain(cond: Tensor, uncond: Tensor, weight: Tensor) -> bool:
+    """Is it for plain torch: float64, or something to differentiate?"""
+    graded = torch.is_grad_enabled() and any(v.requires_grad for v in (cond, uncond, weight))
+    return graded or torch.float64 in (cond.dtype, uncond.dtype)
+
+
+def _scales_on_cpu(
+    cond: Tensor, uncond: Tensor, weight: Tensor, row: Tensor | None, *, rule: str, rescale: float, eta: float,
+    norm_threshold: float, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The scales by the C++ loop, which also combines into out; None where it cannot run."""
+    if not _fused.wanted(cond, uncond, weight):
+        return None
+    scales, lift = torch.empty(cond.shape[0], 2), _lift(weight, row, cond.shape[0], torch.float32).contiguous()
+    given, a = (cond.contiguous(), uncond.contiguous()), rescale if rule == "rescale" else eta
+    options = RULES.index(rule), float(a), float(norm_threshold), *native.layout(cond)
+    done = native.run("guide", "guide", *given, lift, scales, out, *native.types(*given), *options)
+    return scales if done else None
 
 
 def guide_ref(

@@ -38,13 +38,9 @@ Sums sums_of(const float* c, const float* u, bool apart, int count) {
   return {all[0], all[1], all[2], all[3], all[4]};
 }
 
-}  // namespace
-
-// scales [batch, 2]: k_c, k_d of every sample, from lift [batch], the weight less 1; a: rescale or eta; r: the largest
-// norm of c - u, 0: none
-extern "C" void guidance_scales(const void* c, const void* u, const float* lift, float* scales, int64_t c_type,
-                                int64_t u_type, int64_t rule, float a, float r, int64_t batch, int64_t n,
-                                int64_t threads) {
+// scales [batch, 2]: k_c, k_d of every sample, from lift [batch], the weight less 1
+void scales_of(const void* c, const void* u, int c_type, int u_type, const float* lift, float* scales, int64_t rule,
+               double a, double r, int64_t batch, int64_t n, int threads) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK;
   std::vector<Sums> parts(batch * blocks);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -52,8 +48,7 @@ extern "C" void guidance_scales(const void* c, const void* u, const float* lift,
     alignas(64) float held[BLOCK], other[BLOCK];
     const int64_t start = job % blocks * BLOCK, at = job / blocks * n + start;
     const int count = int(std::min<int64_t>(BLOCK, n - start));
-    parts[job] = sums_of(read(c, int(c_type), at, count, held), read(u, int(u_type), at, count, other),
-                         rule != ZERO_STAR, count);
+    parts[job] = sums_of(read(c, c_type, at, count, held), read(u, u_type, at, count, other), rule != ZERO_STAR, count);
   }
   for (int64_t b = 0; b < batch; b++) {
     Sums s;
@@ -62,7 +57,7 @@ extern "C" void guidance_scales(const void* c, const void* u, const float* lift,
       s = {s.c + part.c, s.v + part.v, s.cc + part.cc, s.vv + part.vv, s.cv + part.cv};
     }
     const double up = lift[b], size = double(n);
-    double k_c = 1, k_d = up;
+    double k_c, k_d;
     if (rule == RESCALE) {
       const double of_c = s.cc - s.c * s.c / size;
       const double of_g = of_c + up * (2 * (s.cv - s.c * s.v / size) + up * (s.vv - s.v * s.v / size));
@@ -72,7 +67,7 @@ extern "C" void guidance_scales(const void* c, const void* u, const float* lift,
       const double norm = std::sqrt(s.vv), k = r > 0 && !(norm <= r) ? r / norm : 1.0;
       k_c = 1 - up * (1 - a) * k * s.cv / s.cc;
       k_d = up * k;
-    } else if (rule == ZERO_STAR) {
+    } else {
       const double along = s.cv / (s.vv + 1e-8);
       k_c = 1 + up - up * along;
       k_d = up * along;
@@ -82,9 +77,17 @@ extern "C" void guidance_scales(const void* c, const void* u, const float* lift,
   }
 }
 
-// out = k_c c + k_d (c - u), of c's type
-extern "C" void combine(const void* c, const void* u, const float* scales, void* out, int64_t c_type, int64_t u_type,
-                        int64_t batch, int64_t n, int64_t threads) {
+}  // namespace
+
+// scales [batch, 2]: k_c, k_d of every sample, from lift [batch], the weight less 1; and, unless it is null, out =
+// k_c c + k_d (c - u), of c's type. a: rescale or eta; r: the largest norm of c - u, 0: none
+extern "C" void guide(const void* c, const void* u, const float* lift, float* scales, void* out, int64_t c_type,
+                      int64_t u_type, int64_t rule, float a, float r, int64_t batch, int64_t n, int64_t threads) {
+  if (rule == CFG)
+    for (int64_t b = 0; b < batch; b++) scales[2 * b] = 1.0f, scales[2 * b + 1] = lift[b];
+  else
+    scales_of(c, u, int(c_type), int(u_type), lift, scales, rule, a, r, batch, n, int(threads));
+  if (!out) return;
   const int64_t blocks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < batch * blocks; job++) {
