@@ -33,7 +33,7 @@ run() { # run SECONDS NAME COMMAND...: output into NAME.txt, its last lines here
 }
 
 # the CPU's C++ loops, which the tests' oracles need: in 19 processes at once they wait for each other's locks
-run 45 cpp-loops $PYTHON -c "from fastdiff import native; print(native.available(), bool(native._library('step')))"
+run 45 cpp-loops $PYTHON -c "from fastdiff import native; print(*native.build())"
 echo "== tests"
 begin=$SECONDS
 # beside the tests, what torch.compile makes of the loops below goes into its cache on disk

@@ -9,6 +9,7 @@ import platform
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
-    "ONE_THREAD", "TYPES", "available", "call", "draw", "fill", "function", "layout", "plain", "rows_of", "run",
-    "threads", "types", "usable",
+    "ONE_THREAD", "TYPES", "available", "build", "call", "draw", "fill", "function", "layout", "plain", "rows_of",
+    "run", "threads", "types", "usable",
 ]  # fmt: skip
 
 # torch's toolchain forbids vector code of the compiler's own; a square root that sets errno is none
@@ -80,6 +81,14 @@ def _library(name: str) -> ctypes.CDLL | None:
     except Exception as error:  # any failure of the compiler has the same answer: eager
         unusable(error)
         return None
+
+
+def build() -> list[str]:
+    """Builds every loop, side by side, so that no later process has to. Returns: the names of those there are now."""
+    folder = importlib.resources.files("fastdiff_kernels").iterdir()
+    names = sorted(p.name.removesuffix("_cpu.cpp") for p in folder if p.name.endswith("_cpu.cpp"))
+    with ThreadPoolExecutor() as pool:
+        return [name for name, found in zip(names, pool.map(_library, names), strict=True) if found is not None]
 
 
 def call(loop: Callable[..., None], *args: object) -> None:

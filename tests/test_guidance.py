@@ -124,6 +124,14 @@ def test_rules_in_the_step(rule: str, dtype: torch.dtype, clipped: bool, device:
         assert (got.cpu().double() - exact).abs().max() <= 4e-6 * exact.abs().max()
 
 
+def test_a_bound_is_differentiable() -> None:
+    """In the model's output where that alone asks for it: at quantile 1 the bound moves with the largest."""
+    table, row = PLANS[1].pack(), torch.tensor([2])
+    m = torch.tensor([[5e6, 4e6, -3e6]], requires_grad=True)
+    (slope,) = torch.autograd.grad(ops.threshold_bound(torch.zeros(1, 3), 1.0, model_out=m, table=table, row=row), m)
+    assert slope[0, 0] == (table[2, 0] * table[2, 1]).abs() and not slope[0, 1:].any()
+
+
 def test_one_reduction_and_the_step(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
     """A rule is one launch before the step, a threshold another: what a row of the device path launches."""
     launched: list[str] = []

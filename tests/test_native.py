@@ -135,6 +135,10 @@ def test_noising_and_loss_of_small_samples(n):
         assert torch.equal(a[0], out[b]) and torch.equal(c[0], loss[b]) and torch.equal(d[0], grad[b])
 
 
+def test_every_loop_builds():
+    assert native.build() == ["binned", "categorical", "gaussian_kl", "guide", "noise", "step", "threshold"]
+
+
 @pytest.mark.parametrize("t", [[4], [4, 0, 4]], ids=str)
 def test_rows_of_a_table(t):
     """A table's rows at t are those of the table that t picked, for one t and one a sample; no index is 0 each."""

@@ -77,9 +77,11 @@ def threshold_bound(
     """
     _checked(x, quantile, maximum)
     _check_model(x, model_out, table, row, uncond, guidance, scales)
-    graded = torch.is_grad_enabled() and x.requires_grad
     model = {"model_out": model_out, "table": table, "row": row, "uncond": uncond}
-    plain = graded or not x.numel() or any(v is not None and v.dtype == torch.float64 for v in (x, model_out, uncond))
+    data = [v for v in (x, model_out, uncond) if v is not None]
+    weights = [v for v in (guidance, scales) if v is not None]
+    graded = torch.is_grad_enabled() and any(v.requires_grad for v in (*data, *weights))
+    plain = graded or not x.numel() or any(v.dtype == torch.float64 for v in data)
     rank = quantile * (x.shape[1:].numel() - 1)
     at = math.floor(rank), rank - math.floor(rank), float(maximum)
     bound = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)

@@ -55,7 +55,8 @@ class Schedule(ABC):
         """float64 time, refused outside [0, t_max] wherever looking at it costs no device sync."""
         if isinstance(t, torch.Tensor):
             t = t.to(torch.float64)
-            bad = t.is_cpu and not torch.compiler.is_compiling() and outside(t if t.dim() == 1 else t.reshape(-1), self.t_max)
+            flat = t if t.dim() == 1 else t.reshape(-1)
+            bad = t.is_cpu and not torch.compiler.is_compiling() and outside(flat, self.t_max)
         else:
             t = np.asarray(t, np.float64)
             bad = bool(np.any((t < 0) | (t > self.t_max) | np.isnan(t)))
