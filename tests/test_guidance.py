@@ -86,7 +86,9 @@ def test_on_the_device_path(mode: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", ["none", "rescale", "apg", "zero_star", "threshold", "apg+threshold"])
+@pytest.mark.parametrize(
+    "rule", ["none", "rescale", "apg", "zero_star", "threshold", "apg+threshold", "rescale+threshold"]
+)
 def test_rules_in_the_step(rule: str, dtype: torch.dtype, clipped: bool, device: torch.device) -> None:
     """Two numbers a sample and a bound a sample, then the step, against the step on the combined float64 output."""
     plan, k = solvers.dpmpp_2m(CHAIN, 6, prediction="v", clip=(-1.2, 1.1) if clipped else None), 3
@@ -107,7 +109,9 @@ def test_rules_in_the_step(rule: str, dtype: torch.dtype, clipped: bool, device:
     x, (c_skip, c_ratio) = state[0].double(), table[k, :2].double()
     c_out = c_skip * c_ratio
     if name == "threshold" or bounded:
-        m = (ops.threshold_ref(c_skip * x + c_out * m, 0.9, 2.5) - c_skip * x) / c_out
+        x0 = c_skip * x + c_out * m
+        assert (ops.threshold_bound_ref(x0, 0.9) > 1.5).all()  # it is neither 1 nor the maximum
+        m = (ops.threshold_ref(x0, 0.9) - c_skip * x) / c_out
     want, _, p = ops.affine_step_ref(state.double(), m, table, row, slots=plan.slots)
 
     state, c, u, row, weights, table = (v.to(device) for v in (state, c, u, row, weights, table))
@@ -117,7 +121,7 @@ def test_rules_in_the_step(rule: str, dtype: torch.dtype, clipped: bool, device:
     elif name == "threshold":
         guided["guidance"] = weights
     if name == "threshold" or bounded:
-        guided["bound"] = ops.threshold_bound(state[0], 0.9, 2.5, model_out=c, table=table, row=row, **guided)
+        guided["bound"] = ops.threshold_bound(state[0], 0.9, model_out=c, table=table, row=row, **guided)
     x0 = torch.empty_like(state[0])
     ops.affine_step(state, c, table, row, slots=plan.slots, x0=x0, **guided)
     for got, exact in ((state, want), (x0, p)):

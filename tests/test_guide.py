@@ -115,6 +115,25 @@ def test_no_guidance_and_compile(case):
     assert bool(torch.isfinite(gradient).all())
 
 
+def test_zero_star_of_nothing(device):
+    """s = <c, 0> / 1e-8 = 0: m = w c; and where |u|^2 is 1e-8, s is half of <c, u> / |u|^2."""
+    c = pair(1, 4)[0].to(device)
+    assert close(ops.guide(c, 0 * c, 3.0, rule="zero_star"), 3 * c)
+    u = torch.tensor([[1e-4, 0.0, 0.0, 0.0]], device=device)
+    s = 0.5 * c[:, :1] / 1e-4
+    assert close(ops.guide(c, u, 3.0, rule="zero_star"), s * u + 3 * (c - s * u), 2.0**-22 * float(s.abs()))
+
+
+def test_two_dtypes(device):
+    """The output has the first one's."""
+    c, u = (v.to(device) for v in pair(2, 300))
+    for a, b in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+        got = ops.guide(c.to(a), u.to(b), 3.0, rule="apg")
+        want = ops.guide_ref(c.to(a).double(), u.to(b).double(), 3.0, rule="apg")
+        assert got.dtype == a
+        assert ((got.double() - want).abs() <= torch.finfo(a).eps * want.abs() + TOLERANCE * want.abs().max()).all()
+
+
 def test_nan_stays_in_its_sample(device):
     c, u = (v.to(device) for v in pair(2, 40))
     c[0, 3] = math.nan
