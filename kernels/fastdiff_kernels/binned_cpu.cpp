@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int BLOCK = 256, FEW = 8, NEAREST = 6;
+constexpr int BLOCK = 256, FEW = 8, NEAREST = 5;
 
 inline float clamp(float v, float lo, float hi) { return v < lo ? lo : v > hi ? hi : v; }
 
@@ -30,7 +30,7 @@ void sparse(const float* mean, const float* deviation, int bins, float width, fl
   const float last = float(bins - 1);
   float middle[BLOCK];
   for (int i = 0; i < count; i++) {
-    middle[i] = nearest_of(clamp((mean[i] + 1.0f) / width, -NEAREST, last + 1 + NEAREST));
+    middle[i] = nearest_of(clamp((mean[i] + 1.0f) / width, 0.0f, last));
     total[i] = clamp(last - NEAREST - middle[i], 0.0f, last);
   }
   for (int near = -NEAREST; near <= NEAREST; near++)
@@ -51,9 +51,8 @@ inline End end_of_sum(float z, float h) {
   const float size = std::fabs(z), q = z * z, h2 = h * h, e = exp_of(-0.5f * q), low = tail(size, e);
   const float dense = 0.39894228f * e;
   const float he2 = q - 1.0f, he4 = (q - 6.0f) * q + 3.0f, he6 = ((q - 15.0f) * q + 45.0f) * q - 15.0f;
-  const float he8 = (((q - 28.0f) * q + 210.0f) * q - 420.0f) * q + 105.0f;
-  float bend = he8 * (1.0f / 47900160) * h2 - he6 * (1.0f / 1209600);
-  bend = ((bend * h2 + he4 * (1.0f / 30240)) * h2 - he2 * (1.0f / 720)) * h2 + 1.0f / 12;
+  const float bend =
+      ((he6 * (-1.0f / 1209600) * h2 + he4 * (1.0f / 30240)) * h2 - he2 * (1.0f / 720)) * h2 + 1.0f / 12;
   return {z > 0 ? 1.0f - low : low, dense - size * low, dense * bend * h};
 }
 
