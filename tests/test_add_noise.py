@@ -178,6 +178,20 @@ def test_time_out_of_range_is_nan_in_the_kernel(kernel_device):
 X = torch.zeros(3, 4)
 
 
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize(("schedule", "good", "bad"), [(CHAIN, 7, -1), (CHAIN, 7, 1000), (VP(), 0.5, -0.1),
+                                                       (VP(), 0.5, 1.1), (VP(), 0.5, math.nan)])  # fmt: skip
+def test_one_time_out_of_range(schedule, good, bad, count):
+    t = torch.full((count,), good)
+    t[1] = bad
+    x = torch.zeros(count, 2)
+    with pytest.raises(ValueError, match=r"t must be in 0\.\."):
+        ops.add_noise(x, t, schedule, seeds=torch.arange(count))
+    if schedule is not CHAIN:
+        with pytest.raises(ValueError, match="t must be in"):
+            schedule.sigma(t)
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "text"),
     [

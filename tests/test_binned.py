@@ -108,6 +108,14 @@ def test_the_mean_of_any_gaussian(bins: int, device: torch.device) -> None:
     assert ((got[0] - want).abs() <= 1e-6 + slope * 2 / bins).all()
 
 
+def test_the_mean_is_differentiable() -> None:
+    """Of two bins it is erf(mean / (std sqrt 2)) / 2, whose slope at 0 is 1 / (std sqrt(2 pi))."""
+    m = torch.tensor([[0.0, math.log(0.3)]], requires_grad=True)
+    p = binned_readout(torch.zeros(1, 1), m, torch.tensor([[0.0, 1.0]]), torch.tensor([0]), bins=2, readout="mean")
+    (slope,) = torch.autograd.grad(p.sum(), m)
+    assert slope[0, 0].item() == pytest.approx(1 / (0.3 * math.sqrt(2 * math.pi)), rel=1e-6) and slope[0, 1] == 0
+
+
 def test_registration(kernel_device: torch.device) -> None:
     x, m = torch.randn(2, 8, device=kernel_device), torch.randn(2, 16, device=kernel_device)
     coef, row = torch.rand(3, 2, device=kernel_device), torch.tensor([1], device=kernel_device)

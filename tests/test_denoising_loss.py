@@ -348,6 +348,15 @@ def test_no_host_sync():
 X = torch.zeros(3, 4)
 
 
+def test_no_second_derivative():
+    """The gradient is kept, not how it came about: differentiating it again is refused instead of being wrong."""
+    m, g = torch.randn(3, 4, requires_grad=True), torch.ones(3, requires_grad=True)
+    loss = ops.denoising_loss(m, None, 500, CHAIN, SEEDS)
+    (gradient,) = torch.autograd.grad(loss, m, g, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "text"),
     [
