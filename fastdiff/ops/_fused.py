@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_float, c_int, c_int64, c_void_p
 
+import torch
 from torch import Tensor
 
 from fastdiff import native
@@ -95,3 +96,14 @@ def loss_and_gradient(
         native.threads(m.numel(), heavy=True),
     )  # fmt: skip
     return True
+
+
+def scaled(x: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """g[b] x[b] of x's dtype (or another) in one pass: a gradient that was made with its loss, x [B, *] contiguous."""
+    if dtype not in (None, x.dtype) or _dispatch.transformed():
+        return (x * _dispatch.spread(g, x)).to(dtype or x.dtype)
+    out = torch.empty_like(x)
+    if x.dtype in TYPES and g.dtype == torch.float32 and wanted(x, g):
+        if native.run("noise", "scaled_samples", x, g.contiguous(), out, *native.types(x), *native.layout(x)):
+            return out
+    return torch.mul(x, _dispatch.spread(g, x), out=out)

@@ -19,7 +19,7 @@ from fastdiff.ops._categorical import (
     vectors,
     with_rows,
 )
-from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
+from fastdiff.ops._dispatch import FLOATS64, check_tensor
 
 PAIRS = {"BLOCK": 1024, "PARTS": 4, "num_warps": 1}  # one warp: its sum needs no shared memory
 
@@ -73,7 +73,7 @@ class _Error(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors
         scale = upstream[0] / grad.shape[1:-1].numel()
-        return torch.mul(grad, spread(scale, grad), out=torch.empty_like(grad)), None
+        return _fused.scaled(grad, scale), None
 
 
 def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:

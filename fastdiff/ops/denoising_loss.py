@@ -238,9 +238,9 @@ def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]: 
     if g is not None:
         grad, column = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            of_model = (grad * _dispatch.spread(g, grad)).to(grad.dtype)
+            of_model = _fused.scaled(grad, g)
         if ctx.needs_input_grad[1]:
-            of_x0 = (grad * _dispatch.spread(-g * column, grad)).to(ctx.x0_dtype)
+            of_x0 = _fused.scaled(grad, -g * column, ctx.x0_dtype)
     return of_model, of_x0
 
 

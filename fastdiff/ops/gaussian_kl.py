@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import native
 from fastdiff.ops import _dispatch, _fused
-from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops.denoising_loss import CHUNK, loss_tile
 
 
@@ -111,7 +111,7 @@ def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: A
         return (None,) * 4
     found: list[Tensor | None] = []
     for slope, (shape, dtype), needed in zip(ctx.saved_tensors, ctx.about, ctx.needs_input_grad[2:], strict=True):
-        found.append((slope * spread(g, slope)).sum_to_size(shape).to(dtype) if needed else None)
+        found.append(_fused.scaled(slope, g).sum_to_size(shape).to(dtype) if needed else None)
     return (None, None, *found)
 
 

@@ -158,3 +158,16 @@ extern "C" void denoising_loss(const Noise* noise, const Rows* rows, const void*
     loss[b] = float(rows->of(b, 4)[2] * (all / double(noise->n)));  // of an empty sample NaN
   }
 }
+
+// out = g[b] x, of x's type: the gradient of a sample whose loss is multiplied by g
+extern "C" void scaled_samples(const void* x, const float* g, void* out, int64_t type, int64_t batch, int64_t n,
+                               int64_t threads) {
+  const int64_t blocks = (n + WIDTH - 1) / WIDTH;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t job = 0; job < batch * blocks; job++) {
+    alignas(64) float held[WIDTH];
+    const int64_t b = job / blocks, start = job % blocks * WIDTH, at = b * n + start;
+    const int count = int(std::min<int64_t>(n - start, WIDTH));
+    write(read(x, int(type), at, count, held), g[b], out, int(type), at, count);
+  }
+}
