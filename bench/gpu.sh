@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a machine with an NVIDIA GPU and no network can show, in 8 minutes: the tests of every kernel and of what
 # only a GPU has, the main table (launches, host time, energy, peers), the kernels' bandwidth, a diffusers pipeline's
-# loop, a policy network's loop, and the roofline of every kernel.
+# loop, a policy network's loop, and the roofline of the five kernels that steps and training are made of.
 # Usage: bench/gpu.sh [RESULTS_DIR]      (default $OUT, else bench/results/<gpu>/<date>)
 # What was measured before a step ran out of time is kept.
 set -uo pipefail
@@ -67,6 +67,7 @@ cat "$out/dropin.txt"
 run 40 loop-unet1d $PYTHON -m fastdiff_bench.suite "${loop[@]}" --json "$out/loop-unet1d.json"
 cat "$out/loop-unet1d.txt"
 run 75 roofline $PYTHON -m fastdiff_bench.roofline --device cuda --quick --dtype fp32 bf16 \
+    --kernels affine_step add_noise posterior categorical_step denoising_loss \
     --json "$out/roofline.json" ${plots[@]:+--plot "$out/roofline"}
 cat "$out/roofline.txt"
 echo "results in $out, $SECONDS s"

@@ -116,6 +116,12 @@ def test_the_mean_is_differentiable() -> None:
     assert slope[0, 0].item() == pytest.approx(1 / (0.3 * math.sqrt(2 * math.pi)), rel=1e-6) and slope[0, 1] == 0
 
 
+def test_a_row_that_is_none_is_refused_on_a_cpu() -> None:
+    for loops in (True, False):
+        with ops.cpu_compiler(loops), pytest.raises(IndexError):
+            binned_readout(torch.zeros(1, 8), torch.zeros(1, 16), COEF, torch.tensor([3]), bins=16, readout="mean")
+
+
 def test_registration(kernel_device: torch.device) -> None:
     x, m = torch.randn(2, 8, device=kernel_device), torch.randn(2, 16, device=kernel_device)
     coef, row = torch.rand(3, 2, device=kernel_device), torch.tensor([1], device=kernel_device)

@@ -69,9 +69,9 @@ def _on_cpu(
     if sampled and noise is None:
         noise = _drawn(seeds, index, row, stream, x)
     n = None if noise is None else noise.float().contiguous()
-    x, model_out, coef, row = x.contiguous(), model_out.contiguous(), coef.contiguous(), row.long().contiguous()
+    x, model_out, coef = x.contiguous(), model_out.contiguous(), coef[row.long()]  # which looks at the row
     options = *native.types(model_out), row.numel() > 1, bins, *native.layout(x, heavy=True)
-    return native.run("binned", "binned", x, model_out, coef, row, n, out, *options)
+    return native.run("binned", "binned", x, model_out, coef, n, out, *options)
 
 
 def _drawn(seeds: Tensor | None, index: Tensor | None, row: Tensor, stream: int, x: Tensor) -> Tensor:

@@ -101,10 +101,9 @@ void bin_mean(const float* mean, const float* deviation, int bins, float width, 
 }  // namespace
 
 // out [batch, n] from x [batch, n] and m [batch, 2 n], means and logarithms of stds; of normals n [batch, n] the bin they
-// fall into, without them the mean. A row: c_skip, c_out
-extern "C" void binned(const float* x, const void* m, const float* coef, const int64_t* row, const float* noise,
-                       float* out, int64_t m_type, int64_t row_each, int64_t bins, int64_t batch, int64_t n,
-                       int64_t threads) {
+// fall into, without them the mean. coef [batch, 2], or of all samples: c_skip, c_out
+extern "C" void binned(const float* x, const void* m, const float* coef, const float* noise, float* out, int64_t m_type,
+                       int64_t each, int64_t bins, int64_t batch, int64_t n, int64_t threads) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK;
   const float width = 2.0f / float(bins), last = float(bins - 1);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -112,7 +111,7 @@ extern "C" void binned(const float* x, const void* m, const float* coef, const i
     alignas(64) float held[BLOCK], mean[BLOCK], deviation[BLOCK];
     const int64_t b = job / blocks, start = job % blocks * BLOCK, at = b * n + start;
     const int count = int(std::min<int64_t>(BLOCK, n - start));
-    const float *c = coef + 2 * row[row_each ? b : 0], size = std::fabs(c[1]);
+    const float *c = coef + (each ? 2 * b : 0), size = std::fabs(c[1]);
     const float* m0 = read(m, int(m_type), 2 * b * n + start, count, held);
     for (int i = 0; i < count; i++) mean[i] = c[0] * x[at + i] + c[1] * m0[i];
     const float* m1 = read(m, int(m_type), (2 * b + 1) * n + start, count, held);
