@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdiff import native, rng
 from fastdiff.cpu import COPIES, SLOTS, HostRow
 from fastdiff.gumbel import SCALE, logistic_of
-from fastdiff.native import TYPES, call, function, plain, threads
+from fastdiff.native import TYPES, call, function, plain, run, threads, types
 from fastdiff.plan import ROW_HEADER
 from fastdiff.readout import CATEGORICAL as READOUTS
 
@@ -259,19 +259,10 @@ def noise_into(
     Args: x int64 [B, *D]; noise [B, *D, K'] of a float dtype, or seeds and index; coef fp32 [B, 2] (K = 2: of 2 x - 1);
         out, logits: outputs [B, *D, K'], contiguous, of one float dtype but float64.
     """
-    kinds = (*[c_void_p] * 6, c_int64, *[c_void_p] * 2, *[ctypes.c_int] * 2)
-    loop = function("categorical", "categorical_noise", *kinds)
-    if loop is None:
-        return False
-    x = x.contiguous()
     noise = None if noise is None else noise.float()
-    held = [None if v is None else v.contiguous() for v in (noise, coef, seeds, index)]
-    pointers = (None if v is None else v.data_ptr() for v in held)
-    call(
-        loop, _shape(out), x.data_ptr(), *pointers, row, out.data_ptr(), None if logits is None else logits.data_ptr(),
-        TYPES[out.dtype], threads(out.numel(), heavy=True),
-    )  # fmt: skip
-    return True
+    given = [None if v is None else v.contiguous() for v in (x, noise, coef, seeds, index)]
+    options = *types(out), threads(out.numel(), heavy=True)
+    return run("categorical", "categorical_noise", _shape(out), *given, row, out, logits, *options)
 
 
 def loss_into(logits: Tensor, x: Tensor, error: Tensor, grad: Tensor | None) -> bool:
@@ -279,17 +270,11 @@ def loss_into(logits: Tensor, x: Tensor, error: Tensor, grad: Tensor | None) -> 
 
     grad, contiguous like logits, receives tokens times its gradient.
     """
-    kinds = (c_void_p, c_void_p, ctypes.c_int, *[c_void_p] * 4, ctypes.c_int)
-    loop = function("categorical", "categorical_loss", *kinds) if logits.dtype in TYPES else None
-    if loop is None:
+    if logits.dtype not in TYPES:
         return False
     logits, x = logits.contiguous(), x.contiguous()
-    sums = torch.empty(x.numel(), dtype=torch.float64)
-    call(
-        loop, _shape(logits), logits.data_ptr(), TYPES[logits.dtype], x.data_ptr(), error.data_ptr(),
-        None if grad is None else grad.data_ptr(), sums.data_ptr(), threads(logits.numel(), heavy=True),
-    )  # fmt: skip
-    return True
+    options = *types(logits), threads(logits.numel(), heavy=True)
+    return run("categorical", "categorical_loss", _shape(logits), logits, x, error, grad, *options)
 
 
 def _shape(x: Tensor) -> object:

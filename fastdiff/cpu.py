@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.native import TYPES, call, function, plain, rows_of, threads
+from fastdiff.native import TYPES, call, coef_rows, function, layout, plain, run, threads, types
 from fastdiff.plan import ROW_HEADER, Plan
 from fastdiff.prediction import NO_SKIP
 
@@ -290,15 +290,8 @@ def posterior_into(
         None: c_skip, c_ratio, k_x0, k_xt, variance, log-variance, ... mean, x0: outputs like x; variance: [2, B] fp32;
         contiguous.
     """
-    kinds = (*[c_void_p] * 6, *[c_int] * 2, *[c_float] * 2, *[c_int64] * 2, c_int)
-    loop = function("step", "posterior", *kinds) if plain((x, m)) else None
-    if loop is None:
+    if not plain((x, m)):
         return False
     x, m = x.contiguous(), m.contiguous()
-    rows, _held = rows_of(coef, t)
-    batch, size = x.shape[0], x.numel()
-    call(
-        loop, rows, x.data_ptr(), m.data_ptr(), mean.data_ptr(), x0.data_ptr(), variance.data_ptr(),
-        TYPES[x.dtype], TYPES[m.dtype], *bounds, batch, size // max(1, batch), threads(size),
-    )  # fmt: skip
-    return True
+    rows, _held = coef_rows(coef, t)
+    return run("step", "posterior", rows, x, m, mean, x0, variance, *types(x, m), *bounds, *layout(x))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
-    "ONE_THREAD", "TYPES", "available", "build", "call", "draw", "fill", "function", "layout", "plain", "rows_of",
+    "ONE_THREAD", "TYPES", "available", "build", "call", "coef_rows", "draw", "fill", "function", "layout", "plain",
     "run", "threads", "types", "usable",
 ]  # fmt: skip
 
@@ -38,7 +38,7 @@ class Rows(ctypes.Structure):
     _fields_ = [("table", c_void_p), ("t", c_void_p), ("each", c_int64)]
 
 
-def rows_of(table: Tensor, t: Tensor | None) -> tuple[object, tuple[Tensor, ...]]:
+def coef_rows(table: Tensor, t: Tensor | None) -> tuple[object, tuple[Tensor, ...]]:
     """A reference to the rows of a fp32 table [T, width] at t int64 [B] or [1], or of [B or 1, width] where t is None;
     and the tensors that must outlive it."""
     table = table.contiguous()
@@ -111,15 +111,14 @@ def function(file: str, name: str, *arguments: type) -> Callable[..., None] | No
     return loop
 
 
-def run(file: str, name: str, *arguments: Tensor | float | None) -> bool:
-    """Calls a loop with contiguous tensors (or None), int64s and floats, as it declares them; False without a compiler.
+def run(file: str, name: str, *arguments: object) -> bool:
+    """Calls a loop with contiguous tensors (or None, or a reference), int64s and floats; False without a compiler.
 
-    A position holds one kind of argument in every call.
+    A position holds one kind of argument in every call, the one that the loop declares.
     """
     loop = _bound.get((file, name))
     if loop is None:
-        kinds = (c_void_p if a is None or isinstance(a, Tensor) else c_float if type(a) is float else c_int64
-                 for a in arguments)  # fmt: skip
+        kinds = (c_float if type(a) is float else c_int64 if isinstance(a, int) else c_void_p for a in arguments)
         loop = function(file, name, *kinds)
         if loop is None:
             return False
@@ -151,7 +150,7 @@ def plain(tensors: Sequence[Tensor]) -> bool:
     """Tensors on the CPU whose memory a loop may touch: outside of tracing and of function transforms."""
     if torch.compiler.is_compiling():
         return False
-    for a in tensors:  # a loop takes half the time of any()
+    for a in tensors:
         if type(a) not in (Tensor, torch.nn.Parameter) or not a.is_cpu:
             return False
     traced = torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None

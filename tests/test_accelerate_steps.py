@@ -245,7 +245,7 @@ def test_robot_action_chunks_edited_in_place():
 def test_the_kernel_does_what_the_host_rows_do(name, noise, kernel_device):
     """On a GPU, else in Triton's interpreter: one launch a step."""
     if kernel_device.type == "cuda":
-        pytest.skip("the host's rows are compared with stock on the CPU")
+        pytest.skip("a GPU runs the kernel: the host's rows are compared with stock on the CPU")
     from fastdiff.ops import _dispatch
 
     case = ALL[name]

@@ -298,7 +298,7 @@ def test_a_pair_the_solver_refuses_is_said_in_its_words():
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, says, capsys):
     if argv == ["--device", "cuda"] and torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("there is a CUDA device")
     assert main(["bench", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and says in err

@@ -70,6 +70,11 @@ def kernels_for(x: Tensor) -> bool:
     return _forced and not torch.compiler.is_compiling()
 
 
+def graded(*values: object) -> bool:
+    """Is a gradient to one of these asked for?"""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
 def transformed() -> bool:
     """Does torch.compile or a function transform look on? It takes apart functions in their longer form."""
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None

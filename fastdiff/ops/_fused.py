@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -60,18 +60,13 @@ def noised(
     Args: x: [B, *sample]. coef: fp32 [T, 4], t int64 [B] or [1]; or [B or 1, 4] and None. outs: one or two [B, *sample]
         of one dtype, contiguous. No float64.
     """
-    kinds = (c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, c_int)
-    loop = native.function("noise", "add_noise", *kinds) if wanted(x, seeds) else None
-    if loop is None:
+    if not wanted(x, seeds):
         return False
-    x = x.contiguous()
+    x, (out, target) = x.contiguous(), (*outs, None)[:2]
     noise, _held = _noise(seeds, index, row, stream, x)
-    rows, _table = native.rows_of(coef, t)
-    native.call(
-        loop, noise, rows, x.data_ptr(), TYPES[x.dtype], outs[0].data_ptr(),
-        outs[1].data_ptr() if len(outs) > 1 else None, TYPES[outs[0].dtype], native.threads(x.numel(), heavy=True),
-    )  # fmt: skip
-    return True
+    rows, _table = native.coef_rows(coef, t)
+    threads = native.threads(x.numel(), heavy=True)
+    return native.run("noise", "add_noise", noise, rows, x, out, target, *native.types(x, outs[0]), threads)
 
 
 def loss_and_gradient(
@@ -83,19 +78,13 @@ def loss_and_gradient(
     Args: m, x0: [B, *sample]. coef, t: as for `noised`. kind: index into LOSSES. loss: fp32 [B]. grad: [B, *sample] of
         m's dtype, contiguous. No float64.
     """
-    kinds = (c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int, c_float, c_void_p, c_void_p, c_int)
-    loop = native.function("noise", "denoising_loss", *kinds) if wanted(m, seeds) else None
-    if loop is None:
+    if not wanted(m, seeds):
         return False
     m, x0 = m.contiguous(), None if x0 is None else x0.contiguous()
     noise, _held = _noise(seeds, index, row, stream, m)
-    rows, _table = native.rows_of(coef, t)
-    clean = (None, 0) if x0 is None else (x0.data_ptr(), TYPES[x0.dtype])
-    native.call(
-        loop, noise, rows, m.data_ptr(), TYPES[m.dtype], *clean, kind, delta, loss.data_ptr(), grad.data_ptr(),
-        native.threads(m.numel(), heavy=True),
-    )  # fmt: skip
-    return True
+    rows, _table = native.coef_rows(coef, t)
+    options = *native.types(m, m if x0 is None else x0), kind, float(delta), native.threads(m.numel(), heavy=True)
+    return native.run("noise", "denoising_loss", noise, rows, m, x0, loss, grad, *options)
 
 
 def scaled(x: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:

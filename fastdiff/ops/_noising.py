@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff import rng
 from fastdiff.ops import _dispatch, _fused
-from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
+from fastdiff.ops._dispatch import FLOATS64, check_tensor, graded, spread
 from fastdiff.schedules import Betas, Schedule
 from fastdiff.schedules.base import outside, traced_constant
 
@@ -43,10 +43,9 @@ def times(t: object, schedule: object, x: Tensor) -> Tensor:
         out = out.view(1)
     if tuple(out.shape) not in ((1,), (x.shape[0],)):
         raise ValueError(f"t must be a scalar or have shape ({x.shape[0]},), got {tuple(out.shape)}")
-    if out.is_cpu and not torch.compiler.is_compiling():
-        if outside(out, schedule.t_max):
-            low, high = out.min().item(), out.max().item()
-            raise ValueError(f"t must be in 0..{schedule.t_max:g} for {schedule}, got {low:g}..{high:g}")
+    if out.is_cpu and not torch.compiler.is_compiling() and outside(out, schedule.t_max):
+        low, high = out.min().item(), out.max().item()
+        raise ValueError(f"t must be in 0..{schedule.t_max:g} for {schedule}, got {low:g}..{high:g}")
     return out
 
 
@@ -146,16 +145,12 @@ def out_type(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
 
 def on_kernel(x: Tensor, dtype: torch.dtype, *others: object) -> bool:
     """The kernel, unless float64 or a gradient to another argument than x is wanted."""
-    return _dispatch.kernels_for(x) and torch.float64 not in (x.dtype, dtype) and not _graded(others)
+    return _dispatch.kernels_for(x) and torch.float64 not in (x.dtype, dtype) and not graded(*others)
 
 
 def on_loop(x: Tensor, dtype: torch.dtype, noise: Tensor | None, *others: object) -> bool:
     """The CPU's loop: the same, and Philox noise."""
-    return noise is None and torch.float64 not in (x.dtype, dtype) and _fused.wanted(x) and not _graded(others)
-
-
-def _graded(values: Sequence[object]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    return noise is None and torch.float64 not in (x.dtype, dtype) and _fused.wanted(x) and not graded(*others)
 
 
 def noised(
@@ -163,7 +158,7 @@ def noised(
     noise: Tensor | None, dtype: torch.dtype, with_target: bool, by_kernel: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(x_t,) or (x_t, target), differentiable in x; coef [rows, 4], t [B], [1] or None (row = sample)."""
-    run: Any = Noised.apply if _graded((x,)) or torch.compiler.is_compiling() else Noised.forward
+    run: Any = Noised.apply if graded(x) or torch.compiler.is_compiling() else Noised.forward
     out: tuple[Tensor, ...] = run(x, coef, t, seeds, index, row, stream, noise, dtype, with_target, by_kernel)
     return out
 

@@ -62,9 +62,8 @@ def _on_cpu(
 ) -> bool:  # fmt: skip
     """Writes the readout by the C++ loop; False where it cannot run."""
     given = (x, model_out, coef, row, *(v for v in (seeds, index, noise) if v is not None))
-    graded = torch.is_grad_enabled() and any(v.requires_grad for v in given)
     wide = torch.float64 in (model_out.dtype, coef.dtype) or bins > LARGEST
-    if graded or wide or not _fused.wanted(*given):
+    if _dispatch.graded(*given) or wide or not _fused.wanted(*given):
         return False
     if sampled and noise is None:
         noise = _drawn(seeds, index, row, stream, x)

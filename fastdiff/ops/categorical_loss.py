@@ -42,7 +42,7 @@ def categorical_loss(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) ->
     kernel = _dispatch.kernels_for(logits) and logits.dtype != torch.float64
     if not kernel and (torch.compiler.is_compiling() or not logits.is_cpu) or logits.numel() == 0:
         return categorical_loss_ref(logits, x, weight)
-    graded = torch.is_grad_enabled() and logits.requires_grad
+    graded = _dispatch.graded(logits)
     return weight * (_Error.apply(logits, x) if graded else _error(logits, x, None))
 
 

@@ -32,12 +32,12 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
     for name, value in (("log_variance1", log_variance1), ("log_variance2", log_variance2)):
         _broadcasts(name, value, mean1)
     values = (mean1, log_variance1, mean2, log_variance2)
-    graded = torch.is_grad_enabled() and (mean1.requires_grad or log_variance1.requires_grad)
+    graded = _dispatch.graded(mean1, log_variance1)
     wide = any(v.dtype == torch.float64 for v in values)
     on_kernel = _dispatch.kernels_for(mean1)
     if graded or wide or not mean1.numel() or not (on_kernel or (_fused.wanted(*values) and native.available())):
         return gaussian_kl_ref(*values)
-    if on_kernel or (torch.is_grad_enabled() and (mean2.requires_grad or log_variance2.requires_grad)):
+    if on_kernel or _dispatch.graded(mean2, log_variance2):
         out: Tensor = _KL.apply(*values)[0] if _dispatch.transformed() else _Direct.apply(*values)
         return out
     return _on_cpu(*values, (None, None))

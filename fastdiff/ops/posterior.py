@@ -43,9 +43,8 @@ def posterior(
     Source:  Ho et al. 2020, arXiv:2006.11239, eq. 6 and 7; the clipped log-variance: Nichol and Dhariwal 2021.
     """
     at, lo, hi = _checked(x_t, model_out, t, schedule, prediction, clip)
-    graded = torch.is_grad_enabled() and (x_t.requires_grad or model_out.requires_grad)
-    on_kernel = _dispatch.kernels_for(x_t)
-    if graded or torch.float64 in (x_t.dtype, model_out.dtype) or not (on_kernel or _fused.wanted(x_t, model_out)):
+    on_kernel, wide = _dispatch.kernels_for(x_t), torch.float64 in (x_t.dtype, model_out.dtype)
+    if wide or _dispatch.graded(x_t, model_out) or not (on_kernel or _fused.wanted(x_t, model_out)):
         return posterior_ref(x_t, model_out, at, schedule, prediction, clip)
     coef = _noising.table_of(schedule, _columns, (prediction,), x_t.device)
     mean = torch.empty_like(x_t, memory_format=torch.contiguous_format)

@@ -30,9 +30,8 @@ def threshold(x0: Tensor, quantile: float = 0.995, maximum: float = math.inf) ->
     Source:  Saharia et al. 2022, arXiv:2205.11487, section 2.3.
     """
     _checked(x0, quantile, maximum)
-    graded = torch.is_grad_enabled() and x0.requires_grad
     on_kernel = _dispatch.kernels_for(x0)
-    if graded or x0.dtype == torch.float64 or not x0.numel() or not (on_kernel or _fused.wanted(x0)):
+    if _dispatch.graded(x0) or x0.dtype == torch.float64 or not x0.numel() or not (on_kernel or _fused.wanted(x0)):
         return threshold_ref(x0, quantile, maximum)
     out = torch.empty(x0.shape, dtype=x0.dtype, device=x0.device)
     x0 = x0.contiguous()
@@ -79,9 +78,7 @@ def threshold_bound(
     _check_model(x, model_out, table, row, uncond, guidance, scales)
     model = {"model_out": model_out, "table": table, "row": row, "uncond": uncond}
     data = [v for v in (x, model_out, uncond) if v is not None]
-    weights = [v for v in (guidance, scales) if v is not None]
-    graded = torch.is_grad_enabled() and any(v.requires_grad for v in (*data, *weights))
-    plain = graded or not x.numel() or any(v.dtype == torch.float64 for v in data)
+    plain = _dispatch.graded(*data, guidance, scales) or not x.numel() or any(v.dtype == torch.float64 for v in data)
     rank = quantile * (x.shape[1:].numel() - 1)
     at = math.floor(rank), rank - math.floor(rank), float(maximum)
     bound = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)

@@ -249,9 +249,9 @@ extern "C" void categorical_row(const Call* call) {
 // z = coef[b][0] onehot(x) (two classes: 2 x - 1) + coef[b][1] n, stored unless null; out = 2 softmax(z) - 1
 extern "C" void categorical_noise(const Shape* shape, const int64_t* x, const float* noise, const float* coef,
                                   const int64_t* seeds, const int64_t* index, int64_t row, void* out, void* logits,
-                                  int out_type, int threads) {
+                                  int64_t out_type, int64_t threads) {
   const int64_t together = noise ? 1 : samples_of_draw(shape->tokens * shape->width);
-  each_job(*shape, together, VALUES, threads, [&](const Job& job, Room& room, int64_t) {
+  each_job(*shape, together, VALUES, int(threads), [&](const Job& job, Room& room, int64_t) {
     const float* n = noise ? noise + job.at : drawn<NORMAL>(job, seeds, index, row, ROWS, room.part(Z));
     const int64_t* classes = x + job.token;
     float *z = room.part(V), *y = room.part(P);
@@ -266,21 +266,21 @@ extern "C" void categorical_noise(const Shape* shape, const int64_t* x, const fl
       }
     }
     softmax(job, z, 2.0f, -1.0f, y, room.part(TILE));
-    write(y, 1.0f, out, out_type, job.at, job.n);
-    if (logits) write(z, 1.0f, logits, out_type, job.at, job.n);
+    write(y, 1.0f, out, int(out_type), job.at, job.n);
+    if (logits) write(z, 1.0f, logits, int(out_type), job.at, job.n);
   });
 }
 
 // error [batch] = mean over tokens of ||onehot(x) - softmax(m)||^2 (two classes: 2 (x - sigmoid(m))^2); grad, of m's
-// type, unless null: `tokens` times its gradient; sums [batch, tokens]: room, which
-// is added up in an order of the sample alone
-extern "C" void categorical_loss(const Shape* shape, const void* m, int m_type, const int64_t* x, float* error,
-                                 void* grad, double* sums, int threads) {
+// type, unless null: `tokens` times its gradient
+extern "C" void categorical_loss(const Shape* shape, const void* m, const int64_t* x, float* error, void* grad,
+                                 int64_t m_type, int64_t threads) {
   const int64_t many = tokens_of_job(shape->width, shape->tokens), jobs = (shape->tokens + many - 1) / many;
-  each_job(*shape, 1, VALUES, threads, [&](const Job& job, Room& room, int64_t i) {
-    const float* logits = read(m, m_type, job.at, job.n, room.part(V));
+  std::vector<double> sums(shape->batch * jobs);  // which are added up in an order of the sample alone
+  each_job(*shape, 1, VALUES, int(threads), [&](const Job& job, Room& room, int64_t i) {
+    const float* logits = read(m, int(m_type), job.at, job.n, room.part(V));
     sums[i] = error_of(job, logits, x + job.token, room.part(P), room.part(TILE));
-    if (grad) write(room.part(P), 1.0f, grad, m_type, job.at, job.n);
+    if (grad) write(room.part(P), 1.0f, grad, int(m_type), job.at, job.n);
   });
   for (int64_t b = 0; b < shape->batch; b++) {
     double all = 0;

@@ -117,15 +117,15 @@ extern "C" void fill_noise(float* out, const int64_t* seeds, const int64_t* inde
 }
 
 // out = c[0] x + c[1] noise, and target, unless it is null, c[2] x + c[3] noise; x [batch, n], c the sample's row
-extern "C" void add_noise(const Noise* noise, const Rows* rows, const void* x, int x_type, void* out, void* target,
-                          int out_type, int threads) {
-  each_block(*noise, threads, [&](const Block& v) {
+extern "C" void add_noise(const Noise* noise, const Rows* rows, const void* x, void* out, void* target, int64_t x_type,
+                          int64_t out_type, int64_t threads) {
+  each_block(*noise, int(threads), [&](const Block& v) {
     alignas(64) float held[WIDTH], y[WIDTH];
-    const float *from = read(x, x_type, v.at, v.count, held), *c = rows->of(v.b, 4);
+    const float *from = read(x, int(x_type), v.at, v.count, held), *c = rows->of(v.b, 4);
     for (void* to : {out, target}) {
       if (!to) return;
       for (int i = 0; i < v.count; i++) y[i] = c[0] * from[i] + c[1] * v.n[i];
-      write(y, 1.0f, to, out_type, v.at, v.count);
+      write(y, 1.0f, to, int(out_type), v.at, v.count);
       c += 2;
     }
   });
@@ -133,23 +133,24 @@ extern "C" void add_noise(const Noise* noise, const Rows* rows, const void* x, i
 
 // loss [batch] = c[2] mean(rho(m - goal)), grad = its derivative by m, of m's type; goal = c[0] x0 (unless it is null) +
 // c[1] noise, c the sample's row
-extern "C" void denoising_loss(const Noise* noise, const Rows* rows, const void* m, int m_type, const void* x0,
-                               int x0_type, int kind, float delta, float* loss, void* grad, int threads) {
+extern "C" void denoising_loss(const Noise* noise, const Rows* rows, const void* m, const void* x0, float* loss,
+                               void* grad, int64_t m_type, int64_t x0_type, int64_t kind, float delta,
+                               int64_t threads) {
   const int64_t blocks = (noise->n + WIDTH - 1) / WIDTH;
   std::vector<double> sums(noise->batch * blocks);  // by which a loss is added up in an order of n alone
   const auto derivative = kind == L2 ? rho<L2> : kind == L1 ? rho<L1> : rho<HUBER>;
-  each_block(*noise, threads, [&](const Block& v) {
+  each_block(*noise, int(threads), [&](const Block& v) {
     alignas(64) float held[WIDTH], value[WIDTH] = {}, d[WIDTH];
     const float* c = rows->of(v.b, 4);
     for (int i = 0; i < v.count; i++) d[i] = c[1] * v.n[i];
     if (x0) {
-      const float* clean = read(x0, x0_type, v.at, v.count, held);
+      const float* clean = read(x0, int(x0_type), v.at, v.count, held);
       for (int i = 0; i < v.count; i++) d[i] += c[0] * clean[i];
     }
-    const float* given = read(m, m_type, v.at, v.count, held);
+    const float* given = read(m, int(m_type), v.at, v.count, held);
     for (int i = 0; i < v.count; i++) d[i] = given[i] - d[i];
     derivative(d, value, delta, v.count);
-    write(d, c[2] / float(noise->n), grad, m_type, v.at, v.count);
+    write(d, c[2] / float(noise->n), grad, int(m_type), v.at, v.count);
     sums[v.number] = sum(value);
   });
   for (int64_t b = 0; b < noise->batch; b++) {

@@ -151,7 +151,8 @@ extern "C" void affine_row(const Row* row, const Call* call, int threads) {
 // a row of 8: c_skip, c_ratio, k_x0, k_xt: x0 = clamp(c_skip (x + c_ratio m)), mean = k_x0 x0 + k_xt x; and the sample's
 // variance and its logarithm [2, batch]
 extern "C" void posterior(const Rows* rows, const void* x, const void* m, void* mean, void* x0, float* variance,
-                          int x_type, int m_type, float lo, float hi, int64_t batch, int64_t n, int threads) {
+                          int64_t x_type, int64_t m_type, float lo, float hi, int64_t batch, int64_t n,
+                          int64_t threads) {
   for (int64_t b = 0; b < batch; b++)
     for (int i = 0; i < 2; i++) variance[i * batch + b] = rows->of(b, 8)[4 + i];
   const int64_t blocks = (n + BLOCK - 1) / BLOCK, jobs = batch * blocks;
@@ -161,12 +162,12 @@ extern "C" void posterior(const Rows* rows, const void* x, const void* m, void* 
     alignas(64) float held[BLOCK], other[BLOCK], p[BLOCK], y[BLOCK];
     const int64_t b = job / blocks, start = job % blocks * BLOCK, at = b * n + start;
     const int count = int(std::min<int64_t>(BLOCK, n - start));
-    const float *c = rows->of(b, 8), *v = read(x, x_type, at, count, held);
-    const float* u = read(m, m_type, at, count, other);
+    const float *c = rows->of(b, 8), *v = read(x, int(x_type), at, count, held);
+    const float* u = read(m, int(m_type), at, count, other);
     float *to = direct ? static_cast<float*>(mean) + at : y, *kept = direct ? static_cast<float*>(x0) + at : p;
     fuse<true, true, 1>({c[0], c[1], lo, hi}, v, u, c[2], &v, c + 3, to, kept, count);
     if (direct) continue;
-    write(y, 1.0f, mean, x_type, at, count);
-    write(p, 1.0f, x0, x_type, at, count);
+    write(y, 1.0f, mean, int(x_type), at, count);
+    write(p, 1.0f, x0, int(x_type), at, count);
   }
 }
