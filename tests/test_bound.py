@@ -87,9 +87,48 @@ def test_kl_far_apart(device):
 
 def test_kl_opcheck(kernel_device):
     x = torch.randn(3, 5, device=kernel_device)
-    args = (x, x[:, 0].contiguous(), x + 1, x, torch.zeros(3, device=kernel_device), torch.zeros_like(x), x * 0)
+    given, zero = (x, x[:, 0].contiguous(), x + 1, x), torch.zeros(3, device=kernel_device)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.fastdiff.gaussian_kl.default, args, test_utils=tests)
+    torch.library.opcheck(torch.ops.fastdiff.gaussian_kl.default, (*given, zero), test_utils=tests)
+    for outs in ((torch.zeros_like(x), torch.zeros_like(x)), (None, torch.zeros_like(x))):
+        slopes = torch.ops.fastdiff.gaussian_kl_slopes.default
+        torch.library.opcheck(slopes, (*given, zero + 1, *outs), test_utils=tests)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_kl_gradients_have_their_own_types(full, device):
+    """One rounding of a bf16 mean's gradient; a fp32 log-variance's is not rounded to the mean's type; each alone."""
+    m1, m2 = data(3, 700).to(torch.bfloat16), data(3, 700, seed=1).to(torch.bfloat16)
+    l1, l2 = data(3, 700, seed=2).float(), data(3, 700 if full else 1, seed=3).float()
+    weight = torch.tensor([1.0, 3.0, -2.0])
+    wide = [v.double().requires_grad_() for v in (m1, l1, m2, l2)]
+    of_mean, of_log = torch.autograd.grad((weight * ops.gaussian_kl_ref(*wide)).sum(), wide[2:])
+    cut = ops._dispatch.kernels_for(torch.zeros(1))  # Triton's interpreter cuts where it should round
+    for wanted in ((True, True), (True, False), (False, True)):
+        mine = [v.to(device) for v in (m1, l1, m2, l2)]
+        asked = [v.requires_grad_() for v, w in zip(mine[2:], wanted, strict=True) if w]
+        got = list(torch.autograd.grad((weight.to(device) * ops.gaussian_kl(*mine)).sum(), asked))
+        if wanted[1]:
+            of = got.pop().cpu()
+            assert of.dtype == torch.float32 and (of - of_log).abs().max() <= 4e-6 * of_log.abs().max()
+        if wanted[0]:
+            of = got.pop().cpu()
+            ulp = 2**-7 if cut else 2**-8
+            assert of.dtype == torch.bfloat16 and ((of - of_mean).abs() <= ulp * of_mean.abs() + 1e-9).all()
+
+
+def test_kl_backward_without_loops():
+    """Backward where no loop may run: the slopes in plain torch, of what forward saved."""
+    values = [data(2, 9, seed=i).float() for i in range(3)] + [data(2, 1, seed=3).float()]
+    wide = [v.double().requires_grad_() for v in values]
+    want = torch.autograd.grad(ops.gaussian_kl_ref(*wide).sum(), wide[2:])
+    for v in values[2:]:
+        v.requires_grad_()
+    kl = ops.gaussian_kl(*values)
+    with ops.cpu_compiler(False):
+        got = torch.autograd.grad(kl.sum(), values[2:])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-7)
 
 
 @pytest.mark.parametrize("log_scale", [-7.0, -5.0, -2.0, 0.0, 2.0])

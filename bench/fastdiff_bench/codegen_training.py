@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fastdiff_bench.codegen import Case, _step
+from fastdiff_bench.codegen import Case, _step, tile_of
 
 
 def training_cases(lanes: int) -> Iterator[Case]:
@@ -22,6 +22,7 @@ def training_cases(lanes: int) -> Iterator[Case]:
 def _sums(dtype: str, lanes: int) -> Iterator[Case]:
     """Loss and KL with their gradients, one turn of their loop: the loss moves 8 bytes an fp32 element, 12 with x0."""
     from fastdiff.ops.denoising_loss import loss_tile
+    from fastdiff.ops.gaussian_kl import SLOPE_SLOTS
 
     tile = {**loss_tile(), "ALIGNED": True, "WIDE": False}
     warps = tile.pop("num_warps")
@@ -36,10 +37,16 @@ def _sums(dtype: str, lanes: int) -> Iterator[Case]:
             {"KIND": kind, **tile}, (dtype,) * (1 + len(x0)), (dtype,), clamps=kind == 2, scalars=1, num_warps=warps,
             lanes=lanes,
         )  # fmt: skip
-    names = ("mean1", "mean2", "log2", "of_mean", "of_log")
-    types = {f"{name}_ptr": p for name in names} | {"log1_ptr": "*fp32", "kl_ptr": "*fp32", "one_over_n": "fp32"}
-    types |= dict.fromkeys(("n", "first", "tiles"), "i32")
+    types = {"mean1_ptr": p, "mean2_ptr": p, "log2_ptr": p, "log1_ptr": "*fp32", "one_over_n": "fp32"}
+    types |= dict.fromkeys(("n", "first"), "i32")
+    full = {"FULL1": False, "FULL2": True}
     yield Case(
-        f"gaussian_kl/{dtype}", "gaussian_kl", "gaussian_kl_kernel", types, {"FULL1": False, "FULL2": True, **tile},
-        (dtype,) * 3, (dtype,) * 2, scalars=1, num_warps=warps, lanes=lanes,
+        f"gaussian_kl/{dtype}", "gaussian_kl", "gaussian_kl_kernel", types | {"kl_ptr": "*fp32", "tiles": "i32"},
+        {**full, **tile}, (dtype,) * 3, (), scalars=1, num_warps=warps, lanes=lanes,
+    )  # fmt: skip
+    types |= {"of_mean_ptr": p, "of_log_ptr": p, "g_ptr": "*fp32"}
+    tile, warps = tile_of(SLOPE_SLOTS, lanes=lanes)
+    yield Case(
+        f"gaussian_kl_slopes/{dtype}", "gaussian_kl", "gaussian_kl_slopes_kernel", types, {**full, **tile},
+        (dtype,) * 3, (dtype,) * 2, num_warps=warps, lanes=lanes,
     )  # fmt: skip

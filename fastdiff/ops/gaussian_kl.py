@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from fastdiff import native
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops.denoising_loss import CHUNK, loss_tile
+
+SLOPE_SLOTS = 4  # tensors that the gradient's kernel reads
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -38,9 +39,9 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
     if graded or wide or not mean1.numel() or not (on_kernel or (_fused.wanted(*values) and native.available())):
         return gaussian_kl_ref(*values)
     if on_kernel or _dispatch.graded(mean2, log_variance2):
-        out: Tensor = _KL.apply(*values)[0] if _dispatch.transformed() else _Direct.apply(*values)
+        out: Tensor = (_KL if _dispatch.transformed() else _Direct).apply(*values)
         return out
-    return _on_cpu(*values, (None, None))
+    return _forward(*values)
 
 
 def gaussian_kl_ref(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -61,28 +62,32 @@ def _exp_minus_line(d: Tensor) -> Tensor:
     return torch.where(d.abs() < 0.25, series * near * near, torch.expm1(d) - d)
 
 
+def _forward(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """kl [B] by the kernel or the C++ loop."""
+    kl = torch.empty(mean1.shape[0], dtype=torch.float32, device=mean1.device)
+    logs = [_per_sample_or_full(v, mean1) for v in (log_variance1, log_variance2)]
+    if _dispatch.kernels_for(mean1):
+        torch.ops.fastdiff.gaussian_kl(mean1, logs[0], mean2, logs[1], kl)
+    else:
+        given, about = _for_loops(mean1, logs[0], mean2, logs[1])
+        native.run("gaussian_kl", "gaussian_kl", *given, kl, *about, *native.layout(mean1, heavy=True))
+    return kl
+
+
 class _KL(torch.autograd.Function):
-    """(kl [B], d / d mean2, d / d log_variance2) from one kernel; backward scales the two gradients."""
+    """Saves what it was given: backward makes the slopes from it, so that nothing more of full size is kept."""
+
+    forward = staticmethod(_forward)
 
     @staticmethod
-    def forward(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> tuple[Tensor, ...]:
-        slopes = [torch.empty_like(mean1, memory_format=torch.contiguous_format) for _ in range(2)]
-        if not _dispatch.kernels_for(mean1):
-            return _on_cpu(mean1, log_variance1, mean2, log_variance2, slopes), *slopes
-        kl = torch.empty(mean1.shape[0], dtype=torch.float32, device=mean1.device)
-        full = [_per_sample_or_full(v, mean1) for v in (log_variance1, log_variance2)]
-        torch.ops.fastdiff.gaussian_kl(mean1, full[0], mean2, full[1], kl, *slopes)
-        return kl, *slopes
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-        ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs, output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ANN401
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        return _scaled(ctx, g)
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        return _backward(ctx, g)
 
 
 class _Direct(torch.autograd.Function):
@@ -90,42 +95,61 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *values: Tensor) -> Tensor:  # noqa: ANN401
-        output = _KL.forward(*values)
-        _save(ctx, values, output)
-        return output[0]
+        _KL.setup_context(ctx, values, values[0])
+        return _forward(*values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        return _scaled(ctx, g)
+        return (_once if torch.is_grad_enabled() else _backward)(ctx, g)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.about = [(v.shape, v.dtype) for v in inputs[2:]]
-
-
-def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+def _backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    """The gradients of mean2 and log_variance2, where they are needed, from that of kl [B]."""
     if g is None:
         return (None,) * 4
-    found: list[Tensor | None] = []
-    for slope, (shape, dtype), needed in zip(ctx.saved_tensors, ctx.about, ctx.needs_input_grad[2:], strict=True):
-        found.append(_fused.scaled(slope, g).sum_to_size(shape).to(dtype) if needed else None)
-    return (None, None, *found)
+    mean1, log_variance1, mean2, log_variance2 = values = ctx.saved_tensors
+    full = log_variance2.shape == mean1.shape
+    dtypes = mean2.dtype, log_variance2.dtype if full else torch.float32
+    outs = [
+        torch.empty(mean1.shape, dtype=dtype, device=mean1.device) if needed else None
+        for dtype, needed in zip(dtypes, ctx.needs_input_grad[2:], strict=True)
+    ]
+    logs = [_per_sample_or_full(v, mean1) for v in (log_variance1, log_variance2)]
+    if _dispatch.kernels_for(mean1):
+        torch.ops.fastdiff.gaussian_kl_slopes(mean1, logs[0], mean2, logs[1], g, *outs)
+    elif not (_fused.wanted(*values, g) and native.available()):
+        _slopes(mean1, log_variance1, mean2, log_variance2, g, *outs)
+    else:
+        given, about = _for_loops(mean1, logs[0], mean2, logs[1])
+        options = *about, native.TYPES[dtypes[1]], *native.layout(mean1, heavy=True)
+        native.run("gaussian_kl", "gaussian_kl_slopes", *given, g.contiguous(), *outs, *options)
+    if outs[1] is not None and not full:
+        outs[1] = outs[1].sum_to_size(log_variance2.shape).to(log_variance2.dtype)
+    return None, None, *outs
 
 
-def _on_cpu(
-    mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor, slopes: Sequence[Tensor | None]
-) -> Tensor:
-    """kl [B] by the C++ loop, which also writes the slopes, to mean2 and to log_variance2, where they are wanted."""
-    kl = torch.empty(mean1.shape[0])
-    m1, m2 = mean1.contiguous(), mean2.contiguous()
-    l1, l2 = (_per_sample_or_full(v, mean1).contiguous() for v in (log_variance1, log_variance2))
-    full = (l1.dim() > 1, l2.dim() > 1)
-    about = (*native.types(m1, l1), full[0], *native.types(m2, l2), full[1], native.TYPES[mean1.dtype])
-    native.run("gaussian_kl", "gaussian_kl", m1, l1, m2, l2, kl, *slopes, *about, *native.layout(m1))
-    return kl
+_once = torch.autograd.function.once_differentiable(_backward)
+
+
+def _slopes(
+    mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor, g: Tensor, of_mean: Tensor | None,
+    of_log: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes g d kl / d mean2 and g d kl / d log_variance2, in plain torch."""
+    apart, scale = mean2.float() - mean1.float(), _dispatch.spread(g / mean1.shape[1:].numel(), mean1)
+    pull = apart * torch.exp(-log_variance2.float())
+    if of_mean is not None:
+        of_mean.copy_(scale * pull)
+    if of_log is not None:
+        d = log_variance1.float() - log_variance2.float()
+        of_log.copy_(-0.5 * scale * (torch.expm1(d) + pull * apart))
+
+
+def _for_loops(mean1: Tensor, log1: Tensor, mean2: Tensor, log2: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The contiguous tensors, and their types and whether a log-variance is of full size."""
+    given = mean1, log1, mean2, log2 = tuple(v.contiguous() for v in (mean1, log1, mean2, log2))
+    full = log1.shape == mean1.shape, log2.shape == mean1.shape
+    return given, (*native.types(mean1, log1), full[0], *native.types(mean2, log2), full[1])
 
 
 def _per_sample_or_full(value: Tensor, x: Tensor) -> Tensor:
@@ -187,16 +211,12 @@ def _broadcasts(name: str, value: object, x: Tensor) -> None:
         raise ValueError(f"{name} must broadcast to {tuple(x.shape)}, got {tuple(value.shape)}")
 
 
-def _launch(
-    mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor, kl: Tensor, of_mean: Tensor,
-    of_log_variance: Tensor,
-) -> None:  # fmt: skip
+def _launch(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor, kl: Tensor) -> None:
     batch, n = mean1.shape[0], mean1.shape[1:].numel()
     tiles = -(-n // CHUNK)
     parts = kl if tiles == 1 else torch.empty(batch, tiles, dtype=torch.float32, device=kl.device)
-    values = [v.contiguous() for v in (mean1, log_variance1, mean2, log_variance2)]
-    full = {f"FULL{i + 1}": values[2 * i + 1].dim() > 1 for i in range(2)}
-    args = (*values, parts, of_mean, of_log_variance, n, _dispatch.FIRST, tiles, 1.0 / n)
+    values, full = _for_kernels(mean1, log_variance1, mean2, log_variance2)
+    args = (*values, parts, n, _dispatch.FIRST, tiles, 1.0 / n)
     _dispatch.launch(_dispatch.kernels("gaussian_kl").gaussian_kl_kernel, args, n, batch, tile=loss_tile(), **full)
     if tiles > 1:
         one = {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
@@ -204,8 +224,24 @@ def _launch(
         _dispatch.launch(sums, (parts, kl, tiles, _dispatch.FIRST), 1, batch, tile=one)
 
 
+def _launch_slopes(
+    mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor, g: Tensor, of_mean: Tensor | None,
+    of_log: Tensor | None,
+) -> None:  # fmt: skip
+    batch, n = mean1.shape[0], mean1.shape[1:].numel()
+    values, full = _for_kernels(mean1, log_variance1, mean2, log_variance2)
+    args = (*values, g.contiguous(), of_mean, of_log, n, _dispatch.FIRST, 1.0 / n)
+    kernel = _dispatch.kernels("gaussian_kl").gaussian_kl_slopes_kernel
+    _dispatch.launch(kernel, args, n, batch, slots=SLOPE_SLOTS, **full)
+
+
+def _for_kernels(mean1: Tensor, log1: Tensor, mean2: Tensor, log2: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+    full = {"FULL1": log1.shape == mean1.shape, "FULL2": log2.shape == mean1.shape}
+    return [v.contiguous() for v in (mean1, log1, mean2, log2)], full
+
+
+_GIVEN = "Tensor mean1, Tensor log_variance1, Tensor mean2, Tensor log_variance2"
+_dispatch.register(f"gaussian_kl({_GIVEN}, Tensor(a!) kl) -> ()", _launch)
 _dispatch.register(
-    "gaussian_kl(Tensor mean1, Tensor log_variance1, Tensor mean2, Tensor log_variance2, Tensor(a!) kl, "
-    "Tensor(b!) of_mean, Tensor(c!) of_log_variance) -> ()",
-    _launch,
+    f"gaussian_kl_slopes({_GIVEN}, Tensor g, Tensor(a!)? of_mean, Tensor(b!)? of_log_variance) -> ()", _launch_slopes
 )

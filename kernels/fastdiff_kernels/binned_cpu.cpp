@@ -13,8 +13,6 @@ namespace {
 
 constexpr int BLOCK = 256, FEW = 8, NEAREST = 5;
 
-inline float clamp(float v, float lo, float hi) { return v < lo ? lo : v > hi ? hi : v; }
-
 // the nearest integer of a number within 2^21, which std::rint is no vector code for
 inline float nearest_of(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
@@ -36,8 +34,7 @@ void sparse(const float* mean, const float* deviation, int bins, float width, fl
   for (int near = -NEAREST; near <= NEAREST; near++)
     for (int i = 0; i < count; i++) {
       const float j = middle[i] + float(near), value = normal_cdf((j * width - 1.0f - mean[i]) / deviation[i]);
-      const float below = j <= last ? value : 0.0f;
-      total[i] += j >= 1.0f ? below : 0.0f;
+      total[i] += pick((j >= 1.0f) & (j <= last), value, 0.0f);
     }
 }
 
@@ -53,7 +50,7 @@ inline End end_of_sum(float z, float h) {
   const float he2 = q - 1.0f, he4 = (q - 6.0f) * q + 3.0f, he6 = ((q - 15.0f) * q + 45.0f) * q - 15.0f;
   const float bend =
       ((he6 * (-1.0f / 1209600) * h2 + he4 * (1.0f / 30240)) * h2 - he2 * (1.0f / 720)) * h2 + 1.0f / 12;
-  return {z > 0 ? 1.0f - low : low, dense - size * low, dense * bend * h};
+  return {pick(z > 0, 1.0f - low, low), dense - size * low, dense * bend * h};
 }
 
 // the same where edges are at most a std apart
@@ -76,7 +73,7 @@ void close(const float* mean, const float* deviation, int bins, float width, flo
       const float point = (k % 2 ? -POINT[k / 2] : POINT[k / 2]) * (1.0f - width), weight = WEIGHT[k / 2];
       for (int i = 0; i < count; i++) smooth[i] += weight * normal_cdf((point - mean[i]) / deviation[i]);
     }
-    for (int i = 0; i < count; i++) between[i] = deviation[i] >= 1.0f ? smooth[i] * (last - 1.0f) : between[i];
+    for (int i = 0; i < count; i++) between[i] = pick(deviation[i] >= 1.0f, smooth[i] * (last - 1.0f), between[i]);
   }
   for (int i = 0; i < count; i++) total[i] += between[i];
 }
@@ -89,12 +86,12 @@ void bin_mean(const float* mean, const float* deviation, int bins, float width, 
     close(mean, deviation, bins, width, total, count);
     if (std::any_of(deviation, deviation + count, [&](float s) { return s < width; })) {
       sparse(mean, deviation, bins, width, other, count);
-      for (int i = 0; i < count; i++) total[i] = deviation[i] < width ? other[i] : total[i];
+      for (int i = 0; i < count; i++) total[i] = pick(deviation[i] < width, other[i], total[i]);
     }
   }
   for (int i = 0; i < count; i++) {
     const float made = 1.0f - 0.5f * width - width * total[i];
-    p[i] = mean[i] == mean[i] && deviation[i] == deviation[i] ? made : NAN;
+    p[i] = pick((mean[i] == mean[i]) & (deviation[i] == deviation[i]), made, NAN);
   }
 }
 
@@ -122,7 +119,7 @@ extern "C" void binned(const float* x, const void* m, const float* coef, const f
     }
     for (int i = 0; i < count; i++) {
       const float v = clamp((mean[i] + deviation[i] * noise[at + i] + 1.0f) / width, 0.0f, last);  // NaN passes
-      const float near = nearest_of(v), bin = near > v ? near - 1.0f : near;
+      const float near = nearest_of(v), bin = near - pick(near > v, 1.0f, 0.0f);
       out[at + i] = bin * width + (0.5f * width - 1.0f);
     }
   }

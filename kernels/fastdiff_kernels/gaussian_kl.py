@@ -1,4 +1,4 @@
-"""KL of two diagonal Gaussians, summed over a sample, and its gradient to the second one, in one pass.
+"""KL of two diagonal Gaussians, summed over a sample, in one pass; and its gradient to the second one in another.
 
 kl = (e^d - 1 - d + (m1 - m2)^2 / v2) / 2,  d = ln v1 - ln v2
 """
@@ -6,7 +6,7 @@ kl = (e^d - 1 - d + (m1 - m2)^2 / v2) / 2,  d = ln v1 - ln v2
 import triton
 import triton.language as tl
 
-from fastdiff_kernels.tiles import load_float, sample_size
+from fastdiff_kernels.tiles import load_float, sample_size, tile
 
 
 @triton.jit
@@ -18,6 +18,26 @@ def exp_minus_line(d):
     return tl.where(small, near * d, e - 1.0 - d), tl.where(small, tl.fma(near, 1.0, 1.0) * d, e - 1.0)
 
 
+@triton.jit
+def sample_log(ptr, b, FULL: tl.constexpr):
+    """A sample's one log-variance, where it has one."""
+    if FULL:
+        value = 0.0
+    else:
+        value = tl.load(ptr + b)
+    return value
+
+
+@triton.jit
+def load_log(ptr, one, inside, FULL: tl.constexpr):
+    """A tile of log-variances, or the sample's one."""
+    if FULL:
+        value = load_float(ptr, inside)
+    else:
+        value = one
+    return value
+
+
 @triton.jit(do_not_specialize=["first", "tiles"])
 def gaussian_kl_kernel(
     mean1_ptr,  # [batch, n]
@@ -25,8 +45,6 @@ def gaussian_kl_kernel(
     mean2_ptr,  # [batch, n]
     log2_ptr,  # [batch, n] with FULL2, else [batch] fp32
     kl_ptr,  # [batch, tiles] fp32
-    of_mean_ptr,  # [batch, n]: d / d mean2
-    of_log_ptr,  # [batch, n]: d / d log_variance2
     n,
     first,
     tiles,
@@ -47,32 +65,62 @@ def gaussian_kl_kernel(
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
-    if not FULL1:
-        log1 = tl.load(log1_ptr + b)
-    if not FULL2:
-        log2 = tl.load(log2_ptr + b)
+    one1 = sample_log(log1_ptr, b, FULL1)
+    one2 = sample_log(log2_ptr, b, FULL2)
     total = tl.zeros([PIECE // 4, 4], tl.float32)
     for part in range(tl.minimum(PARTS, tl.cdiv(n - pid * BLOCK, PIECE)).to(tl.int32)):
         start = pid * BLOCK + part * PIECE
         inside = lane < n - start
-        at = b * n + start
-        m1 = load_float(mean1_ptr + at + lane, inside)
-        m2 = load_float(mean2_ptr + at + lane, inside)
-        if FULL1:
-            l1 = load_float(log1_ptr + at + lane, inside)
-        else:
-            l1 = log1
-        if FULL2:
-            l2 = load_float(log2_ptr + at + lane, inside)
-        else:
-            l2 = log2
-        bend, grown = exp_minus_line(l1 - l2)
+        at = b * n + start + lane
+        m1 = load_float(mean1_ptr + at, inside)
+        m2 = load_float(mean2_ptr + at, inside)
+        l1 = load_log(log1_ptr + at, one1, inside, FULL1)
+        l2 = load_log(log2_ptr + at, one2, inside, FULL2)
+        bend, _ = exp_minus_line(l1 - l2)
+        apart = m2 - m1
+        total += tl.where(inside, 0.5 * (bend + apart * tl.exp(-l2) * apart), 0.0)
+    tl.store(kl_ptr + b * tiles + pid, one_over_n * tl.sum(tl.sum(total, axis=1), axis=0))
+
+
+@triton.jit(do_not_specialize=["first"])
+def gaussian_kl_slopes_kernel(
+    mean1_ptr,  # [batch, n]
+    log1_ptr,  # [batch, n] with FULL1, else [batch] fp32
+    mean2_ptr,  # [batch, n]
+    log2_ptr,  # [batch, n] with FULL2, else [batch] fp32
+    g_ptr,  # [batch] fp32
+    of_mean_ptr,  # [batch, n] or None: g d / d mean2
+    of_log_ptr,  # [batch, n] or None: g d / d log_variance2
+    n,
+    first,
+    one_over_n,
+    FULL1: tl.constexpr,
+    FULL2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """Grid (tiles, samples)."""
+    b = (tl.program_id(1) + first).to(tl.int64)
+    n = sample_size(n, ALIGNED)
+    one1 = sample_log(log1_ptr, b, FULL1)
+    one2 = sample_log(log2_ptr, b, FULL2)
+    scale = tl.load(g_ptr + b) * one_over_n
+    for part in tl.static_range(PARTS):
+        _, start, lane = tile(part, BLOCK, PARTS, WIDE)
+        inside = lane < n - start
+        at = b * n + start + lane
+        m1 = load_float(mean1_ptr + at, inside)
+        m2 = load_float(mean2_ptr + at, inside)
+        l1 = load_log(log1_ptr + at, one1, inside, FULL1)
+        l2 = load_log(log2_ptr + at, one2, inside, FULL2)
         apart = m2 - m1
         pull = apart * tl.exp(-l2)
-        square = pull * apart
-        total += tl.where(inside, 0.5 * (bend + square), 0.0)
-        scale = one_over_n
-        tl.store(of_mean_ptr + at + lane, (scale * pull).to(of_mean_ptr.dtype.element_ty), mask=inside)
-        slope = (-0.5 * scale) * (grown + square)
-        tl.store(of_log_ptr + at + lane, slope.to(of_log_ptr.dtype.element_ty), mask=inside)
-    tl.store(kl_ptr + b * tiles + pid, one_over_n * tl.sum(tl.sum(total, axis=1), axis=0))
+        if of_mean_ptr is not None:
+            tl.store(of_mean_ptr + at, (scale * pull).to(of_mean_ptr.dtype.element_ty), mask=inside)
+        if of_log_ptr is not None:
+            _, grown = exp_minus_line(l1 - l2)
+            slope = (-0.5 * scale) * (grown + pull * apart)
+            tl.store(of_log_ptr + at, slope.to(of_log_ptr.dtype.element_ty), mask=inside)

@@ -17,15 +17,15 @@ constexpr int EXACT = 64;  // steps a lane adds up in fp32, before fp64
 // tanh(z / 2), to full precision near 0
 inline float tanh_of_half(float z) {
   int32_t n;
-  const float size = std::fabs(z), q = halves(size > 40.0f ? 40.0f : size, n), s = power(n), e = s * q + (s - 1.0f);
+  const float size = std::fabs(z), q = halves(pick(size > 40.0f, 40.0f, size), n), s = power(n), e = s * q + (s - 1.0f);
   return std::copysign(e / (e + 2.0f), z);
 }
 
 // the two parts of 1 = sigmoid(z) + sigmoid(-z), each to full precision
 inline void sigmoids(float z, float& up, float& down) {
   const float e = exp_of(-std::fabs(z)), big = 1.0f / (1.0f + e), small = e * big;
-  up = z < 0 ? small : big;
-  down = z < 0 ? big : small;
+  up = pick(z < 0, small, big);
+  down = pick(z < 0, big, small);
 }
 
 // sums[j] += the sum of value(i, j) over all steps
