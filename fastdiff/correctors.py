@@ -39,7 +39,9 @@ def langevin_snr(
         raise ValueError(f"unknown norm {norm!r}; valid: {', '.join(NORMS)}")
     if not x.shape == score.shape == noise.shape:
         raise ValueError(f"x, score and noise must have one shape, got {[tuple(v.shape) for v in (x, score, noise)]}")
-    of_noise, of_score = (torch.linalg.vector_norm(v.flatten(1), dim=1) for v in (noise, score))
+    of_noise, of_score = (
+        torch.linalg.vector_norm(v.reshape(len(v), v.shape[1:].numel()), dim=1) for v in (noise, score)
+    )
     if norm == "batch":
         of_noise, of_score = of_noise.mean(0, keepdim=True), of_score.mean(0, keepdim=True)
     ratio = torch.where(of_score > 0, snr * of_noise / of_score, torch.zeros_like(of_score))
@@ -150,9 +152,12 @@ def predictor_corrector(
     with torch.no_grad():
         x = correct(0, correct.start())
 
+    # made of a seed again, they would start anew
+    draws = {"generator": request.generators} if request.generators else {}
+
     def callback(k: int, t: Tensor, x: Tensor, x0: Tensor) -> Tensor | None:
         changed = None if after_row is None else after_row(k, t, x, x0)
         x = x if changed is None else changed
         return correct(k + 1, x) if k + 1 < plan.nfe else changed
 
-    return sample(model, plan, shape, **{**sampling, "x_T": x, "x_init": None, "callback": callback})
+    return sample(model, plan, shape, **{**sampling, "x_T": x, "x_init": None, "callback": callback, **draws})

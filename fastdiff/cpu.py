@@ -111,8 +111,12 @@ class EagerStep:
         w: float | Tensor | None,
         noise: Tensor | None,
         x0: Tensor | None,
+        bound: Tensor | None = None,
     ) -> None:
-        """Runs row k. m, uncond: model outputs; w: guidance weight; noise: [B, *] or None; x0: receives p."""
+        """Runs row k. m, uncond: model outputs; w: guidance weight; noise: [B, *] or None; x0: receives p.
+
+        bound: [B] of dynamic thresholding where c_out is 0: p = clamp(p, -bound, bound) / bound.
+        """
         row, S = self.rows[k], self.slots
         x = S[0]
         if uncond is not None:
@@ -124,12 +128,15 @@ class EagerStep:
         if row.uses_p or x0 is not None:
             if row.c_skip != 0:
                 torch.add(x, m, alpha=row.c_ratio, out=p)
-                if row.clamps or any(t.is_prediction for t in row.targets):
+                if row.clamps or bound is not None or any(t.is_prediction for t in row.targets):
                     p.mul_(row.c_skip)
                 else:
                     scale = row.c_skip
             else:
                 torch.mul(m, row.c_out, out=p)
+            if bound is not None:
+                limit = bound.view(-1, *[1] * (p.dim() - 1))
+                torch.minimum(torch.maximum(p, -limit, out=p), limit, out=p).div_(limit)
             if row.clamps:
                 p.clamp_(row.lo, row.hi)
             if x0 is not None:

@@ -118,12 +118,12 @@ def run(file: str, name: str, *arguments: object) -> bool:
     """
     loop = _bound.get((file, name))
     if loop is None:
-        kinds = (c_float if type(a) is float else c_int64 if isinstance(a, int) else c_void_p for a in arguments)
+        kinds = (c_float if isinstance(a, float) else c_int64 if isinstance(a, int) else c_void_p for a in arguments)
         loop = function(file, name, *kinds)
         if loop is None:
             return False
-        _bound[file, name] = loop
     call(loop, *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+    _bound[file, name] = loop
     return True
 
 

@@ -114,6 +114,8 @@ class Run:
                 raise ValueError(f"cond lacks {sorted(set(uncond) - set(cond))}, which uncond has")
             cond = {name: _joined(name, uncond[name], value, self.shape[0]) for name, value in cond.items()}
         for mine, new in ((self.cond, cond), (self.uncond, uncond)):
+            for name in mine.keys() - new.keys():
+                del mine[name]
             for name, value in new.items():
                 old = mine.get(name)
                 if self.owns_conditions and isinstance(old, Tensor) and isinstance(value, Tensor):
@@ -232,8 +234,9 @@ class Run:
             u = u.contiguous()
         if m.data_ptr() == self.x.data_ptr():
             m = m.clone()  # a model that returns its input: the step would overwrite what it still reads
+        bound = None
         if self.on_host:
-            m, u = self.adjust(row, m, u)
+            m, u, bound = self.adjust(k, row, m, u)
         if not self.on_host:
             reduced = self.reduce(row, m, u)
             changing = (m, u, row, noise, *reduced.values())
@@ -241,10 +244,12 @@ class Run:
                 self._launch(k, m, u, noise, reduced)
             else:
                 self.relaunch("fastdiff::affine_step", lambda: self._launch(row, m, u, noise, reduced), changing)
-        elif self.compiled is None or not self.compiled(
-            k, m, u, self.w_tensors[k] if self.guided else None, noise, self.x0
+        elif (
+            bound is not None
+            or self.compiled is None
+            or not self.compiled(k, m, u, self.w_tensors[k] if self.guided else None, noise, self.x0)
         ):
-            self.eager(k, m, u, self.w_eager[k] if self.guided else None, noise, self.x0)
+            self.eager(k, m, u, self.w_eager[k] if self.guided else None, noise, self.x0, bound)
             self.refresh(k + 1)
         self.watch(row, m)
 
@@ -285,16 +290,19 @@ class Run:
             )  # fmt: skip
         return {"guidance": weight, "scales": scales, "bound": bound}
 
-    def adjust(self, row: Tensor, m: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The same before a step on the host. Thresholding replaces x0-hat: m' = (threshold(x0) - c_skip x) / c_out."""
+    def adjust(self, k: int, row: Tensor, m: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same before a step on the host. Thresholding replaces x0-hat: m' = (threshold(x0) - c_skip x) / c_out;
+        where c_out is 0 no m' does, and the step is handed the bound."""
         if u is not None and self.weight is not None and (self.rule or self.threshold is not None):
             w = self.weight[0] if self.weight.shape[0] == 1 else self.weight.index_select(0, row)[0]
             m, u = ops.guide(m, u, w.expand(self.shape[0]), **self.rule), None
         if self.threshold is not None:
             c_skip, c_ratio = (c.index_select(0, row) for c in self.conversion)
+            if self.plan.c_out[k] == 0:
+                return m, u, ops.threshold_bound(c_skip * self.x, *self.threshold)
             p = ops.threshold(c_skip * (self.x + c_ratio * m.float()), *self.threshold)
             m = (p - c_skip * self.x) / (c_skip * c_ratio)
-        return m, u
+        return m, u, None
 
 
 def _joined(name: str, uncond: Any, cond: Any, batch: int) -> Any:  # noqa: ANN401 - any model argument

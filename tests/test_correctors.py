@@ -142,10 +142,15 @@ def test_torch_noise_in_the_reference_order() -> None:
         x = x + gap * score(x, t)
         if k < 5:
             x = x + math.sqrt(gap) * torch.randn(SHAPE, generator=generator).double()
-    got = fd.predictor_corrector(
-        score, plan, SHAPE, noise="torch", generator=torch.Generator().manual_seed(11), corrections=2
-    )
-    torch.testing.assert_close(got.double(), x, rtol=1e-4, atol=1e-4)
+    for given in ({"generator": torch.Generator().manual_seed(11)}, {"seed": 11}):
+        got = fd.predictor_corrector(score, plan, SHAPE, noise="torch", corrections=2, **given)
+        torch.testing.assert_close(got.double(), x, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_without_axes() -> None:
+    plan = solvers.reverse_diffusion(S.VP(), 3, prediction="score")
+    got = [fd.predictor_corrector(lambda x, t: -x, plan, shape, seed=1) for shape in ((4,), (4, 1))]
+    assert torch.equal(got[0], got[1][:, 0]) and got[0].shape == (4,)
 
 
 def test_a_callback_sees_and_replaces_the_state() -> None:

@@ -74,6 +74,29 @@ def test_threshold(plan: fd.Plan) -> None:
     assert (plain - got).abs().max() > 5e-3  # the threshold was active
 
 
+@pytest.mark.parametrize("clip", [None, (-0.7, 0.6)])
+@pytest.mark.parametrize("path", ["host", "device_path"])
+def test_threshold_where_the_output_has_no_share(
+    path: str, clip: tuple[float, float] | None, request: pytest.FixtureRequest
+) -> None:
+    """c_out is 0 at sigma_min of a consistency model: x0-hat, which is c_skip x there, is thresholded all the same."""
+    if path == "device_path":
+        request.getfixturevalue(path)
+    plan = solvers.consistency(S.EDM(), 4, prediction="edm", spacing="karras", clip=clip)
+    assert plan.c_out[-1] == 0 and plan.b[-1, 0] == 1 and not plan.A[-1].any()
+    seen = []
+
+    def callback(k: int, t: Tensor, x: Tensor, x0: Tensor) -> Tensor | None:
+        if k == 2:
+            seen.append(5 * x)  # where the threshold is active
+        return seen[0] if k == 2 else None
+
+    got = fd.sample(lambda x, t: 0.5 * torch.tanh(x), plan, (2, 8), threshold=(0.9, 1.5), callback=callback)
+    assert seen[0].abs().amax(1).min() > 1
+    want = ops.threshold_ref(plan.c_skip[-1] * seen[0].double(), 0.9, 1.5).clamp(*(clip or (-1, 1)))
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["eager", "step_graph", "loop_graph"])
 def test_on_the_device_path(mode: str, request: pytest.FixtureRequest) -> None:
     plan = ops.guidance_interval(PLANS[1], 3.0, 200, 800)

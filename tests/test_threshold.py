@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from fastdiff import ops
+from fastdiff import native, ops
 
 X = torch.zeros(3, 4)
 
@@ -30,6 +31,18 @@ def test_threshold(quantile, maximum, dtype, device):
     want = x.double().clamp(-s, s) / s
     assert got.dtype == dtype and float(got.abs().max()) <= 1
     assert bool((got.cpu().double() - want).abs().max() <= max(2e-6, torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("quantile", [1, 0, np.float64(0.75), torch.tensor(0.75).item()])
+def test_quantiles_of_any_kind(quantile, device, monkeypatch):
+    """An int or a NumPy number as the first quantile of a process, and an ordinary one after it."""
+    monkeypatch.setattr(native, "_bound", {})
+    native.function.cache_clear()
+    x = (3 * torch.randn(3, 1001, generator=torch.Generator().manual_seed(0))).to(device)
+    want = torch.quantile(x.abs(), float(quantile), dim=1).clamp(min=1)
+    torch.testing.assert_close(ops.threshold_bound(x, quantile), want, rtol=1e-6, atol=0)
+    want = torch.quantile(x.abs(), 0.9, dim=1).clamp(min=1)
+    torch.testing.assert_close(ops.threshold_bound(x, 0.9), want, rtol=1e-6, atol=0)
 
 
 def test_threshold_edges(device):

@@ -79,7 +79,7 @@ def threshold_bound(
     model = {"model_out": model_out, "table": table, "row": row, "uncond": uncond}
     data = [v for v in (x, model_out, uncond) if v is not None]
     plain = _dispatch.graded(*data, guidance, scales) or not x.numel() or any(v.dtype == torch.float64 for v in data)
-    rank = quantile * (x.shape[1:].numel() - 1)
+    rank = float(quantile) * (x.shape[1:].numel() - 1)
     at = math.floor(rank), rank - math.floor(rank), float(maximum)
     bound = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if not plain and _dispatch.kernels_for(x):
