@@ -110,10 +110,11 @@ def test_on_the_device_path(mode: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "rule", ["none", "rescale", "apg", "zero_star", "threshold", "apg+threshold", "rescale+threshold"]
+    "rule",
+    ["none", "rescale", "apg", "zero_star", "threshold", "apg+threshold", "rescale+threshold", "zero_star+threshold"],
 )
 def test_rules_in_the_step(rule: str, dtype: torch.dtype, clipped: bool, device: torch.device) -> None:
-    """Two numbers a sample and a bound a sample, then the step, against the step on the combined float64 output."""
+    """Three numbers a sample and a bound a sample, then the step, against the step on the combined float64 output."""
     plan, k = solvers.dpmpp_2m(CHAIN, 6, prediction="v", clip=(-1.2, 1.1) if clipped else None), 3
     generator = torch.Generator().manual_seed(0)
     state = torch.randn(plan.allocate().physical, 3, 2, 9, 7, generator=generator)
@@ -123,6 +124,8 @@ def test_rules_in_the_step(rule: str, dtype: torch.dtype, clipped: bool, device:
         torch.linspace(1, 9, 6)[:, None] + torch.tensor([[0, 1.0, -0.5]]),
     )
     name, _, bounded = rule.partition("+")
+    if name == "zero_star":
+        u = (1e-3 * u.float()).to(dtype)  # s, up to 1e3, times u is of c's size
     m = c.double()
     if name not in ("none", "threshold"):
         m = ops.guide_ref(m, u.double(), weights[k].double(), rule=name)

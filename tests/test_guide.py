@@ -121,7 +121,16 @@ def test_zero_star_of_nothing(device):
     assert close(ops.guide(c, 0 * c, 3.0, rule="zero_star"), 3 * c)
     u = torch.tensor([[1e-4, 0.0, 0.0, 0.0]], device=device)
     s = 0.5 * c[:, :1] / 1e-4
-    assert close(ops.guide(c, u, 3.0, rule="zero_star"), s * u + 3 * (c - s * u), 2.0**-22 * float(s.abs()))
+    assert close(ops.guide(c, u, 3.0, rule="zero_star"), s * u + 3 * (c - s * u))
+
+
+def test_zero_star_of_little(device):
+    """Where |u| is 1e-3 of |c|, s is up to 1e3 and only s u is of c's size: nothing cancels."""
+    c, u = data(3, 1000), 1e-3 * data(3, 1000, seed=1)
+    want = np.stack(
+        [by_the_paper("zero_star", a, b, 5.0) for a, b in zip(c.double().numpy(), u.double().numpy(), strict=True)]
+    )
+    assert close(ops.guide(c.to(device), u.to(device), 5.0, rule="zero_star"), torch.from_numpy(want))
 
 
 def test_two_dtypes(device):

@@ -129,7 +129,7 @@ def _guide(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iterator
     types |= {"a": "fp32", "r": "fp32"}
     for rule in RULES[1:]:
         case = f"guide/{rule}/{dtype}"
-        yield _reduction(case, "guide", "scales_kernel", types, (dtype,) * 2, lanes, 2, RULE=RULES.index(rule))
+        yield _reduction(case, "guide", "scales_kernel", types, (dtype,) * 2, lanes, 3, RULE=RULES.index(rule))
     types = {**both, "out_ptr": f"*{dtype}", "stride": "i32"}
     yield Case(
         f"guide/combine/{dtype}", "guide", "combine_kernel", types, {"RULE": RULES.index("apg"), **tile},

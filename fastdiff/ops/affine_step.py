@@ -36,7 +36,7 @@ def affine_step(
     """Runs one row of a plan on the state, in place.
 
         m   = uncond + w (model_out - uncond)                      with guidance, else model_out
-        m   = k_c model_out + k_d (model_out - uncond)             with scales
+        m   = k_c model_out + k_d (model_out - k_u uncond)         with scales
         q   = c_skip (S_0 + c_ratio m)                             S_0 and m may nearly cancel
         q   = clamp(q, -bound, bound) / bound;  m = (q - c_skip S_0) / (c_skip c_ratio)     with bound
         p   = clamp(q, lo, hi)                                     a NaN stays NaN
@@ -53,7 +53,7 @@ def affine_step(
             number, which the kernel then need not load first.
         slots: logical slots, 1 to 6.   uncond: like model_out.
         guidance: fp32 w, one number or [N or 1, B or 1]: per plan row, per sample.
-        scales: fp32 [B, 2] of `guidance_scales`, in the place of guidance.   bound: fp32 [B] of `threshold_bound`.
+        scales: fp32 [B, 3] of `guidance_scales`, in the place of guidance.   bound: fp32 [B] of `threshold_bound`.
         variance: v [B, *sample] of a learned variance: n is scaled by exp((f log_var_hi + (1 - f) log_var_lo) / 2),
             f = (v + 1) / 2.
         seeds, index: int64 [B]: n = rng.normal(seeds, sample, row=row, stream=stream, index=index), drawn in the kernel
@@ -140,8 +140,8 @@ def affine_step_ref(
         u = uncond.to(dtype)
         m = u + spread(w, m) * (m - u)
     elif uncond is not None and scales is not None:
-        k_c, k_d = (spread(k, m) for k in scales.to(dtype).unbind(1))
-        m = k_c * m + k_d * (m - uncond.to(dtype))
+        k_c, k_d, k_u = (spread(k, m) for k in scales.to(dtype).unbind(1))
+        m = k_c * m + k_d * (m - k_u * uncond.to(dtype))
 
     z = torch.zeros((), dtype=dtype, device=state.device)
     drawn = column["has_noise"] != 0
@@ -216,7 +216,7 @@ def _check(
             f"uncond and guidance (or scales) go together: uncond is {'None' if uncond is None else 'given'}, "
             f"guidance is {'None' if guidance is None and scales is None else 'given'}"
         )
-    for name, x, size in (("scales", scales, (batch, 2)), ("bound", bound, (batch,))):
+    for name, x, size in (("scales", scales, (batch, 3)), ("bound", bound, (batch,))):
         if x is not None:
             check_tensor(name, x, shape=size, dtypes=(torch.float32,), like=state)
     if uncond is not None:

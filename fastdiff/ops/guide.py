@@ -76,19 +76,19 @@ def guidance_scales(
     norm_threshold: float = 0.0,
     row: Tensor | None = None,
 ) -> Tensor:
-    """The part of a guidance rule that needs the whole sample: two numbers a sample, which the step then applies.
+    """The part of a guidance rule that needs the whole sample: three numbers a sample, which the step then applies.
 
-        m = k_c c + k_d (c - u)
+        m = k_c c + k_d (c - k_u u),  k_u = 1 but for zero_star
         cfg:        k_c = 1,  k_d = w - 1
         rescale:    k_c = rescale std(c) / std(g) + 1 - rescale,  k_d = (w - 1) k_c
         apg:        k_d = (w - 1) k,  k = min(1, norm_threshold / |c - u|),  k_c = 1 - k_d (1 - eta) <c - u, c> / <c, c>
-        zero_star:  k_c = w + (1 - w) s,  k_d = (w - 1) s
+        zero_star:  k_c = 1,  k_d = w - 1,  k_u = s
 
     Args:
         cond, uncond, rule, rescale, eta, norm_threshold: as `guide`.
         w: as `guide`, or with `row` the weights of a plan, [N or 1, B or 1].
         row: int32 or int64 [1] on the device: which row of w.
-    Returns: [B, 2] (k_c, k_d), float32 (float64 for float64 data), for `affine_step(scales=...)`.
+    Returns: [B, 3] (k_c, k_d, k_u), float32 (float64 for float64 data), for `affine_step(scales=...)`.
     Raises, Numerics, Source: as `guide`; one kernel launch, one program a sample.
     """
     weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold, row)
@@ -98,7 +98,7 @@ def guidance_scales(
     if not _dispatch.kernels_for(cond):
         found = _scales_on_cpu(cond, uncond, weight, row, **options)
         return guidance_scales_ref(cond, uncond, weight, **options, row=row) if found is None else found
-    scales = torch.empty(cond.shape[0], 2, dtype=torch.float32, device=cond.device)
+    scales = torch.empty(cond.shape[0], 3, dtype=torch.float32, device=cond.device)
     weight, a = weight.to(torch.float32).contiguous(), rescale if rule == "rescale" else eta
     torch.ops.fastdiff.guidance_scales(cond, uncond, weight, row, RULES.index(rule), a, norm_threshold, scales)
     return scales
@@ -116,7 +116,7 @@ def _scales_on_cpu(
     """The scales by the C++ loop, which also combines into out; None where it cannot run."""
     if not _fused.wanted(cond, uncond, weight):
         return None
-    scales, lift = torch.empty(cond.shape[0], 2), _lift(weight, row, cond.shape[0], torch.float32).contiguous()
+    scales, lift = torch.empty(cond.shape[0], 3), _lift(weight, row, cond.shape[0], torch.float32).contiguous()
     given, a = (cond.contiguous(), uncond.contiguous()), rescale if rule == "rescale" else eta
     options = RULES.index(rule), float(a), float(norm_threshold), *native.layout(cond)
     done = native.run("guide", "guide", *given, lift, scales, out, *native.types(*given), *options)
@@ -136,8 +136,8 @@ def guide_ref(
     """`guide` in plain torch: computes in float64 for float64 data, else in float32; differentiable."""
     scales = guidance_scales_ref(cond, uncond, w, rule=rule, rescale=rescale, eta=eta, norm_threshold=norm_threshold)
     c = cond.to(scales.dtype)
-    k_c, k_d = (spread(k, c) for k in scales.unbind(1))
-    return (k_c * c + k_d * (c - uncond.to(c.dtype))).to(cond.dtype)
+    k_c, k_d, k_u = (spread(k, c) for k in scales.unbind(1))
+    return (k_c * c + k_d * (c - k_u * uncond.to(c.dtype))).to(cond.dtype)
 
 
 def guidance_scales_ref(
@@ -156,27 +156,22 @@ def guidance_scales_ref(
     dtype = torch.float64 if torch.float64 in (cond.dtype, uncond.dtype) else torch.float32
     lift = _lift(weight, row, cond.shape[0], dtype)
     c, u = (v.to(dtype).reshape(v.shape[0], v.shape[1:].numel()) for v in (cond, uncond))
-    d = c - u
+    d, one = c - u, torch.ones_like(lift)
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(1)
 
     if rule == "cfg":
-        return torch.stack([torch.ones_like(lift), lift], 1)
+        return torch.stack([one, lift, one], 1)
     if rule == "rescale":
         centred_c, centred_g = (v - v.mean(1, keepdim=True) for v in (c, c + lift[:, None] * d))
         ratio = torch.sqrt(dot(centred_c, centred_c) / dot(centred_g, centred_g))
         k_c = rescale * ratio + (1 - rescale)
-        return torch.stack([k_c, lift * k_c], 1)
+        return torch.stack([k_c, lift * k_c, one], 1)
     if rule == "apg":
-        k = (
-            torch.clamp(norm_threshold / torch.sqrt(dot(d, d)), max=1.0)
-            if norm_threshold > 0
-            else torch.ones_like(lift)
-        )
-        return torch.stack([1 - lift * (1 - eta) * k * dot(d, c) / dot(c, c), lift * k], 1)
-    s = dot(c, u) / (dot(u, u) + ZERO_STAR_EPS)
-    return torch.stack([1 + lift - lift * s, lift * s], 1)
+        k = torch.clamp(norm_threshold / torch.sqrt(dot(d, d)), max=1.0) if norm_threshold > 0 else one
+        return torch.stack([1 - lift * (1 - eta) * k * dot(d, c) / dot(c, c), lift * k, one], 1)
+    return torch.stack([one, lift, dot(c, u) / (dot(u, u) + ZERO_STAR_EPS)], 1)
 
 
 def _lift(weight: Tensor, row: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor:

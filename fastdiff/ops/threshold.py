@@ -128,13 +128,14 @@ def threshold_bound_ref(
         m = model_out.to(x0.dtype)
         if uncond is not None:
             if scales is not None:
-                k_c, k_d = (spread(k, m) for k in scales.to(m.dtype).unbind(1))
+                k_c, k_d, k_u = (spread(k, m) for k in scales.to(m.dtype).unbind(1))
             elif guidance is not None:
                 w = guidance.to(m.dtype)
                 if w.dim() == 2:
                     w = w.index_select(0, row)[0] if w.shape[0] > 1 else w[0]
-                k_c, k_d = torch.ones((), dtype=m.dtype, device=m.device), spread(w.reshape(-1) - 1, m)
-            m = k_c * m + k_d * (m - uncond.to(m.dtype))
+                k_c = k_u = torch.ones((), dtype=m.dtype, device=m.device)
+                k_d = spread(w.reshape(-1) - 1, m)
+            m = k_c * m + k_d * (m - k_u * uncond.to(m.dtype))
         c = table.index_select(0, row)[0].to(m.dtype)
         x0 = c[0] * (x0 + c[1] * m)
     if not x.numel():
@@ -171,7 +172,7 @@ def _check_model(
     if row is not None:
         check_tensor("row", row, shape=(1,), dtypes=INTS, like=x)
     if scales is not None:
-        check_tensor("scales", scales, shape=(x.shape[0], 2), dtypes=FLOATS64, like=x)
+        check_tensor("scales", scales, shape=(x.shape[0], 3), dtypes=FLOATS64, like=x)
 
 
 def _launch_bound(

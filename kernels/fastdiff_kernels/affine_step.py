@@ -25,7 +25,7 @@ def affine_step_kernel(
     noise_ptr,  # [batch, n] or None
     table_ptr,  # [N, WIDTH] fp32
     row,  # [1] or [batch], int32 or int64; or the number itself, which saves waiting for a load
-    w_ptr,  # guidance, fp32, read at row * w_row_stride + sample * w_batch_stride, or scales [batch, 2], or None
+    w_ptr,  # guidance, fp32, read at row * w_row_stride + sample * w_batch_stride, or scales [batch, 3], or None
     bound_ptr,  # dynamic threshold [batch] fp32 or None
     variance_ptr,  # v of a learned variance [batch, n] or None
     seed_ptr,  # [batch] int64 or None
@@ -71,8 +71,9 @@ def affine_step_kernel(
     if GUIDED == 1:
         w = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride)
     if GUIDED == 2:
-        k_c = tl.load(w_ptr + b * 2)
-        k_d = tl.load(w_ptr + b * 2 + 1)
+        k_c = tl.load(w_ptr + b * 3)
+        k_d = tl.load(w_ptr + b * 3 + 1)
+        k_u = tl.load(w_ptr + b * 3 + 2)
     if bound_ptr is not None:
         bound = tl.load(bound_ptr + b)
     if NOISE == 1:
@@ -108,7 +109,7 @@ def affine_step_kernel(
         if GUIDED == 1:
             m = tl.fma(w, m - u, u)
         if GUIDED == 2:
-            m = tl.fma(k_d, m - u, k_c * m)
+            m = tl.fma(k_d, tl.fma(-k_u, u, m), k_c * m)
         p = c[0] * tl.fma(c[1], m, slots[0])
         if bound_ptr is not None:
             p = tl.clamp(p, -bound, bound, propagate_nan=tl.PropagateNan.ALL) / bound

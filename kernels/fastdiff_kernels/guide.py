@@ -1,6 +1,6 @@
-"""Guidance that looks at the whole sample: two numbers a sample from its sums, in one pass; and the combination.
+"""Guidance that looks at the whole sample: three numbers a sample from its sums, in one pass; and the combination.
 
-    m = k_c c + k_d d,  d = c - u:  k_c and k_d from sums over one sample of c, d, c^2, d^2, c d, u^2, c u
+    m = k_c c + k_d (c - k_u u):  from sums over one sample of c, d = c - u, c^2, d^2, c d, u^2, c u
 
 One program a sample: one launch, no memory between programs, and sums that do not depend on the batch.
 """
@@ -33,7 +33,7 @@ def scales_kernel(
     u_ptr,  # [batch, n]
     row_ptr,  # [1] or None: row 0
     w_ptr,  # fp32 weight, at row * w_row_stride + sample * w_batch_stride
-    scales_ptr,  # [batch, 2] fp32
+    scales_ptr,  # [batch, 3] fp32
     n,
     first,
     w_row_stride,
@@ -47,7 +47,7 @@ def scales_kernel(
     WIDE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """Grid (1, samples): k_c and k_d of one sample."""
+    """Grid (1, samples): k_c, k_d and k_u of one sample."""
     b = (tl.program_id(1) + first).to(tl.int64)
     n = sample_size(n, ALIGNED)
     c_ptr += b * n
@@ -76,6 +76,7 @@ def scales_kernel(
     w = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride)
     dd = total(sdd)
     cd = total(scd)
+    k_u = 1.0
     if RULE == RESCALE:
         size = n.to(tl.float32)
         c = total(sc)
@@ -89,18 +90,19 @@ def scales_kernel(
         k_c = 1 - (w - 1) * (1 - a) * k * cd / total(scc)
         k_d = (w - 1) * k
     else:
-        s = cd / (dd + 1e-8)
-        k_c = w + (1 - w) * s
-        k_d = (w - 1) * s
-    tl.store(scales_ptr + b * 2, k_c)
-    tl.store(scales_ptr + b * 2 + 1, k_d)
+        k_u = cd / (dd + 1e-8)
+        k_c = 1.0
+        k_d = w - 1
+    tl.store(scales_ptr + b * 3, k_c)
+    tl.store(scales_ptr + b * 3 + 1, k_d)
+    tl.store(scales_ptr + b * 3 + 2, k_u)
 
 
 @triton.jit(do_not_specialize=["first", "stride"])
 def combine_kernel(
     c_ptr,  # [batch, n]
     u_ptr,  # [batch, n]
-    scales_ptr,  # [batch, 2] fp32; plain guidance: the weight, at b * stride
+    scales_ptr,  # [batch, 3] fp32; plain guidance: the weight, at b * stride
     out_ptr,  # [batch, n]
     n,
     first,
@@ -112,7 +114,7 @@ def combine_kernel(
     WIDE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """Grid (tiles, samples): k_c c + k_d (c - u)."""
+    """Grid (tiles, samples): k_c c + k_d (c - k_u u)."""
     b = (tl.program_id(1) + first).to(tl.int64)
     n = sample_size(n, ALIGNED)
     c_ptr += b * n
@@ -121,12 +123,15 @@ def combine_kernel(
     if RULE == CFG:
         k_c = 1.0
         k_d = tl.load(scales_ptr + b * stride) - 1
+        k_u = 1.0
     else:
-        k_c = tl.load(scales_ptr + b * 2)
-        k_d = tl.load(scales_ptr + b * 2 + 1)
+        k_c = tl.load(scales_ptr + b * 3)
+        k_d = tl.load(scales_ptr + b * 3 + 1)
+        k_u = tl.load(scales_ptr + b * 3 + 2)
     for part in tl.static_range(PARTS):
         _, start, lane = tile(part, BLOCK, PARTS, WIDE)
         inside = lane < n - start
         c = load_float(c_ptr + start + lane, inside)
         u = load_float(u_ptr + start + lane, inside)
-        tl.store(out_ptr + start + lane, tl.fma(k_d, c - u, k_c * c).to(out_ptr.dtype.element_ty), mask=inside)
+        m = tl.fma(k_d, tl.fma(-k_u, u, c), k_c * c)
+        tl.store(out_ptr + start + lane, m.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-// Guidance on a CPU that looks at the whole sample: its sums, two numbers made of them, and the combination.
+// Guidance on a CPU that looks at the whole sample: its sums, three numbers made of them, and the combination.
 
 #include <algorithm>
 #include <cmath>
@@ -38,7 +38,7 @@ Sums sums_of(const float* c, const float* u, bool apart, int count) {
   return {all[0], all[1], all[2], all[3], all[4]};
 }
 
-// scales [batch, 2]: k_c, k_d of every sample, from lift [batch], the weight less 1
+// scales [batch, 3]: k_c, k_d, k_u of every sample, from lift [batch], the weight less 1
 void scales_of(const void* c, const void* u, int c_type, int u_type, const float* lift, float* scales, int64_t rule,
                double a, double r, int64_t batch, int64_t n, int threads) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK;
@@ -57,7 +57,7 @@ void scales_of(const void* c, const void* u, int c_type, int u_type, const float
       s = {s.c + part.c, s.v + part.v, s.cc + part.cc, s.vv + part.vv, s.cv + part.cv};
     }
     const double up = lift[b], size = double(n);
-    double k_c, k_d;
+    double k_c, k_d, k_u = 1;
     if (rule == RESCALE) {
       const double of_c = s.cc - s.c * s.c / size;
       const double of_g = of_c + up * (2 * (s.cv - s.c * s.v / size) + up * (s.vv - s.v * s.v / size));
@@ -68,23 +68,23 @@ void scales_of(const void* c, const void* u, int c_type, int u_type, const float
       k_c = 1 - up * (1 - a) * k * s.cv / s.cc;
       k_d = up * k;
     } else {
-      const double along = s.cv / (s.vv + 1e-8);
-      k_c = 1 + up - up * along;
-      k_d = up * along;
+      k_c = 1;
+      k_d = up;
+      k_u = s.cv / (s.vv + 1e-8);
     }
-    scales[2 * b] = float(k_c);
-    scales[2 * b + 1] = float(k_d);
+    const double made[3] = {k_c, k_d, k_u};
+    std::copy(made, made + 3, scales + 3 * b);
   }
 }
 
 }  // namespace
 
-// scales [batch, 2]: k_c, k_d of every sample, from lift [batch], the weight less 1; and, unless it is null, out =
-// k_c c + k_d (c - u), of c's type. a: rescale or eta; r: the largest norm of c - u, 0: none
+// scales [batch, 3]: k_c, k_d, k_u of every sample, from lift [batch], the weight less 1; and, unless it is null, out =
+// k_c c + k_d (c - k_u u), of c's type. a: rescale or eta; r: the largest norm of c - u, 0: none
 extern "C" void guide(const void* c, const void* u, const float* lift, float* scales, void* out, int64_t c_type,
                       int64_t u_type, int64_t rule, float a, float r, int64_t batch, int64_t n, int64_t threads) {
   if (rule == CFG)
-    for (int64_t b = 0; b < batch; b++) scales[2 * b] = 1.0f, scales[2 * b + 1] = lift[b];
+    for (int64_t b = 0; b < batch; b++) scales[3 * b] = scales[3 * b + 2] = 1.0f, scales[3 * b + 1] = lift[b];
   else
     scales_of(c, u, int(c_type), int(u_type), lift, scales, rule, a, r, batch, n, int(threads));
   if (!out) return;
@@ -94,9 +94,9 @@ extern "C" void guide(const void* c, const void* u, const float* lift, float* sc
     alignas(64) float held[BLOCK], other[BLOCK], y[BLOCK];
     const int64_t b = job / blocks, start = job % blocks * BLOCK, at = b * n + start;
     const int count = int(std::min<int64_t>(BLOCK, n - start));
-    const float k_c = scales[2 * b], k_d = scales[2 * b + 1];
+    const float k_c = scales[3 * b], k_d = scales[3 * b + 1], k_u = scales[3 * b + 2];
     const float *from = read(c, int(c_type), at, count, held), *less = read(u, int(u_type), at, count, other);
-    for (int i = 0; i < count; i++) y[i] = k_c * from[i] + k_d * (from[i] - less[i]);
+    for (int i = 0; i < count; i++) y[i] = k_c * from[i] + k_d * (from[i] - k_u * less[i]);
     write(y, 1.0f, out, int(c_type), at, count);
   }
 }

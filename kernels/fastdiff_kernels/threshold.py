@@ -17,13 +17,13 @@ BINS = tl.constexpr(256)
 
 
 @triton.jit
-def magnitude(x_ptr, model_ptr, uncond_ptr, c_ratio, k_c, k_d, at, inside):
+def magnitude(x_ptr, model_ptr, uncond_ptr, c_ratio, k_c, k_d, k_u, at, inside):
     """The bits of |x0 / c_skip|; x itself without a model's output."""
     x = load_again(x_ptr + at, inside)
     if model_ptr is not None:
         m = load_again(model_ptr + at, inside)
         if uncond_ptr is not None:
-            m = tl.fma(k_d, m - load_again(uncond_ptr + at, inside), k_c * m)
+            m = tl.fma(k_d, tl.fma(-k_u, load_again(uncond_ptr + at, inside), m), k_c * m)
         x = tl.fma(c_ratio, m, x)
     return tl.abs(x).to(tl.int32, bitcast=True)
 
@@ -37,7 +37,7 @@ def bound_kernel(
     uncond_ptr,  # [batch, n] or None
     table_ptr,  # rows of a plan, or None: x0 = x
     row_ptr,  # [1]
-    w_ptr,  # weight, at row * w_row_stride + sample * w_batch_stride; scales: [batch, 2]
+    w_ptr,  # weight, at row * w_row_stride + sample * w_batch_stride; scales: [batch, 3]
     bound_ptr,  # [batch] fp32
     n,
     first,
@@ -62,6 +62,7 @@ def bound_kernel(
     c_ratio = 0.0
     k_c = 1.0
     k_d = 0.0
+    k_u = 1.0
     if model_ptr is not None:
         model_ptr += b * n
         row = tl.load(row_ptr).to(tl.int64)
@@ -70,8 +71,9 @@ def bound_kernel(
         if uncond_ptr is not None:
             uncond_ptr += b * n
             if SCALED:
-                k_c = tl.load(w_ptr + b * 2)
-                k_d = tl.load(w_ptr + b * 2 + 1)
+                k_c = tl.load(w_ptr + b * 3)
+                k_d = tl.load(w_ptr + b * 3 + 1)
+                k_u = tl.load(w_ptr + b * 3 + 2)
             else:
                 k_d = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride) - 1
     lane = tl.arange(0, BLOCK)
@@ -84,7 +86,7 @@ def bound_kernel(
         counts = tl.zeros([BINS], tl.int32)
         for start in range(0, n, BLOCK):
             inside = lane < n - start
-            bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_ratio, k_c, k_d, start + lane, inside)
+            bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_ratio, k_c, k_d, k_u, start + lane, inside)
             if digit > 0:
                 inside = inside & ((bits >> known) == value)
             counts += tl.histogram((bits >> low) & ((1 << (known - low)) - 1), BINS, mask=inside)
@@ -96,7 +98,7 @@ def bound_kernel(
     largest = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n, BLOCK):
         inside = lane < n - start
-        bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_ratio, k_c, k_d, start + lane, inside)
+        bits = magnitude(x_ptr, model_ptr, uncond_ptr, c_ratio, k_c, k_d, k_u, start + lane, inside)
         above = tl.where(inside & (bits > value), tl.minimum(above, bits), above)
         largest = tl.where(inside, tl.maximum(largest, bits), largest)
     most = tl.max(largest, axis=0)

@@ -47,7 +47,7 @@ void select(const uint32_t* v, int64_t n, int64_t k, float& low, float& high) {
 }  // namespace
 
 // bound [batch] = clamp(the quantile of |x0|, 1, maximum), between ranks k and k + 1; x0 = x, or, with m,
-// c_skip (x + c_ratio (m guided)): row, scales [batch, 2] with u
+// c_skip (x + c_ratio (m guided)): row, scales [batch, 3] with u
 extern "C" void threshold_bound(const void* x, const void* m, const float* row, const void* u, const float* scales,
                                 float* bound, int64_t x_type, int64_t m_type, int64_t u_type, int64_t k, float fraction,
                                 float maximum, int64_t batch, int64_t n, int64_t threads) {
@@ -63,8 +63,8 @@ extern "C" void threshold_bound(const void* x, const void* m, const float* row, 
     if (m) {
       const float* given = read(m, int(m_type), at, count, other);
       if (u) {
-        const float k_c = scales[2 * b], k_d = scales[2 * b + 1], *less = read(u, int(u_type), at, count, third);
-        for (int i = 0; i < count; i++) other[i] = k_c * given[i] + k_d * (given[i] - less[i]);
+        const float *k = scales + 3 * b, *less = read(u, int(u_type), at, count, third);
+        for (int i = 0; i < count; i++) other[i] = k[0] * given[i] + k[1] * (given[i] - k[2] * less[i]);
         given = other;
       }
       for (int i = 0; i < count; i++) y[i] += row[1] * given[i];
