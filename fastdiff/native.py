@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
-    "ONE_THREAD", "TYPES", "available", "build", "call", "coef_rows", "draw", "fill", "function", "layout", "plain",
-    "run", "threads", "types", "usable",
+    "ONE_THREAD", "TYPES", "available", "build", "call", "coef_rows", "compiled", "draw", "fill", "function", "layout",
+    "plain", "run", "source", "threads", "types", "usable",
 ]  # fmt: skip
 
 # torch's toolchain forbids vector code of the compiler's own; a square root that sets errno is none
@@ -63,21 +63,28 @@ def unusable(error: Exception | None = None) -> bool:
     return bool(_broken)
 
 
+def source(name: str) -> str:
+    """fastdiff_kernels/<name>_cpu.cpp with what it includes, in one text: torch's cache knows a library by its text."""
+    folder = importlib.resources.files("fastdiff_kernels")
+    text = folder.joinpath(f"{name}_cpu.cpp").read_text()
+    return INCLUDE.sub(lambda found: folder.joinpath(found[1]).read_text(), text)
+
+
+def compiled(text: str, *flags: str) -> ctypes.CDLL:
+    """A text's library, built by torch's toolchain unless it is in its cache."""
+    from torch._inductor.codecache import CppCodeCache
+
+    wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+    return CppCodeCache.load(text, device_type="cpu", extra_flags=(*FLAGS, *wide, *flags))
+
+
 @functools.cache
 def _library(name: str) -> ctypes.CDLL | None:
     """The loops of fastdiff_kernels/<name>_cpu.cpp; None (and one warning a process) where no C++ compiler works."""
     if unusable():
         return None
     try:
-        from torch._inductor.codecache import CppCodeCache
-
-        folder = importlib.resources.files("fastdiff_kernels")
-        # in one text: the cache knows a library by its text
-        source = INCLUDE.sub(
-            lambda found: folder.joinpath(found[1]).read_text(), folder.joinpath(f"{name}_cpu.cpp").read_text()
-        )
-        wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-        return CppCodeCache.load(source, device_type="cpu", extra_flags=(*FLAGS, *wide))
+        return compiled(source(name))
     except Exception as error:  # any failure of the compiler has the same answer: eager
         unusable(error)
         return None
