@@ -41,19 +41,29 @@ timeout -k 5 85 $PYTHON -m fastdiff_bench.dropin_gpu --repeats 1 > /dev/null 2>&
 timeout -k 5 85 $PYTHON -m fastdiff_bench.suite "${loop[@]}" > /dev/null 2>&1 &
 mkdir -p "$out/tests"
 rm -f "$out/tests.txt"
-for file in gpu gpu_bfn gpu_dropin affine_step add_noise posterior denoising_loss rng times threshold guide forward_step \
-    outer_step binned bound categorical_step categorical_loss categorical_noise learned_variance; do
+files=(gpu gpu_bfn gpu_dropin affine_step add_noise posterior denoising_loss rng times threshold guide forward_step
+    outer_step binned bound categorical_step categorical_loss categorical_noise learned_variance)
+pids=()
+for file in "${files[@]}"; do
     # a process a file: the kernels compile side by side
     OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 5 80 $PYTHON -m pytest "tests/test_$file.py" \
         -m "not compiled" -q -p no:cacheprovider > "$out/tests/$file.txt" 2>&1 &
+    pids+=($!)
+done
+for at in "${!files[@]}"; do
+    wait "${pids[at]}"
+    code=$?
+    case $code in
+        0) said="" ;;
+        5) said="no test was run; " ;;
+        124 | 137) said="timed out; " ;;
+        *) said="exit $code; " ;;
+    esac
+    [ "$code" = 0 ] || failed=1
+    echo "${files[at]}: $said$(tail -n 1 "$out/tests/${files[at]}.txt")" >> "$out/tests.txt"
 done
 wait
 echo "$((SECONDS - begin)) s"
-for file in "$out"/tests/*.txt; do
-    last=$(tail -n 1 "$file")
-    echo "$(basename "$file" .txt): $last" >> "$out/tests.txt"
-    case $last in *failed* | *error* | *Error* | *nterrupt* | "") failed=1 ;; esac
-done
 cat "$out/tests.txt"
 run 120 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json "$out/throughput.json" ${plots[@]+"${plots[@]}"}
 cat "$out/throughput.txt"

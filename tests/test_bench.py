@@ -230,9 +230,62 @@ def test_html_escapes_and_says_when_it_was_interrupted():
 MODEL = """
 def picky(x, t):
     if x.shape[-1] == 32:
-        raise RuntimeError("out of luck")
+        raise RuntimeError("out of\\nluck")
     return 0 * x
+
+def wide(x, t):
+    return x.new_zeros(len(x), 3, 5)
+
+def nothing(x, t):
+    return None
+
+def pair(x, t):
+    return x, t
 """
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("wide", "the model must return the shape of its input, (1, 16), got (1, 3, 5)"),
+     ("nothing", "the model must return a Tensor, got NoneType"), ("pair", "must return a Tensor, got tuple")],
+)  # fmt: skip
+def test_a_model_that_returns_something_else_is_one_line(name, says, small, tmp_path, capsys):
+    (tmp_path / "m.py").write_text(MODEL)
+    assert suite.main([*SMALL, "--peers", "torch", "--shapes", "1x16", "--model", f"{tmp_path}/m.py:{name}"]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert says in error
+
+
+def test_a_given_network_is_moved_and_put_into_evaluation():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = torch.nn.Parameter(torch.ones(4)), set()
+
+        def forward(self, x, t):
+            self.seen.add((self.training, self.weight.dtype, x.dtype))
+            return x * self.weight
+
+    network = Network()
+    set_ = throughput.Settings(CPU, ("torch", "fastdiff eager"), rounds=5, seconds=0.01, model=network, details=False)
+    throughput.measure(Case("vp", "ddim", 2), (1, 4), "bf16", torch.bfloat16, set_)
+    assert network.seen == {(False, torch.bfloat16, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_peer_that_raises_is_a_note_of_its_row(stochastic, monkeypatch):
+    def broken(*args):
+        def loop(x, generator):
+            raise UnboundLocalError("no\nh")
+
+        return stock.Stock("broken", lambda: None, loop)
+
+    monkeypatch.setattr(throughput, "diffusers_loop", broken)
+    set_ = throughput.Settings(CPU, ("torch", "diffusers", "fastdiff eager"), rounds=5, seconds=0.01, details=False)
+    case = Case("scaled_linear_betas", "ddpm" if stochastic else "ddim", 3)
+    row = throughput.measure(case, (1, 4), "fp32", torch.float32, set_)
+    assert set(row["us"]) == {"torch", "fastdiff eager"}
+    assert row["skipped"] == {"diffusers": "it failed: UnboundLocalError: no h"}
 
 
 def test_a_failing_model_keeps_the_rows_before_it(small, tmp_path, capsys):
@@ -251,7 +304,9 @@ def test_a_failing_model_keeps_the_rows_before_it(small, tmp_path, capsys):
         str(out),
     ]
     assert suite.main(argv) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    text, err = capsys.readouterr()
+    error = [line for line in err.splitlines() if "error" in line]
+    assert "interrupted: 1 rows" in text and "| scaled_linear_betas | ddim   |  1x16 |" in text
     assert len(error) == 1 and "the model failed: RuntimeError: out of luck" in error[0] and str(out) in error[0]
     data = json.loads(out.read_text())
     assert [r["shape"] for r in data["rows"]] == [[1, 16]] and data["complete"] is False
@@ -287,6 +342,8 @@ def test_a_pair_the_solver_refuses_is_said_in_its_words():
         (["--largest", "0"], "--largest must be in 10 .. 30, got 0"),
         (["--steps", "0"], "--steps must be >= 1, got 0"),
         (["--device", "cuda"], "no CUDA device"),
+        (["--device", "banana"], "--device: 'banana' is not a device this measures; write cpu, cuda or cuda:0"),
+        (["--device", "meta"], "--device: 'meta' is not a device this measures"),
         (["--json", "/proc/x/a.json"], "--json: '/proc/x/a.json' cannot be written"),
         (["--plot", "/proc/x"], "--plot: '/proc/x' is not a folder"),
         (["--compare", "nowhere.json"], "--compare: 'nowhere.json' cannot be read"),

@@ -1,7 +1,11 @@
 """--compare flags what is beyond 10 % and beyond both runs' intervals, and says what repeats."""
 
+import json
+
 import pytest
 
+from fastdiff.cli import main
+from fastdiff_bench import options
 from fastdiff_bench.compare import compare, comparison_text
 
 ENVIRONMENT = {"cpu": "a cpu", "commit": "abc"}
@@ -55,3 +59,46 @@ def test_what_neighbours_add_is_not_in_the_quiet_change():
     found = compare(old, new)
     assert found["median_change"] == pytest.approx(0.25) and found["within"] == 0.5
     assert found["quiet_median_change"] == pytest.approx(0.005) and found["quiet_within"] == 1.0
+
+
+ONE = result(("ddim", 2.0, 1.9, 2.1))
+METHOD = {"model": options.NO_MODEL, "device": "cpu", "steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "says"),
+    [
+        ({"model": "heavy.py:m"}, [], "is of model 'heavy.py:m', this run of 'returns a fixed tensor'"),
+        ({}, ["--model", "mlp", "--solvers", "ddim"], "is of model 'returns a fixed tensor', this run of 'mlp'"),
+        ({"device": "cuda:0"}, [], "is of device 'cuda', this run of 'cpu'"),
+        ({"steps": 50}, [], "is of steps 50, this run of 5"),
+        ({}, ["--roofline"], "--compare compares rows of the main table; --roofline has none"),
+        ({}, ["--codegen"], "--compare compares rows of the main table; --codegen has none"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_measured(method, more, says, tmp_path, capsys):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(ONE | {"method": METHOD | method}))
+    argv = ["bench", "--quick", "--device", "cpu", "--steps", "5", "--compare", str(path), *more]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and says in err
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [({"rows": []}, "is not a result of fastdiff bench"), (ONE, "is not a result"), ([], "is not a result"),
+     (ONE | {"method": 3}, "is not a result"), (result() | {"method": METHOD}, "has no rows of the main table")],
+)  # fmt: skip
+def test_what_is_no_result_is_refused(data, says, tmp_path, capsys):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(data))
+    assert main(["bench", "--quick", "--compare", str(path)]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_same_measurement_is_compared(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(ONE | {"method": METHOD}))
+    argv = ["--device", "cpu", "--steps", "5", "--compare", str(path)]
+    assert options.Request(options.parser().parse_args(argv)).stored["method"] == METHOD

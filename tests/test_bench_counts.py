@@ -6,7 +6,8 @@ import types
 import pytest
 import torch
 
-from fastdiff_bench import energy
+from fastdiff_bench import energy, suite, tables, throughput
+from fastdiff_bench.cases import Case
 from fastdiff_bench.counts import counted, peak_bytes
 from fastdiff_bench.energy import Meter, reasons, throttled
 
@@ -124,3 +125,71 @@ def test_energy_is_the_counters_difference_less_the_idle_power_after_it(cold, mo
     reading = meter.energy(run, 0.2)
     assert reading.joules == pytest.approx(400, rel=0.02) and reading.calls >= 5
     assert reading.watts > reading.idle_watts == pytest.approx(100, rel=0.02)
+
+
+class Log:
+    """A meter that writes down what it is asked for; a board that runs hot, or refuses."""
+
+    nvml = object()
+
+    def __init__(self, refuses=False, throttle_bits=0):
+        self.refuses, self.bits, self.asked = refuses, throttle_bits, []
+
+    def energy(self, run, seconds=5.0):
+        self.asked.append("energy")
+        if self.refuses:
+            raise Refusal("Not\nSupported")
+        run()
+        return energy.Reading(3.0, 1.0, 1.0, 1, 1.0)
+
+    def state(self):
+        self.asked.append("state")
+        return {"throttle_bits": self.bits}
+
+
+class Refusal(Exception):
+    """NVML's own error: no RuntimeError."""
+
+
+def measured(meter, earlier=None, **settings):
+    set_ = throughput.Settings(CPU, ("torch", "fastdiff eager"), rounds=5, seconds=0.01, meter=meter, **settings)
+    return throughput.measure(Case("vp", "ddim", 3), (1, 4), "fp32", torch.float32, set_, earlier=earlier)
+
+
+def test_the_clocks_are_read_right_after_the_rounds():
+    meter = Log(throttle_bits=0x4)
+    row = measured(meter)
+    assert meter.asked == ["state", "energy", "energy"] and row["throttled"] is True
+    assert row["joules"] == {"torch": 1.0, "fastdiff eager": 1.0}
+
+
+def test_the_clocks_are_read_with_rows_whose_energy_is_not_measured():
+    for settings in ({"joules": False}, {"details": False}):
+        meter = Log()
+        row = measured(meter, **settings)
+        assert meter.asked == ["state"] and row["throttled"] is False
+    hot = measured(Log(throttle_bits=0x4), details=False)
+    assert measured(Log(), earlier=hot, details=False)["throttled"] is True  # one of its visits
+
+
+def test_a_board_that_refuses_its_energy_is_a_note():
+    row = measured(Log(refuses=True))
+    assert row["joules"] == {} and set(row["us"]) == {"torch", "fastdiff eager"}
+    assert row["not_measured"]["joules of torch"] == "Refusal: Not Supported"
+    assert any(
+        "joules of torch" in line and line.endswith(": Refusal: Not Supported") for line in tables.footnotes([row])
+    )
+
+
+def test_every_row_of_a_quick_run_gets_the_meter(monkeypatch):
+    given = []
+
+    def measure(case, shape, dtype_name, dtype, set_, **rest):
+        given.append((case.solver, set_.meter is not None, set_.joules))
+        return {}
+
+    monkeypatch.setattr(suite, "measure", measure)
+    argv = ["--quick", "--device", "cpu", "--schedules", "scaled_linear_betas", "--solvers", "ddim", "unipc"]
+    asked = suite.Request(suite.options.parser().parse_args(argv))
+    suite.fill({"method": {"copy_gb_s": 1.0}, "rows": []}, asked, Meter(CPU), say=lambda line: None)
+    assert given == [("ddim", True, True), ("unipc", True, False)]

@@ -93,8 +93,24 @@ def test_two_columns_that_disagree_stop_the_roofline(gap, monkeypatch, capsys):
 
     monkeypatch.setitem(roofline.MAKERS, "add_noise", wrong)
     monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
-    with pytest.raises(RuntimeError, match=f"differs by {gap:.1e}"):
-        roofline.main(["--quick", "--no-compile", "--kernels", "add_noise"])
+    assert roofline.main(["--quick", "--no-compile", "--kernels", "add_noise"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"error: add_noise fp32 2^10: fastdiff eager differs by {gap:.1e}" in err.splitlines()[-1]
+
+
+def test_an_interrupted_roofline_prints_the_points_before(monkeypatch, capsys):
+    def points(kernel, dtype, elements, request):
+        if elements > 1 << 10:
+            raise KeyboardInterrupt
+        return [{"kernel": kernel, "dtype": dtype, "elements": elements, "column": "fastdiff eager", "gb_s": 3.0,
+                 "us": {"median": 7.5}}], {}  # fmt: skip
+
+    monkeypatch.setattr(roofline, "points", points)
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
+    assert roofline.main(["--quick", "--device", "cpu", "--kernels", "add_noise"]) == 130
+    out, err = capsys.readouterr()
+    assert out.startswith("interrupted: 1 points") and "| add_noise | fp32  |     2^10 |" in out
+    assert err.splitlines()[-1] == "fastdiff bench: interrupted"
 
 
 @pytest.mark.compiled

@@ -87,3 +87,25 @@ def test_bad_input(env, args, text, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", env.get("TRITON_INTERPRET", "0"))
     assert c.main(args) == 2
     assert text in capsys.readouterr().err
+
+
+def test_every_kernel_of_the_help_is_one_of_codegens(monkeypatch):
+    from fastdiff.cli import main
+    from fastdiff.commands import bench
+    from fastdiff_bench import codegen as c
+    from fastdiff_bench.cases import KERNELS
+
+    asked = []
+
+    class Process:
+        def __init__(self, command, env):
+            asked.extend(command[command.index("--only") + 1 :])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Process)
+    assert main(["bench", "--codegen", "--kernels", "binned_mean", "guide"]) == 0
+    assert asked == ["binned/mean", "guide"]
+    names = [x.name for x in c.cases()]
+    assert all(any(bench.COMPILED_AS.get(k, k) in name for name in names) for k in KERNELS)

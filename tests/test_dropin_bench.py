@@ -47,3 +47,22 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path, capsys):
     assert code == 0 and rows[0]["name"] == "stock" and rows[0]["ratio"] == 1.0
     assert [r["name"] for r in rows[1:]] == ["accelerated", "accelerated, philox", "Sampler, eager"]
     assert "| Sampler, eager |" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_keeps_the_repeats_before_it_was_stopped(tmp_path, monkeypatch):
+    from fastdiff_bench import dropin_gpu
+
+    calls = []
+
+    def loop(name):
+        calls.append(name)
+        if len(calls) == 8:  # 4 warm, 2 of the first repeat, 1 of the second
+            raise KeyboardInterrupt
+        return torch.zeros(1)
+
+    ways = {name: (lambda name=name: loop(name)) for name in ("stock", "Sampler, eager")}
+    monkeypatch.setattr(dropin_gpu, "ways", lambda *args: ways)
+    path = tmp_path / "r.json"
+    with pytest.raises(KeyboardInterrupt):
+        dropin_gpu.main(["--device", "cpu", "--repeats", "9", "--json", str(path)])
+    assert [r["name"] for r in json.loads(path.read_text())["rows"]] == ["stock", "Sampler, eager"]

@@ -102,6 +102,15 @@ def test_bad_input_is_one_line_and_exit_code_2(more, says, model, capsys):
     assert out == "" and len(lines) == 1 and says in lines[0]
 
 
+def test_a_failed_profile_keeps_the_trace_that_was_there(model, tmp_path, capsys):
+    old, none = tmp_path / "old.json", tmp_path / "none.json"
+    old.write_text("an older trace")
+    for trace in (old, none):
+        assert main(["profile", "--model", f"{model}:boom", "--trace", str(trace)]) == 2
+        assert main(["profile", "--solver", "dimm", "--trace", str(trace)]) == 2
+    assert old.read_text() == "an older trace" and not none.exists()
+
+
 def test_a_plan_is_drawn(tmp_path, capsys):
     for name, more in (("a.png", ["ddpm"]), ("b.svg", ["unipc", "--schedule", "edm", "--prediction", "x0"])):
         assert main(["plan", *more, "--plot", str(tmp_path / name)]) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastdiff_bench import report
+from fastdiff_bench import report, tables
 
 
 def test_readme_is_generated() -> None:
@@ -53,6 +53,17 @@ def test_the_kernels_of_a_gpu_are_printed_beside_a_copy_and_plain_torch(tmp_path
     assert "| step ddim float32 | 67108864 | 200.0 | 3600 | 90 % | 95 % |  |  |" in text
     assert "| categorical step K=2 | 67108864 | 200.0 | 3600 | 90 % |  |  | 2560 |" in text
     assert "65536" not in text  # inside the cache
+    assert "beside the categorical steps plain torch in fp32, Graves et al.'s algorithm 9:" in text
+    rows[-1]["equal_work"] = True
+    (folder / "gpu.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    assert "plain torch's same row on the same bf16 buffers:" in report.render(tmp_path)
+
+
+def test_a_schedules_options_are_shown() -> None:
+    rows = [{"schedule": s, "solver": "euler", "shape": [1, 2], "dtype": "fp32"} for s in ("edm", "edm:sigma_max=20")]
+    assert [tables.label(r)[0] for r in rows] == ["edm", "edm:sigma_max=20"]
+    notes = tables.footnotes([{**rows[0], "us": {}, "skipped": {}}, {**rows[1], "us": {}, "skipped": {"torch": "why"}}])
+    assert notes == ["torch: why (edm:sigma_max=20 euler)"]
 
 
 def test_the_main_table_is_printed_with_what_was_lost_and_all_rows_beside_the_result(tmp_path: Path) -> None:
@@ -78,6 +89,11 @@ def test_the_main_table_is_printed_with_what_was_lost_and_all_rows_beside_the_re
     assert "copy 31.4 GB/s" in text and "bench/results/machine/2026-01-02/README.md" in text
     ((path, page),) = report.pages(tmp_path).items()
     assert path == folder / "README.md" and "| lms |" in page and "1x16x7" in page and "0.1 / 4" in page
+    assert "[all 3 rows](" in text and "interrupted" not in text + page
+    (folder / "throughput.json").write_text(json.dumps(data | {"complete": False}))
+    assert "[interrupted: 3 rows](" in report.render(tmp_path) and "all 3 rows" not in report.render(tmp_path)
+    assert "\ninterrupted: 3 rows.\n" in report.pages(tmp_path)[path]
+    (folder / "throughput.json").write_text(json.dumps(data))
     # a roofline of the same day joins the page; a day that has nothing else has a page too
     point = {"kernel": "add_noise", "dtype": "bf16", "elements": 1024, "column": "fastdiff eager", "gb_s": 3.14,
              "us": {"median": 7.5}, "bytes_per_element": 4}  # fmt: skip
@@ -88,6 +104,9 @@ def test_the_main_table_is_printed_with_what_was_lost_and_all_rows_beside_the_re
         (place / "roofline.json").write_text(json.dumps({**floors, "roofline": [point]}))
     (alone / "roofline.png").write_bytes(b"")
     both = report.pages(tmp_path)
+    assert "interrupted" not in "".join(both.values())
+    (alone / "roofline.json").write_text(json.dumps({**floors, "roofline": [point], "complete": False}))
+    assert "\ninterrupted: 1 points.\n" in report.pages(tmp_path)[alone / "README.md"]
     line = "| add_noise | bf16 | 2^10 | 7.5 | 3.14 | 10 % |"
     assert line in both[folder / "README.md"] and "| lms |" in both[folder / "README.md"]
     assert line in both[alone / "README.md"] and "](roofline.png)" in both[alone / "README.md"]

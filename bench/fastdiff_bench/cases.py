@@ -14,6 +14,7 @@ __all__ = [
     "COLUMNS",
     "DTYPES",
     "FULL",
+    "GPU_PEERS",
     "GRAPHS",
     "KERNELS",
     "PEERS",
@@ -30,7 +31,8 @@ __all__ = [
 ]
 
 STEPS = 50
-PEERS = ("torch", "torch.compile", "diffusers", "k-diffusion")
+PEERS = ("torch", "torch.compile", "torch graph", "diffusers", "k-diffusion")
+GPU_PEERS = ("torch graph",)
 GRAPHS = ("step_graph", "loop_graph")
 COLUMNS = (*PEERS, *(f"fastdiff {mode}" for mode in ("eager", "compiled", *GRAPHS)))
 KERNELS = (

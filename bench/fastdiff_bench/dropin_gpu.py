@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
+from fastdiff.files import write_atomic
 from fastdiff_bench.environment import describe, environment
 
 SIZE = 16
@@ -79,8 +80,8 @@ def _kept(graphed: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Tensor]:
     return (graphed(*args, **kwargs)[0].clone(),)
 
 
-def measure(steps: int, batch: int, device: str, repeats: int) -> list[dict[str, Any]]:
-    """Median milliseconds of every way, and how many times faster than stock."""
+def measure(steps: int, batch: int, device: str, repeats: int) -> Iterator[list[dict[str, Any]]]:
+    """Median milliseconds of every way, and how many times faster than stock; after every repeat those so far."""
     found = ways(steps, batch, device)
     times: dict[str, list[float]] = {name: [] for name in found}
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -95,11 +96,22 @@ def measure(steps: int, batch: int, device: str, repeats: int) -> list[dict[str,
                 run()
                 wait()
                 times[name].append((time.perf_counter() - begin) * 1e3)
+            yield _rows(times, steps, batch)
+
+
+def _rows(times: dict[str, list[float]], steps: int, batch: int) -> list[dict[str, Any]]:
     stock = statistics.median(times["stock"])
     return [
         {"name": n, "ms": statistics.median(v), "ratio": stock / statistics.median(v), "steps": steps, "batch": batch}
         for n, v in times.items()
     ]
+
+
+def save(path: Path | None, env: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Writes the rows so far, whole or not at all."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps({"environment": env, "rows": rows}, indent=1) + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,15 +126,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device; --device cpu runs what a CPU can", file=sys.stderr)
         return 2
-    rows = measure(args.steps, args.batch, args.device, args.repeats)
+    env = environment()
+    rows: list[dict[str, Any]] = []
+    for rows in measure(args.steps, args.batch, args.device, args.repeats):
+        save(args.json, env, rows)
     lines = ["| way | ms a loop | times faster than stock |", "|---|---|---|"]
     lines += [f"| {r['name']} | {r['ms']:.2f} | {r['ratio']:.2f} |" for r in rows]
-    env = environment()
     print("\n".join(lines))
     print(describe(env))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff import ops, rng, schedules, solvers
+from fastdiff.files import write_atomic
 from fastdiff_bench import timing
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.gpu_categorical import categorical_rows
@@ -74,6 +75,27 @@ def copy_of(moved: int) -> float:
     return timing.copy_bandwidth(torch.device(DEVICE), moved // 8)
 
 
+def rows(copy: float, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Every measurement, as it is made."""
+    yield {"what": "copy", "elements": 1 << 26, "gb_s": copy, "of_copy": 1.0}
+    chain = schedules.Betas(schedules.scaled_linear_betas(1000))
+    cases = [
+        ("ddim", solvers.ddim(chain, 20), False, False),
+        ("ddpm", solvers.ddpm(chain, 20, clip=(-1, 1)), True, False),
+        ("dpmpp_2m+guidance", solvers.dpmpp_2m(chain, 20), False, True),
+    ]
+    for exponent in (16, 24, 26) if quick else (16, 20, 22, 24, 26, 28):
+        for name, plan, noise, guided in cases:
+            for dtype in (torch.float32, torch.bfloat16):
+                yield step_row(name, plan, 1 << exponent, dtype, copy, noise=noise, guided=guided)
+    yield from categorical_rows(copy, graph_us, quick=quick)
+
+
+def save(path: Path, env: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    """Writes what was measured so far, whole or not at all."""
+    write_atomic(path, (json.dumps({"environment": env, "rows": found}, indent=1) + "\n").encode())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measures everything and writes DIR/gpu.json; the table comes last."""
     parser = argparse.ArgumentParser(description="GPU measurements of fastdiff.")
@@ -84,24 +106,16 @@ def main(argv: list[str] | None = None) -> int:
         print("fastdiff_bench.gpu needs a CUDA device; none is visible", file=sys.stderr)
         return 2
     env = environment()
-    copy = timing.copy_bandwidth(torch.device(DEVICE))
-    rows: list[dict[str, Any]] = [{"what": "copy", "elements": 1 << 26, "gb_s": copy, "of_copy": 1.0}]
-    chain = schedules.Betas(schedules.scaled_linear_betas(1000))
-    cases = [
-        ("ddim", solvers.ddim(chain, 20), False, False),
-        ("ddpm", solvers.ddpm(chain, 20, clip=(-1, 1)), True, False),
-        ("dpmpp_2m+guidance", solvers.dpmpp_2m(chain, 20), False, True),
-    ]
-    for exponent in (16, 24, 26) if args.quick else (16, 20, 22, 24, 26, 28):
-        for name, plan, noise, guided in cases:
-            for dtype in (torch.float32, torch.bfloat16):
-                rows.append(step_row(name, plan, 1 << exponent, dtype, copy, noise=noise, guided=guided))
-    rows += categorical_rows(copy, graph_us, quick=args.quick)
-    env["after"] = environment().get("throttle_reasons")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gpu.json").write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n")
+    copy = timing.copy_bandwidth(torch.device(DEVICE))
+    found: list[dict[str, Any]] = []
+    for row in rows(copy, quick=args.quick):
+        found.append(row)
+        save(args.out / "gpu.json", env, found)
+    env["after"] = environment().get("throttle_reasons")
+    save(args.out / "gpu.json", env, found)
     print("| what | elements | us | GB/s | of copy |\n|---|---|---|---|---|")
-    for r in rows:
+    for r in found:
         us, rate = (f"{r[k]:.2f}" if k in r else "" for k in ("us", "gb_s"))
         print(f"| {r['what']} | {r['elements']} | {us} | {rate} | {100 * r['of_copy']:.0f} % |" if "of_copy" in r
               else f"| {r['what']} | {r['elements']} | {us} | {rate} | |")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +35,7 @@ def categorical_step(schedule: str, elements: int, dtype: torch.dtype, device: t
         state.copy_(randn(state.shape, device, torch.float32, i))
         sets.append((state, randn(shape, device, dtype, i + 1), ops.categorical_buffer(shape, dtype, device)))
     work = Work("categorical_step", schedule, elements, str(dtype), moved, sets, {})
-    b, s = float(plan.b[k, 0]), float(plan.s[k, 0])
-
-    def textbook(state: Tensor, m: Tensor, seen: Tensor, readout: str = "sample") -> Tensor:
-        z = state[0]
-        theta = m.float().softmax(-1)
-        drawn = theta / torch.empty_like(theta).exponential_() if readout == "sample" else theta
-        z = z + b * F.one_hot(drawn.argmax(-1), classes)
-        z = z + s * torch.randn_like(z) if readout == "sample" else z
-        return (2 * z.softmax(-1) - 1).to(m.dtype)
+    textbook = textbook_step(float(plan.b[k, 0]), float(plan.s[k, 0]))
 
     def ours(state: Tensor, m: Tensor, seen: Tensor) -> None:
         ops.categorical_step(
@@ -52,11 +44,29 @@ def categorical_step(schedule: str, elements: int, dtype: torch.dtype, device: t
 
     found: dict[str, Column] = {"torch": textbook, "torch.compile": compiled(textbook, elements)}
     state, m, seen = sets[0][0].clone(), sets[0][1], torch.empty_like(sets[0][2])
-    want = textbook(state, m, seen, "argmax")
+    _, want = textbook(state, m, seen, "argmax")
     still = torch.zeros(shape, device=device)
     ops.categorical_step(state, m, table, row, slots=plan.slots, readout="argmax", noise=still, model_in=seen)
     work.differs["fastdiff eager"] = gap(seen, want)
     return finish(work, names, found, ours, device, compiles=True)
+
+
+def textbook_step(b: float, s: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The row in plain torch: the new state, and the model's next input. One channel is two classes, p = 1 or -1."""
+
+    def textbook(state: Tensor, m: Tensor, seen: Tensor, readout: str = "sample") -> tuple[Tensor, Tensor]:
+        z, m32, sampled = state[0], m.float(), readout == "sample"
+        if m.shape[-1] == 1:
+            p = 2.0 * (torch.rand_like(m32) < m32.sigmoid() if sampled else m32 > 0) - 1
+        else:
+            theta = m32.softmax(-1)
+            drawn = theta / torch.empty_like(theta).exponential_() if sampled else theta
+            p = F.one_hot(drawn.argmax(-1), m.shape[-1])
+        z = z + b * p
+        z = z + s * torch.randn_like(z) if sampled else z
+        return z, (torch.tanh(z / 2) if m.shape[-1] == 1 else 2 * z.softmax(-1) - 1).to(m.dtype)
+
+    return textbook
 
 
 def categorical_noise(

@@ -14,12 +14,13 @@ import torch
 from fastdiff.files import write_atomic
 from fastdiff.names import pick
 from fastdiff_bench import cases
-from fastdiff_bench.cases import COLUMNS, KERNELS, PEERS
+from fastdiff_bench.cases import COLUMNS, GPU_PEERS, KERNELS, PEERS
 from fastdiff_bench.networks import NETWORKS
 
 __all__ = ["Request", "add_options", "as_arguments", "parser"]
 
 
+NO_MODEL = "returns a fixed tensor"
 SMALLEST, LARGEST = 10, 30  # log2 of a roofline's elements
 
 
@@ -27,10 +28,9 @@ class Request:
     """A checked request; ValueError says what is wrong with it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.quick, self.device = args.quick, torch.device(args.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA device was found")
-        peers = PEERS if args.peers is None else tuple(pick("peer", p, PEERS) for p in _listed(args.peers))
+        self.quick, self.device = args.quick, _device(args.device)
+        known = [p for p in PEERS if self.device.type == "cuda" or p not in GPU_PEERS]
+        peers = known if args.peers is None else [pick("peer", p, known) for p in _listed(args.peers)]
         self.columns = tuple(c for c in COLUMNS if c.startswith("fastdiff") or c in peers)
         if self.device.type == "cpu" and args.no_compile:
             self.columns = tuple(c for c in self.columns if "compile" not in c)
@@ -57,8 +57,23 @@ class Request:
         if not SMALLEST <= self.largest <= LARGEST:
             raise ValueError(f"--largest must be in {SMALLEST} .. {LARGEST}, got {self.largest}")
         self.kernels = [pick("kernel", name, KERNELS) for name in _listed(args.kernels)] or list(KERNELS)
-        self.stored = _stored(args.compare) if args.compare else None
         self.model_text = args.model
+        self.stored = self._stored(args) if args.compare else None
+
+    def _stored(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The stored results; ValueError where what they measured is not what is asked for."""
+        for option in ("roofline", "codegen"):
+            if getattr(args, option):
+                raise ValueError(
+                    f"--compare compares rows of the main table; --{option} has none: leave one of them out"
+                )
+        data = _stored(args.compare)
+        then = data["method"] | {"device": str(data["method"].get("device")).partition(":")[0]}
+        now = {"model": self.model_text or NO_MODEL, "device": self.device.type, "steps": self.steps}
+        for name, value in now.items():
+            if then.get(name) != value:
+                raise ValueError(f"--compare: {args.compare!r} is of {name} {then.get(name)!r}, this run of {value!r}")
+        return data
 
     def work(self) -> list[tuple[cases.Case, tuple[int, ...], str]]:
         """What to measure: every case at the first shape, the quick ones at the others."""
@@ -89,6 +104,19 @@ def _listed(text: str | Sequence[str] | None) -> list[str]:
             elif part:
                 out.append(part)
     return out
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {text!r} is not a device this measures; write cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        such = "such " if torch.cuda.is_available() else ""
+        raise ValueError(f"--device {text}: no {such}CUDA device was found")
+    return device
 
 
 def _file(option: str, text: str | None) -> Path | None:
@@ -125,11 +153,15 @@ def _stored(text: str) -> dict[str, Any]:
         raise ValueError(f"--compare: {text!r} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise ValueError(f"--compare: {text!r} is not JSON: {error}") from None
-    rows = data.get("rows") if isinstance(data, dict) else None
+    found = data if isinstance(data, dict) else {}
+    rows = found.get("rows")
     needed = {"us", "schedule", "solver", "shape", "dtype", "steps"}
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and needed <= set(r) for r in rows):
+    whole = all(isinstance(found.get(name), dict) for name in ("environment", "method"))
+    if not whole or not isinstance(rows, list) or not all(isinstance(r, dict) and needed <= set(r) for r in rows):
         raise ValueError(f"--compare: {text!r} is not a result of fastdiff bench")
-    return data
+    if not rows:
+        raise ValueError(f"--compare: {text!r} has no rows of the main table")
+    return found
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +178,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="policy, latent, batch, or 16x4x128x128")
     parser.add_argument("--dtype", nargs="+", default=["fp32"], metavar="DTYPE", help="of the model: fp32, bf16, fp16")
     parser.add_argument(
-        "--peers", nargs="+", metavar="NAME", help=f"who to compare with: {', '.join(PEERS)}; default all"
+        "--peers",
+        nargs="+",
+        metavar="NAME",
+        help=f"who to compare with: {', '.join(PEERS)}; default all there are here",
     )
     parser.add_argument("--steps", type=int, default=cases.STEPS, help="intervals of a loop; default %(default)s")
     parser.add_argument("--model", metavar="FILE.py:NAME", help=f"your model(x, t), or {', '.join(NETWORKS)}")

@@ -11,7 +11,8 @@ from fastdiff_bench.tables import columns, label
 __all__ = ["plot_roofline", "plot_throughput", "pyplot"]
 
 COLORS = {
-    "torch": "#9a9a9a", "torch.compile": "#4c4c4c", "diffusers": "#d08b2c", "k-diffusion": "#a05a9c",
+    "torch": "#9a9a9a", "torch.compile": "#4c4c4c", "torch graph": "#1b1b1b",
+    "diffusers": "#d08b2c", "k-diffusion": "#a05a9c",
     "fastdiff eager": "#9ccbe6", "fastdiff compiled": "#1f77b4", "fastdiff step_graph": "#2ca02c",
     "fastdiff loop_graph": "#0b5d1e", "fastdiff": "#1f77b4", "kernel": "#0b5d1e",
 }  # fmt: skip

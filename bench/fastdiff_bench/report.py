@@ -101,11 +101,20 @@ def _throughput(path: Path, data: dict[str, Any], root: Path) -> list[str]:
     ]  # fmt: skip
     folder = path.parent.relative_to(root)
     where = "on a GPU" if data["environment"].get("gpu") else "on a CPU"
+    stopped = not data.get("complete", True)
+    every = tables.interrupted(data["rows"]) if stopped else f"all {len(data['rows'])} rows"
     return [
         f"us a step {where} with a model that does nothing, 50 steps, medians; times faster: fastdiff's fastest "
-        f"against the fastest other ([all {len(data['rows'])} rows]({folder}/README.md), [method](bench/README.md)):",
+        f"against the fastest other ([{every}]({folder}/README.md), [method](bench/README.md)):",
         "", tables.throughput(rows), "", f"{_measured_on(data)}.", "",
     ]  # fmt: skip
+
+
+def _plain_did(rows: list[dict[str, Any]]) -> str:
+    """What the plain torch columns beside the categorical steps were."""
+    if any(r.get("equal_work") for r in rows):
+        return "beside the categorical steps plain torch's same row on the same bf16 buffers"
+    return "beside the categorical steps plain torch in fp32, Graves et al.'s algorithm 9"
 
 
 def _gpu_kernels(data: dict[str, Any], least: int = LARGE) -> list[str]:
@@ -114,7 +123,7 @@ def _gpu_kernels(data: dict[str, Any], least: int = LARGE) -> list[str]:
     copy = max(r["gb_s"] for r in data["rows"] if r["what"] == "copy")
     lines = [
         f"Kernels on {data['environment']['gpu']}: GB/s of the bytes they must move, beside a copy's "
-        f"{copy:.0f}; plain torch does the same row:",
+        f"{copy:.0f}; {_plain_did(data['rows'])}:",
         "",
         "| kernel | elements | us | GB/s | of copy | of a copy of as many bytes | plain torch us | torch.compile us |",
         "|---|---|---|---|---|---|---|---|",
@@ -135,6 +144,9 @@ def _gpu_kernels(data: dict[str, Any], least: int = LARGE) -> list[str]:
 def details(data: dict[str, Any]) -> list[str]:
     """Every row of one stored result."""
     parts = ["", f"{_measured_on(data)}."]
+    if not data.get("complete", True):
+        points = data.get("roofline")
+        parts += ["", f"{tables.interrupted(points, 'points') if points else tables.interrupted(data['rows'])}."]
     if data.get("rows"):
         parts += ["", "## us a step", "", tables.throughput(data["rows"]), ""]
         parts += [f"- {line}" for line in tables.footnotes(data["rows"])]

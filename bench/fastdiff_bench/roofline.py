@@ -19,7 +19,7 @@ from fastdiff_bench.energy import Meter
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.kernels import MAKERS, times
 from fastdiff_bench.options import LARGEST, SMALLEST, Request
-from fastdiff_bench.suite import BAD_INPUT, method, save
+from fastdiff_bench.suite import BAD_INPUT, INTERRUPTED, method, save
 from fastdiff_bench.timing import copy_bandwidth, launch_floor_us
 
 __all__ = ["main", "points", "run"]
@@ -59,12 +59,12 @@ def points(
     ], work.skipped  # fmt: skip
 
 
-def run(request: Request, *, say: Callable[[str], object]) -> dict[str, Any]:
-    """Every kernel and dtype over all sizes, the JSON current after each size."""
+def run(data: dict[str, Any], request: Request, *, say: Callable[[str], object]) -> None:
+    """Every kernel and dtype over all sizes, the result and its JSON current after each size."""
     device = request.device
     meter = Meter(device)
     say("measuring the copy bandwidth and the launch floor")
-    data: dict[str, Any] = {
+    data |= {
         "environment": environment(), "complete": False, "state_before": meter.state(), "rows": [], "roofline": [],
         "skipped": {}, "method": method(request, copy_bandwidth(device), launch_floor_us(device)),
     }  # fmt: skip
@@ -81,27 +81,35 @@ def run(request: Request, *, say: Callable[[str], object]) -> dict[str, Any]:
     finally:
         data["state_after"] = meter.state()
         save(request.json, data)
-    return data
+
+
+def text(data: dict[str, Any]) -> str:
+    """Everything for a terminal."""
+    copy, floor = data["method"]["copy_gb_s"], data["method"]["launch_floor_us"]
+    stopped = [] if data["complete"] else [tables.interrupted(data["roofline"], "points"), ""]
+    lines = [*stopped, tables.roofline(data["roofline"], copy, aligned=True)]
+    lines += [f"{name}: {why}" for name, why in data["skipped"].items()]
+    lines.append(f"copy bandwidth {copy:.1f} GB/s, launch floor {floor:.2f} us")
+    return "\n".join([*lines, describe(data["environment"])])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints, writes; 2 with one line for bad input."""
+    """Measures, prints, writes; 2 with one line for bad input or a failure."""
     args = options.parser().parse_args(argv)
+    data: dict[str, Any] = {}
+    code, line = 0, ""
     try:
         request = Request(args)
-        data = run(request, say=lambda line: print(line, file=sys.stderr, flush=True))
-    except (ValueError, TypeError, OSError) as error:
-        print(f"fastdiff bench: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        run(data, request, say=lambda line: print(line, file=sys.stderr, flush=True))
     except KeyboardInterrupt:
-        print("fastdiff bench: interrupted", file=sys.stderr)
-        return 130
-    copy, floor = data["method"]["copy_gb_s"], data["method"]["launch_floor_us"]
-    print(tables.roofline(data["roofline"], copy, aligned=True))
-    for name, why in data["skipped"].items():
-        print(f"{name}: {why}")
-    print(f"copy bandwidth {copy:.1f} GB/s, launch floor {floor:.2f} us")
-    print(describe(data["environment"]))
+        code, line = INTERRUPTED, "interrupted"
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        code, line = BAD_INPUT, f"error: {' '.join(str(error).split())}"
+    if data.get("roofline"):
+        print(text(data))
+    if code:
+        print(f"fastdiff bench: {line}", file=sys.stderr)
+        return code
     if request.plot is not None:
         from fastdiff_bench.page import write_report
 

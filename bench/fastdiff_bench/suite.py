@@ -21,12 +21,12 @@ from fastdiff_bench.energy import Meter
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.networks import build
 from fastdiff_bench.options import Request
-from fastdiff_bench.throughput import ROUNDS, ModelError, Settings, measure
+from fastdiff_bench.throughput import ROUNDS, ModelError, Settings, measure, one_line
 from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, malloc_is_set
 
-__all__ = ["main", "run"]
+__all__ = ["begin", "fill", "main"]
 
-BAD_INPUT, REGRESSED = 2, 1
+BAD_INPUT, REGRESSED, INTERRUPTED = 2, 1, 130
 QUICK_S, FULL_S, LARGE_S = 2.5, 2.0, 5.0  # timed seconds of a row a visit; a large state's loop takes up to a second
 VISITS = 4  # of a full run: what a process's memory and a machine's minute happened to be like counts a quarter
 LARGE = 1 << 18  # elements
@@ -38,20 +38,15 @@ def method(request: Request, copy: float, floor: float) -> dict[str, Any]:
     return {
         "copy_gb_s": copy, "launch_floor_us": floor, "cache_bytes": cache_bytes(request.device),
         "malloc_thresholds": malloc_is_set(), "steps": request.steps, "quick": request.quick,
-        "device": str(request.device), "model": request.model_text or "returns a fixed tensor",
+        "device": str(request.device), "model": request.model_text or options.NO_MODEL,
     }  # fmt: skip
 
 
-def run(request: Request, model: Callable[..., Any] | None = None, *, say: Callable[[str], object]) -> dict[str, Any]:
-    """Measures every row, keeping the JSON current.
-
-    Raises: ModelError where the given model fails; what was measured before it is in the file.
-    """
-    device = request.device
-    meter = Meter(device)
+def begin(request: Request, meter: Meter, *, say: Callable[[str], object]) -> dict[str, Any]:
+    """A result without rows: the machine, and how it will be measured."""
     say("measuring the copy bandwidth and the launch floor")
-    copy, floor = copy_bandwidth(device), launch_floor_us(device)
-    data: dict[str, Any] = {
+    copy, floor = copy_bandwidth(request.device), launch_floor_us(request.device)
+    return {
         "environment": environment(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "method": method(request, copy, floor),
@@ -60,28 +55,35 @@ def run(request: Request, model: Callable[..., Any] | None = None, *, say: Calla
                     for c, why in request.refused],
         "rows": [],
     }  # fmt: skip
+
+
+def fill(data: dict[str, Any], request: Request, meter: Meter, model: Callable[..., Any] | None = None, *,
+         say: Callable[[str], object]) -> None:  # fmt: skip
+    """Measures every row into the result, keeping the JSON current.
+
+    Raises: ModelError where the given model fails; what was measured before it is in the result and the file.
+    """
     settings = Settings(
-        device, request.columns, rounds=ROUNDS, seconds=QUICK_S if request.quick else FULL_S,
-        model=model, copy_gb_s=copy, meter=meter,
+        request.device, request.columns, rounds=ROUNDS, seconds=QUICK_S if request.quick else FULL_S,
+        model=model, copy_gb_s=data["method"]["copy_gb_s"], meter=meter,
     )  # fmt: skip
     work, visits = request.work(), 1 if request.quick else VISITS
     try:
         for at in range(visits * len(work)):
             (case, shape, dtype), again = work[at % len(work)], at >= len(work)
             say(f"[{at + 1}/{visits * len(work)}] {case.schedule} {case.solver} {'x'.join(map(str, shape))} {dtype}")
-            metered = not request.quick or case.solver in METERED  # 15 s a row
-            one = settings._replace(details=not again, meter=meter if metered and not again else None)
+            metered = not request.quick or case.solver in METERED
+            one = settings._replace(details=not again, joules=metered)
             if math.prod(shape) >= LARGE and not request.quick:
                 one = one._replace(seconds=LARGE_S)
-            earlier = data["rows"].pop(at % len(work)) if again else {}
+            earlier = data["rows"][at % len(work)] if again else {}
             row = measure(case, shape, dtype, request.dtypes[dtype], one, earlier=earlier or None)
-            data["rows"].insert(at % len(work), earlier | row)
+            data["rows"][at % len(work) : at % len(work) + 1] = [earlier | row]
             save(request.json, data)
         data["complete"] = True
     finally:
         data["state_after"] = meter.state()
         save(request.json, data)
-    return data
 
 
 def save(path: Path | None, data: dict[str, Any]) -> None:
@@ -94,9 +96,10 @@ def save(path: Path | None, data: dict[str, Any]) -> None:
 def text(data: dict[str, Any]) -> str:
     """Everything for a terminal."""
     rows = data["rows"]
-    null = data["method"]["model"].startswith("returns")
+    null = data["method"]["model"] == options.NO_MODEL
     what = "the model does nothing" if null else f"the model {data['method']['model']} included"
-    lines = [f"us a step (one model evaluation), median; {what}", ""]
+    stopped = [] if data["complete"] else [tables.interrupted(rows), ""]
+    lines = [*stopped, f"us a step (one model evaluation), median; {what}", ""]
     lines += [tables.throughput(rows, aligned=True), ""]
     lines += ["fastdiff's fastest column / the first peer, a step:", "", tables.details(rows, aligned=True), ""]
     lines += tables.footnotes(rows)
@@ -108,28 +111,39 @@ def text(data: dict[str, Any]) -> str:
     return "\n".join([*lines, describe(data["environment"])])
 
 
+def _stop(line: str, data: dict[str, Any], path: Path | None) -> None:
+    """The table of the rows so far, and one line that says why there are no more."""
+    if data.get("rows"):
+        print(text(data))
+    kept = f"; the rows before it are in {path}" if path and data.get("rows") else ""
+    print(f"fastdiff bench: {line}{kept}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints, writes; 2 and a line for bad input or a failing model, 1 where --compare finds slower rows."""
+    """Measures, prints, writes; 2 and a line for bad input or a failure, 1 where --compare finds slower rows."""
     args = options.parser().parse_args(argv)
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    data: dict[str, Any] = {}
     try:
         request = Request(args)
         model = None
         if args.model:
             model = build(args.model, request.device) if request.network else load_model(args.model)
-        data = run(request, model, say=lambda line: print(line, file=sys.stderr, flush=True))
+        meter = Meter(request.device)
+        data |= begin(request, meter, say=say)
+        fill(data, request, meter, model, say=say)
+    except KeyboardInterrupt:
+        _stop("interrupted", data, args.json)
+        return INTERRUPTED
     except ModelError as error:
-        kept = f"; the rows before it are in {args.json}" if args.json else ""
-        print(f"fastdiff bench: error: the model failed: {error}{kept}", file=sys.stderr)
+        _stop(f"error: the model failed: {error}", data, args.json)
         return BAD_INPUT
     except (ValueError, TypeError, OSError) as error:
-        print(f"fastdiff bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _stop(f"error: {' '.join(str(error).split())}", data, args.json)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print(
-            f"fastdiff bench: interrupted{f'; what was measured is in {args.json}' if args.json else ''}",
-            file=sys.stderr,
-        )
-        return 130
+    except Exception as error:  # not Python's exit code 1, which here says that a row got slower
+        _stop(f"error: {one_line(error)}", data, args.json)
+        return BAD_INPUT
     print(text(data))
     code = 0
     if request.stored is not None:

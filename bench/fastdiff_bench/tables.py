@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdiff_bench.cases import COLUMNS
 
-__all__ = ["best", "details", "footnotes", "label", "markdown", "number", "roofline", "throughput"]
+__all__ = ["best", "details", "footnotes", "interrupted", "label", "markdown", "number", "roofline", "throughput"]
 
 
 FEW = 4  # rows a footnote names one by one
@@ -39,8 +39,13 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def label(row: dict[str, Any]) -> list[str]:
-    """Schedule, solver and size of a row."""
-    return [row["schedule"].partition(":")[0], row["solver"], "x".join(map(str, row["shape"])), row["dtype"]]
+    """Schedule with its options, solver and size of a row."""
+    return [row["schedule"], row["solver"], "x".join(map(str, row["shape"])), row["dtype"]]
+
+
+def interrupted(found: Sequence[Any], what: str = "rows") -> str:
+    """Of a run that was stopped: how much it measured before."""
+    return f"interrupted: {len(found)} {what}"
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -89,8 +94,8 @@ def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Why cells are empty, each reason once; who was compared; rows whose times vary much."""
     why: dict[str, dict[str, list[str]]] = {}
     for r in rows:
-        for column, reason in r["skipped"].items():
-            why.setdefault(reason, {}).setdefault(column, []).append(f"{r['schedule'].partition(':')[0]} {r['solver']}")
+        for column, reason in (r["skipped"] | r.get("not_measured", {})).items():
+            why.setdefault(reason, {}).setdefault(column, []).append(f"{r['schedule']} {r['solver']}")
     lines = []
     for reason, found in why.items():
         everywhere = all(len(v) == len(rows) for v in found.values())

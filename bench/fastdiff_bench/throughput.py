@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ from fastdiff_bench.energy import Meter, throttled
 from fastdiff_bench.stock import diffusers_loop, k_diffusion_loop
 from fastdiff_bench.tables import best
 from fastdiff_bench.textbook import Textbook
+from fastdiff_bench.textbook_graph import Graphed
 from fastdiff_bench.timing import interleave, paired, summary
 
-__all__ = ["ROUNDS", "ModelError", "Settings", "measure"]
+__all__ = ["ROUNDS", "ModelError", "Settings", "measure", "one_line"]
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ROUNDS = 201  # at most; the medians of short loops need many on a machine that others share
@@ -42,6 +42,7 @@ class Settings(NamedTuple):
     copy_gb_s: float | None = None
     details: bool = True  # launches, host time, memory
     meter: Meter | None = None
+    joules: bool = True  # with the details: 15 s a row
 
 
 class Column(NamedTuple):
@@ -59,12 +60,19 @@ class Column(NamedTuple):
         return graph is not None, "compiled" if run.compiled is not None else "eager"
 
 
+def one_line(error: Exception) -> str:
+    """An exception's type and message, folded into one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _guarded(model: Callable[..., Any]) -> Model:
     def call(x: Tensor, t: Tensor) -> Tensor:
         try:
             return model(x, t)
         except Exception as error:
-            raise ModelError(f"{type(error).__name__}: {error}") from error
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise  # the compiler failed: that is its column's note
+            raise ModelError(one_line(error)) from error
 
     return call
 
@@ -95,6 +103,8 @@ def column_of(name: str, case: Case, plan: fd.Plan, model: Model, dtype: torch.d
                 plan, model if compiled_model is None else compiled_model, compiled=True, dtype=dtype, device=device
             )
         )
+    if name == "torch graph" and device.type == "cuda":
+        return Column(Graphed(Textbook(plan, model, dtype=dtype, device=device)))
     if name in ("diffusers", "k-diffusion"):
         make = diffusers_loop if name == "diffusers" else k_diffusion_loop
         try:
@@ -103,7 +113,7 @@ def column_of(name: str, case: Case, plan: fd.Plan, model: Model, dtype: torch.d
             return str(error)
         return Column(stock.loop, stock.prepare, stock.name) if stock else "no sampler that does the same"
     mode = name.removeprefix("fastdiff ")
-    if mode in GRAPHS and device.type != "cuda":
+    if mode in (*GRAPHS, "torch graph") and device.type != "cuda":
         return "CUDA graphs need a GPU"
     return _ours(plan, model, mode, dtype, device)
 
@@ -121,14 +131,18 @@ def _probe(out: Tensor) -> Model:
 
 
 def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-                    names: Sequence[str]) -> dict[str, float]:  # fmt: skip
-    """Relative difference of every peer from fastdiff eager: whole loops, the same start and the same normals.
+                    names: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
+    """Relative difference of every peer from fastdiff eager, and what the others raised.
+
+    Whole loops, the same start and the same normals.
 
     On a GPU compiled code draws its normals itself: there torch.compile is compared on plans without noise only.
     Where classes are drawn, no two libraries draw alike: those columns are not compared here.
     """
     out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    model, gaps = _probe(out), {}
+    model = _probe(out)
+    gaps: dict[str, float] = {}
+    failed: dict[str, str] = {}
     x_T = _start(plan, shape, device)
     want = column_of("fastdiff eager", case, plan, model, dtype, device, model)
     assert isinstance(want, Column)
@@ -137,13 +151,18 @@ def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: to
         own_noise = plan.stochastic and name == "torch.compile" and device.type == "cuda"
         if name not in PEERS or sampled or own_noise:
             continue
-        column = column_of(name, case, plan, model, dtype, device, model)
-        if isinstance(column, str):
-            continue
-        column.prepare()
         seeds = [torch.Generator(device).manual_seed(3) if plan.stochastic else None for _ in range(2)]
-        gaps[name] = _gap(column.run(x_T, seeds[0]), want.run(x_T, seeds[1]))
-    return gaps
+        try:
+            column = column_of(name, case, plan, model, dtype, device, model)
+            if isinstance(column, str):
+                continue
+            column.prepare()
+            end = column.run(x_T, seeds[0])
+        except Exception as error:
+            failed[name] = one_line(error)
+            continue
+        gaps[name] = _gap(end, want.run(x_T, seeds[1]))
+    return gaps, failed
 
 
 def _start(plan: fd.Plan, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -165,44 +184,9 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
         "steps": case.steps, "nfe": plan.nfe, "slots": plan.slots, "stochastic": plan.stochastic, "skipped": {},
     }  # fmt: skip
     with torch.no_grad():
-        if set_.model is None:
-            out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-            model: Model = lambda x, t: out  # noqa: E731
-            compiled_model = model
-        else:
-            if isinstance(set_.model, torch.nn.Module):
-                set_.model.to(dtype)
-            model = _guarded(set_.model)
-            compiled_model = torch.compile(set_.model, dynamic=False)
-        row["differs"] = compare_outputs(case, plan, shape, dtype, device, set_.columns)
-        columns: dict[str, Column] = {}
-        want: Tensor | None = None  # of fastdiff's first column: the others draw the same noise
+        model, compiled_model = _models(set_, plan, shape, dtype)
+        columns = _columns(row, case, plan, model, compiled_model, shape, dtype, set_)
         x_T = _start(plan, shape, device)
-        for name in set_.columns:
-            given = (
-                set_.model if set_.model is not None and name == "fastdiff compiled" else model
-            )  # no guard to compile
-            column = column_of(name, case, plan, given, dtype, device, compiled_model)
-            gap = row["differs"].get(name, 0.0)
-            if not isinstance(column, str) and not gap <= TOLERANCE[dtype]:  # NaN too
-                column = f"its result differs by {gap:.1e}: not the same computation, not timed"
-            if isinstance(column, str):
-                row["skipped"][name] = column
-                continue
-            column.prepare()
-            end = column.run(x_T, None)  # compiles, captures, allocates
-            if name.startswith("fastdiff"):
-                graphed, step = column.runs_as()
-                if name.endswith("_graph") and not graphed:
-                    row["skipped"][name] = "the capture failed: see the warning"
-                    continue
-                if name == "fastdiff compiled" and device.type == "cpu":
-                    row["kept_step"] = step
-                want = end if want is None else want
-                row["differs"][name] = _gap(end, want)
-            columns[name] = column
-            if column.note:
-                row.setdefault("names", {})[name] = column.note
         for name, gap in row["differs"].items():
             if name.startswith("fastdiff") and not gap <= TOLERANCE[dtype]:
                 raise RuntimeError(f"{case.schedule} {case.solver}: {name} differs from fastdiff's first by {gap:.1e}")
@@ -212,6 +196,9 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
         if earlier is not None and set(earlier["times"]) == set(times):
             times = {name: earlier["times"][name] + values for name, values in times.items()}
         row["times"] = times
+        if set_.meter is not None and set_.meter.nvml is not None:
+            row["state"] = set_.meter.state()  # while the board is as it was in the rounds: energy ends idle
+            row["throttled"] = throttled(row["state"]) or bool(earlier and earlier.get("throttled"))
         row["rounds"] = len(next(iter(times.values()), ()))
         row["us"] = {n: summary([1e6 * v / plan.nfe for v in values]) for n, values in times.items()}
         row["steps_per_s"] = {n: 1e6 / v["median"] for n, v in row["us"].items()}
@@ -223,6 +210,63 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
         if set_.details:
             _details(row, plan, runs, prepare, set_)
     return row
+
+
+def _models(set_: Settings, plan: fd.Plan, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Model, Model]:
+    """The model of the loops, and the one of torch.compile's; of a given one the output is checked.
+
+    Raises: ModelError, ValueError, TypeError where the given model fails or returns something else than it must.
+    """
+    if set_.model is None:
+        out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(set_.device, dtype)
+        return (lambda x, t: out,) * 2
+    if isinstance(set_.model, torch.nn.Module):
+        set_.model.to(set_.device, dtype).eval()
+    model = _guarded(set_.model)
+    _ours(plan, model, "eager", dtype, set_.device).run(_start(plan, shape, set_.device), None)
+    return model, _guarded(torch.compile(set_.model, dynamic=False))
+
+
+def _columns(row: dict[str, Any], case: Case, plan: fd.Plan, model: Model, compiled_model: Model,
+             shape: tuple[int, ...], dtype: torch.dtype, set_: Settings) -> dict[str, Column]:  # fmt: skip
+    """What is timed, warm; the row says why the others are not, what each is called and by how much it differs."""
+    device, columns = set_.device, dict[str, Column]()
+    row["differs"], failed = compare_outputs(case, plan, shape, dtype, device, set_.columns)
+    want: Tensor | None = None  # of fastdiff's first column: the others draw the same noise
+    x_T = _start(plan, shape, device)
+    for name in set_.columns:
+        bare = set_.model is not None and name == "fastdiff compiled" and device.type == "cuda"  # no guard to compile
+        given = set_.model if bare and set_.model is not None else model
+        gap = row["differs"].get(name, 0.0)
+        try:
+            column = column_of(name, case, plan, given, dtype, device, compiled_model)
+            if name in failed:
+                column = f"it failed: {failed[name]}"
+            elif not isinstance(column, str) and not gap <= TOLERANCE[dtype]:  # NaN too
+                column = f"its result differs by {gap:.1e}: not the same computation, not timed"
+            if isinstance(column, str):
+                row["skipped"][name] = column
+                continue
+            column.prepare()
+            end = column.run(x_T, None)  # compiles, captures, allocates
+        except Exception as error:
+            if name not in PEERS or isinstance(error, ModelError):
+                raise
+            row["skipped"][name] = f"it failed: {one_line(error)}"
+            continue
+        if name.startswith("fastdiff"):
+            graphed, step = column.runs_as()
+            if name.endswith("_graph") and not graphed:
+                row["skipped"][name] = "the capture failed: see the warning"
+                continue
+            if name == "fastdiff compiled" and device.type == "cpu":
+                row["kept_step"] = step
+            want = end if want is None else want
+            row["differs"][name] = _gap(end, want)
+        columns[name] = column
+        if column.note:
+            row.setdefault("names", {})[name] = column.note
+    return columns
 
 
 def _bandwidth(row: dict[str, Any], plan: fd.Plan, n: int, dtype: torch.dtype, copy: float | None) -> None:
@@ -251,15 +295,24 @@ def _details(row: dict[str, Any], plan: fd.Plan, runs: Mapping[str, Callable[[],
         prepare[name]()
         if set_.device.type == "cuda":
             row["host_us"][name] = _host_us(run, plan.nfe)
-    if set_.meter is not None and set_.meter.nvml is not None:
-        for name in [n for n in {best(row), row.get("against")} if n is not None]:
+    if set_.joules and set_.meter is not None and set_.meter.nvml is not None:
+        _energy(row, plan, runs, prepare, set_.meter)
+
+
+def _energy(row: dict[str, Any], plan: fd.Plan, runs: Mapping[str, Callable[[], object]],
+            prepare: Mapping[str, Callable[[], object]], meter: Meter) -> None:  # fmt: skip
+    """Joules of the best column and of the first peer, or why the board gave none."""
+    for name in [n for n in {best(row), row.get("against")} if n is not None]:
+        try:
             prepare[name]()
-            with suppress(RuntimeError):
-                reading = set_.meter.energy(runs[name])
-                if reading is not None:
-                    row["joules"][name] = reading.joules / plan.nfe
-        row["state"] = set_.meter.state()
-        row["throttled"] = throttled(row["state"])
+            reading = meter.energy(runs[name])
+        except ModelError:
+            raise
+        except Exception as error:  # NVML's own error is no RuntimeError
+            row.setdefault("not_measured", {})[f"joules of {name}"] = one_line(error)
+            continue
+        if reading is not None:
+            row["joules"][name] = reading.joules / plan.nfe
 
 
 def _host_us(run: Callable[[], object], rows: int) -> float:

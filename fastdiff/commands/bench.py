@@ -13,6 +13,7 @@ from fastdiff.commands.options import INTERRUPTED
 
 __all__ = ["add_bench", "run_bench"]
 
+COMPILED_AS = {"binned_mean": "binned/mean"}  # a case of codegen where it is not the kernel's own name
 QUICK_TARGETS = ("--arch", "90")
 TARGETS = ("--arch", "80", "89", "90", "100", "--hip", "gfx942")
 
@@ -45,7 +46,8 @@ def run_bench(args: argparse.Namespace) -> int:
     request = Request(args)
     if args.codegen:
         command = ["fastdiff_bench.codegen", *(QUICK_TARGETS if args.quick else TARGETS)]
-        command += ["--only", *request.kernels] if args.kernels else []
+        only = dict.fromkeys(COMPILED_AS.get(name, name) for name in request.kernels)
+        command += ["--only", *only] if args.kernels else []
         command += ["--json", args.json] if args.json else []
     else:
         command = ["fastdiff_bench.roofline" if args.roofline else "fastdiff_bench.suite", *as_arguments(args)]

@@ -58,16 +58,27 @@ def _model(name: str, size: tuple[int, ...] | None, on: torch.device) -> tuple[C
     return model, size
 
 
+def _trace(text: str | None) -> Path | None:
+    """The trace's path, which can be written; what is there stays until there is a new trace."""
+    if not text:
+        return None
+    path = Path(text)
+    try:
+        if path.exists():
+            write_atomic(path, path.read_bytes())
+        else:
+            write_atomic(path, b"")
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"--trace: {text!r} cannot be written: {error.strerror or error}") from None
+    return path
+
+
 def run_profile(args: argparse.Namespace) -> int:
     """fastdiff profile; a model that fails is one line and exit code 2."""
     from fastdiff_bench.profiling import ModelError, profile_run, table
 
-    trace = Path(args.trace) if args.trace else None
-    if trace is not None:
-        try:
-            write_atomic(trace, b"{}\n")
-        except OSError as error:
-            raise UsageError(f"--trace: {args.trace!r} cannot be written: {error.strerror or error}") from None
+    trace = _trace(args.trace)
     plan = make_plan(args)
     model, size = _model(args.model, args.shape, torch.device(args.device))
     try:
