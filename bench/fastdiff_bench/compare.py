@@ -64,8 +64,14 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         "within": sum(s <= STABLE for s in size) / len(size) if size else None,
         "unstable": [c for c in found if abs(c["change"]) > STABLE],
         "commits": [d["environment"].get("commit") for d in (old, new)],
-        "machines": [d["environment"].get("gpu") or d["environment"].get("cpu") for d in (old, new)],
+        "machines": [_machine(d["environment"]) for d in (old, new)],
     }
+
+
+def _machine(env: dict[str, Any]) -> str | None:
+    """The board, or the processor and its vector instructions."""
+    where = env.get("gpu") or env.get("cpu")
+    return f"{where}, {env['vectors']}" if "vectors" in env and not env.get("gpu") else where
 
 
 def _line(c: dict[str, Any]) -> str:

@@ -73,6 +73,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version for name in PACKAGES if (version := _version(name)) is not None},
@@ -83,6 +84,7 @@ def environment() -> dict[str, Any]:
 
 def describe(env: dict[str, Any]) -> str:
     """One line for people."""
-    where = env.get("gpu") or f"{env['cpu']}, {env['cores']} cores"
+    vectors = f", {env['vectors']}" if "vectors" in env else ""
+    where = env.get("gpu") or f"{env['cpu']}, {env['cores']} cores{vectors}"
     versions = ", ".join(f"{name} {env[name]}" for name in PACKAGES if name in env)
     return f"{where}; Python {env['python']}, {versions}; commit {env['commit']}"
