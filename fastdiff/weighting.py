@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.schedules import Schedule
+from fastdiff.schedules import BFNContinuous, BFNDiscrete, Schedule
 
 __all__ = ["WEIGHTINGS", "WeightOptions", "target_weight"]
+
+NEXT_TO_ONE = 1.0 - 2.0**-53  # the time before 1, where alpha = sigma = 0 in a Bayesian flow
 
 
 class WeightOptions(NamedTuple):
@@ -56,9 +58,12 @@ def target_weight(name: str | None, target: str, schedule: Schedule, t: Tensor, 
         score: w sigma^2 / SNR;   flow: w / (1 + sqrt(SNR))^2,   SNR = alpha^2 / sigma^2
 
     Args:    name: None (1, on the target itself) or one of WEIGHTINGS.   target: eps, x0, v, score or flow.
+    Numerics: at t = 1 of a Bayesian flow, where SNR is 0 / 0, the weight just before: its limit, to fp32's rounding.
     """
     if name is None:
         return torch.ones_like(t, dtype=torch.float64)
+    if isinstance(schedule, BFNContinuous | BFNDiscrete):
+        t = t.double().clamp(max=NEXT_TO_ONE)
     a, s = schedule.alpha(t), schedule.sigma(t)
     a2, s2 = a * a, s * s
 

@@ -85,6 +85,19 @@ def test_compiled_and_low_precision() -> None:
     assert (low - want).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("log_std", [-4.0, -6.0, -8.0, -12.0, -48.0, -200.0])
+def test_fp32_gradients_of_a_narrow_prediction(log_std: float) -> None:
+    """Those of float64 for any std, also where it or its square is no fp32 number."""
+    schedule, found = S.BFNContinuous(0.03), []
+    for dtype in (torch.float32, torch.float64):
+        m = torch.tensor([[[0.05], [log_std]]], dtype=dtype, requires_grad=True)
+        x, mu = torch.full((1, 1, 1), 1 / 512, dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype)
+        options = {"bins": 256, "prediction": "x0", "steps": 10, "seeds": [3]}
+        loss = training.bfn_discretised_loss(m, x, mu, 0.5, schedule, **options)
+        found.append(torch.cat([loss, *torch.autograd.grad(loss.sum(), m)[0].flatten(1)]).double())
+    torch.testing.assert_close(found[0], found[1], rtol=5e-5, atol=0)
+
+
 def quantised(count: int) -> tuple[Tensor, Tensor]:
     """Bin centres [count, 2, 3] and their bins."""
     g = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -161,6 +162,29 @@ def test_gradients_of_the_discrete_losses(K: int) -> None:
     for options in ({}, {"steps": 4, "seeds": range(4)}, {"units": "bits_per_dim"}):
         assert torch.autograd.gradcheck(lambda v, o=options: training.bfn_discrete_loss(v, x, t, schedule, **o), m)
     assert torch.autograd.gradcheck(lambda v: training.bfn_discrete_reconstruction(v, x, schedule), m)
+
+
+@pytest.mark.parametrize("K", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_without_axes_are_samples_of_one_element(K: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(7)
+    x = torch.randint(0, K, (4,), generator=g)
+    m = torch.randn(4, 1 if K == 2 else K, dtype=dtype, generator=g)
+    options: list[dict[str, Any]] = [{}, {"steps": 3, "seeds": range(4)}]
+    for loss, given in (
+        (training.bfn_discrete_reconstruction, [{}]), (functools.partial(training.bfn_discrete_loss, t=1.0), options),
+    ):  # fmt: skip
+        for some in given:
+            got, want = (
+                loss(m.view(*s, -1), x.view(s), schedule=S.BFNDiscrete(1.7, K), **some) for s in ((4,), (4, 1))
+            )
+            assert torch.equal(got, want)
+    values = torch.randn(3, 4, dtype=dtype, generator=g)
+    for some in options[:1] + [{"steps": 4}]:
+        got, want = (training.bfn_continuous_loss(*values.view(3, *s), 0.5, C, **some) for s in ((4,), (4, 1)))
+        assert torch.equal(got, want)
+    got, want = (training.bfn_continuous_reconstruction(*values.view(3, *s), C) for s in ((4,), (4, 1)))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops, rng
+from fastdiff.ops._log_ndtr import log_ndtr
 from fastdiff.ops.binned import bin_log_probability, bin_mean, bin_of, binned_readout, binned_readout_ref
 
 COEF = torch.tensor([[1.2, -0.4], [0.0, 1.0], [1.05, -0.2]])
@@ -168,6 +169,21 @@ def test_log_probabilities_far_away_keep_value_and_gradient() -> None:
         assert got.item() == pytest.approx(-z * z / 2 - math.log(z * math.sqrt(2 * math.pi)), rel=1e-5)
         (grad,) = torch.autograd.grad(got, mean)
         assert grad.item() == pytest.approx(-z / 0.02, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_log_ndtr(dtype: torch.dtype) -> None:
+    """phi(x) / Phi(-x) = x + 1 / (x + 2 / (x + 3 / ...)), Laplace's continued fraction; once more by its derivative."""
+    z = torch.tensor([-3.0, -40.0, -2000.0, -1e5, -1e10], dtype=dtype, requires_grad=True)
+    x = -z.detach().double()
+    want = x.clone()
+    for k in range(60, 0, -1):
+        want = x + k / want
+    (got,) = torch.autograd.grad(log_ndtr(z).sum(), z, create_graph=True)
+    torch.testing.assert_close(got.detach().double(), want, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    (second,) = torch.autograd.grad(got[0], z)
+    assert second[0].item() == pytest.approx(-want[0].item() * (want[0].item() - 3), rel=1e-5)
+    assert torch.equal(torch.func.grad(lambda v: log_ndtr(v).sum())(z.detach()), got.detach())
 
 
 def test_gradients() -> None:

@@ -9,7 +9,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 import fastdiff as fd
-from fastdiff import ops
+from fastdiff import ops, rng
 from fastdiff.schedules import VP, Betas, cosine_betas, linear_betas
 from fastdiff.training import bound
 
@@ -165,6 +165,15 @@ def test_decoder_is_the_mass_of_a_bin():
     assert abs(density.item() + norm.logpdf(0.1, -0.3, math.exp(-0.5))) < 1e-13
 
 
+@pytest.mark.parametrize(("x", "edge"), [(0.0, 1 / 255), (-1.0, 1 / 255 - 1), (1.0, 1 - 1 / 255)])
+def test_decoder_gradient_of_a_narrow_scale(x, edge):
+    """-ln Phi(-z) = z^2 / 2 + ..., z = (mean - edge) / s at the nearest edge: its derivative is (mean - edge) / s^2."""
+    mean = torch.tensor([[0.3]], dtype=torch.float64, requires_grad=True)
+    data, log_scale = (torch.tensor([[v]], dtype=torch.float64) for v in (x, -20.0))
+    (grad,) = torch.autograd.grad(ops.decoder_nll(data, mean, log_scale).sum(), mean)
+    assert grad.item() == pytest.approx((0.3 - edge) * math.exp(40.0), rel=1e-12)
+
+
 def test_decoder_gradcheck():
     x = torch.tensor([[-1.0, -0.5, 0.25, 1.0]], dtype=torch.float64)
     m, s = data(1, 4).requires_grad_(), (data(1, 4, seed=1) - 2).requires_grad_()
@@ -207,6 +216,39 @@ def test_learned_bound_is_the_integrated_kl(t):
         lambda x: q.pdf(x) * (q.logpdf(x) - p.logpdf(x)), q.mean() - reach, q.mean() + reach, epsabs=1e-13, limit=200
     )[0]
     assert abs(got - want / math.log(2)) < 1e-9 * max(1, abs(want))
+
+
+@pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
+def test_low_precision_data_against_float64(variance):
+    """Of the same bf16 numbers: the means differ by less than a rounding to bf16, which must not come before that."""
+    chain, seen, outs = Betas(linear_betas(1000)[::50]), [], []
+    x0 = data(3, 2, 40).clamp(-1, 1).bfloat16()
+
+    def model(x, t):
+        width = 4 if variance == "learned_range" else 2
+        seen.append(x)
+        outs.append((0.9 * rng.normal([1, 2, 3], (width, 40), row=int(t[0]))).bfloat16())
+        return outs[-1]
+
+    got = fd.training.bits_per_dim(model, x0, chain, variance=variance, progress=False)
+    for k, x_t, out in zip(range(19, -1, -1), seen, outs, strict=True):
+        assert x_t.dtype == out.dtype == torch.bfloat16
+        given = out.double(), x0.double(), x_t.double(), torch.full((3,), k), chain
+        want = bound.vb_term(*given, variance=variance, clip=(-1.0, 1.0))
+        torch.testing.assert_close(got.terms[k].double(), want, rtol=2e-5, atol=0)
+        hat = ops.posterior_ref(given[2], given[0][:, :2], k, chain, "eps", (-1.0, 1.0))[3]
+        torch.testing.assert_close(
+            got.mse[k].double(), (hat - given[1]).square().flatten(1).mean(1), rtol=2e-5, atol=1e-12
+        )
+
+
+def test_bits_per_dim_of_samples_without_axes():
+    """Those of samples of one element."""
+    chain, x0 = Betas(linear_betas(1000)[::100]), data(4).clamp(-1, 1)
+    options = {"variance": "fixed_large", "progress": False}
+    got = fd.training.bits_per_dim(lambda x, t: 0.9 * x, x0, chain, **options)
+    want = fd.training.bits_per_dim(lambda x, t: 0.9 * x, x0[:, None], chain, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_hybrid_stops_the_gradient_of_the_mean():
@@ -290,6 +332,7 @@ X = torch.zeros(2, 1, 3)
         (lambda: ops.gaussian_kl(X, torch.zeros(5), X, X), ValueError, "log_variance1 must broadcast"),
         (lambda: ops.decoder_nll(X, X, X, bins=1), ValueError, "bins"),
         (lambda: ops.decoder_nll(X.int(), X, X), TypeError, "int32"),
+        (lambda: bound.vb_term(X, X, X.int(), 3, CHAIN, variance="fixed_small"), TypeError, "x_t.*int32"),
         (lambda: fd.training.vlb_loss(X, X, 3, CHAIN, [1, 2]), ValueError, r"\(2, 2, 3\), got \(2, 1, 3\)"),
         (lambda: fd.training.vlb_loss(X, X, 3, CHAIN, [1, 2], variance="learned"), ValueError, "learned_range"),
         (lambda: fd.training.vlb_loss(X, X, 1000, CHAIN, [1, 2], variance="fixed_small"), ValueError, "0..999"),

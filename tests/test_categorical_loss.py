@@ -72,6 +72,18 @@ def test_strides_and_axes(device):
         assert float((graded[1] - exact[1]).abs().max() / exact[1].abs().max()) <= 2e-6
 
 
+@pytest.mark.parametrize("K", [2, 27])
+def test_samples_without_axes_are_samples_of_one_token(K, device):
+    logits, x, w = case(K, 1)
+    one = with_gradient(ops.categorical_loss, logits[:, 0].to(device), x[:, 0].to(device), w.to(device))
+    for loss in (ops.categorical_loss_ref, ops.categorical_loss):
+        many = with_gradient(loss, logits, x, w)
+        flat = with_gradient(loss, logits[:, 0], x[:, 0], w)
+        for a, b, c in zip(one, many, flat, strict=True):
+            torch.testing.assert_close(a, b.view_as(a), rtol=2e-6, atol=1e-7)
+            assert torch.equal(b.view_as(c), c)
+
+
 def test_near_the_truth_no_digits_are_lost(device, request):
     """A confident network: the error 2 (1 - p)^2 keeps its relative precision."""
     exact = "loop" in request.node.name  # adds the others up; 1 - p in fp32 is 6e-8 of 1.2e-4, squared

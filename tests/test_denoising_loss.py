@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from fastdiff import ops, rng
 from fastdiff.schedules import EDM, VE, VP, Betas, Cosine, Flow, SubVP, linear_betas
+from fastdiff.weighting import WeightOptions, target_weight
 
 CHAIN = Betas(linear_betas(1000))
 SEEDS = torch.tensor([3, 2**62 + 5, 8])
@@ -112,8 +113,6 @@ def test_weight_identities():
 
 def test_weights_at_the_ends_are_their_limits():
     """alpha = 0: min-SNR on eps is 1, on v 0; sigma = 0: min-SNR on x0 is gamma, P2 on x0 1. No 0 / 0."""
-    from fastdiff.weighting import WeightOptions, target_weight
-
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
     def at(name, target):
@@ -193,7 +192,7 @@ def test_a_sample_is_the_same_alone(device):
 
 @pytest.mark.parametrize("target", ["eps", "v"])
 def test_only_the_gradient_is_saved(target, device):
-    """Between loss and backward lives one full-size tensor, dL/d(model_out); add_noise with a gradient keeps none."""
+    """Between loss and backward lives one full-size tensor, rho'; add_noise with a gradient keeps none."""
     packed = []
     m, x0 = data((50,)).to(device).requires_grad_(), data((50,)).to(device)
     t, seeds = times(CHAIN).to(device), SEEDS.to(device)
@@ -326,7 +325,8 @@ def test_opcheck(kernel_device):
     x = data((5,)).to(d)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for x0 in (None, x):
-        args = (x, x0, table, t, seeds, index, 0, 1, 2, 0.5, torch.zeros(3, device=d), torch.zeros_like(x))
+        outs = torch.zeros(3, device=d), torch.zeros_like(x), torch.zeros(3, device=d)
+        args = (x, x0, table, t, seeds, index, 0, 1, 2, 0.5, *outs)
         torch.library.opcheck(torch.ops.fastdiff.denoising_loss.default, args, test_utils=tests)
     args = (x, None, table, t, seeds, index, 0, 1, torch.zeros_like(x), torch.zeros_like(x))
     torch.library.opcheck(torch.ops.fastdiff.add_noise.default, args, test_utils=tests)

@@ -124,15 +124,16 @@ def test_noising_and_loss_of_small_samples(n):
     batch = 37
     seeds, index, g = torch.arange(batch) + 11, torch.arange(batch) * 7, torch.Generator().manual_seed(n)
     x, m, coef = (torch.randn(batch, k, generator=g) for k in (n, n, 4))
-    out, loss, grad = torch.empty(batch, n), torch.empty(batch), torch.empty(batch, n)
+    out, loss, slope, scale = torch.empty(batch, n), torch.empty(batch), torch.empty(batch, n), torch.empty(batch)
     assert _fused.noised(x, coef, None, seeds, index, 3, 1, [out])
-    assert _fused.loss_and_gradient(m, x, coef, None, seeds, index, 3, 1, 0, 1.0, loss, grad)
+    assert _fused.loss_and_slopes(m, x, coef, None, seeds, index, 3, 1, 0, 1.0, loss, slope, scale)
+    assert torch.equal(scale, coef[:, 2] / n)
     for b in range(batch):
-        part, a, c, d = slice(b, b + 1), torch.empty(1, n), torch.empty(1), torch.empty(1, n)
+        part, a, c, d, e = slice(b, b + 1), torch.empty(1, n), torch.empty(1), torch.empty(1, n), torch.empty(1)
         assert _fused.noised(x[part], coef[part], None, seeds[part], index[part], 3, 1, [a])
         keys = seeds[part], index[part], 3, 1
-        assert _fused.loss_and_gradient(m[part], x[part], coef[part], None, *keys, 0, 1.0, c, d)
-        assert torch.equal(a[0], out[b]) and torch.equal(c[0], loss[b]) and torch.equal(d[0], grad[b])
+        assert _fused.loss_and_slopes(m[part], x[part], coef[part], None, *keys, 0, 1.0, c, d, e)
+        assert torch.equal(a[0], out[b]) and torch.equal(c[0], loss[b]) and torch.equal(d[0], slope[b])
 
 
 def test_every_loop_builds():
@@ -144,11 +145,12 @@ def test_rows_of_a_table(t):
     """A table's rows at t are those of the table that t picked, for one t and one a sample; no index is 0 each."""
     seeds, table, t = torch.arange(3), torch.rand(5, 4), torch.tensor(t)
     x, m = torch.randn(3, 300), torch.randn(3, 300)
-    out, loss, grad = torch.empty(2, 3, 300), torch.empty(2, 3), torch.empty(2, 3, 300)
+    out, loss, slope, scale = torch.empty(2, 3, 300), torch.empty(2, 3), torch.empty(2, 3, 300), torch.empty(2, 3)
     for i, (coef, at, index) in enumerate([(table, t, None), (table[t], None, seeds * 0)]):
         assert _fused.noised(x, coef, at, seeds, index, 3, 1, [out[i]])
-        assert _fused.loss_and_gradient(m, x, coef, at, seeds, index, 3, 1, 0, 1.0, loss[i], grad[i])
-    assert torch.equal(out[0], out[1]) and torch.equal(loss[0], loss[1]) and torch.equal(grad[0], grad[1])
+        given = m, x, coef, at, seeds, index, 3, 1, 0, 1.0
+        assert _fused.loss_and_slopes(*given, loss[i], slope[i], scale[i])
+    assert all(torch.equal(v[0], v[1]) for v in (out, loss, slope, scale))
     assert (loss > 0).all()
 
 

@@ -28,13 +28,13 @@ def _sums(dtype: str, lanes: int) -> Iterator[Case]:
     warps = tile.pop("num_warps")
     tile |= {"BLOCK": tile["BLOCK"] // tile["PARTS"], "PARTS": 1}
     p = f"*{dtype}"
-    types = {"model_ptr": p, "grad_ptr": p, "coef_ptr": "*fp32", "t_ptr": "*i64", "loss_ptr": "*fp32"}
-    types |= {"seed_ptr": "*i64", "index_ptr": "*i64", "one_over_n": "fp32", "delta": "fp32"}
+    types = {"model_ptr": p, "slope_ptr": p, "coef_ptr": "*fp32", "t_ptr": "*i64", "loss_ptr": "*fp32"}
+    types |= {"scale_ptr": "*fp32", "seed_ptr": "*i64", "index_ptr": "*i64", "one_over_n": "fp32", "delta": "fp32"}
     types |= dict.fromkeys(("n", "first", "rows", "t_stride", "row", "stream", "tiles"), "i32")
     for name, kind, x0 in (("eps", 0, {}), ("v", 0, {"x0_ptr": p}), ("huber", 2, {"x0_ptr": p})):
         yield Case(
             f"denoising_loss/{name}/{dtype}", "denoising_loss", "denoising_loss_kernel", types | x0,
-            {"KIND": kind, **tile}, (dtype,) * (1 + len(x0)), (dtype,), clamps=kind == 2, scalars=1, num_warps=warps,
+            {"KIND": kind, **tile}, (dtype,) * (1 + len(x0)), (dtype,), clamps=kind == 2, scalars=2, num_warps=warps,
             lanes=lanes,
         )  # fmt: skip
     types = {"mean1_ptr": p, "mean2_ptr": p, "log2_ptr": p, "log1_ptr": "*fp32", "one_over_n": "fp32"}

@@ -69,14 +69,14 @@ def noised(
     return native.run("noise", "add_noise", noise, rows, x, out, target, *native.types(x, outs[0]), threads)
 
 
-def loss_and_gradient(
+def loss_and_slopes(
     m: Tensor, x0: Tensor | None, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor | None, row: int,
-    stream: int, kind: int, delta: float, loss: Tensor, grad: Tensor,
+    stream: int, kind: int, delta: float, loss: Tensor, slope: Tensor, scale: Tensor,
 ) -> bool:  # fmt: skip
-    """loss = c[2] mean rho(m - c[0] x0 - c[1] noise) and its gradient by m; False where no loop can run.
+    """loss = c[2] mean rho(m - c[0] x0 - c[1] noise), its gradient by m as scale slope; False where no loop can run.
 
-    Args: m, x0: [B, *sample]. coef, t: as for `noised`. kind: index into LOSSES. loss: fp32 [B]. grad: [B, *sample] of
-        m's dtype, contiguous. No float64.
+    Args: m, x0: [B, *sample]. coef, t: as for `noised`. kind: index into LOSSES. loss, scale: fp32 [B]. slope:
+        [B, *sample] of m's dtype, contiguous. No float64.
     """
     if not wanted(m, seeds):
         return False
@@ -84,11 +84,11 @@ def loss_and_gradient(
     noise, _held = _noise(seeds, index, row, stream, m)
     rows, _table = native.coef_rows(coef, t)
     options = *native.types(m, m if x0 is None else x0), kind, float(delta), native.threads(m.numel(), heavy=True)
-    return native.run("noise", "denoising_loss", noise, rows, m, x0, loss, grad, *options)
+    return native.run("noise", "denoising_loss", noise, rows, m, x0, loss, slope, scale, *options)
 
 
 def scaled(x: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """g[b] x[b] of x's dtype (or another) in one pass: a gradient that was made with its loss, x [B, *] contiguous."""
+    """g[b] x[b] of x's dtype (or another) in one pass: a gradient from the slopes a loss left, x [B, *] contiguous."""
     if dtype not in (None, x.dtype) or _dispatch.transformed():
         return (x * _dispatch.spread(g, x)).to(dtype or x.dtype)
     out = torch.empty_like(x)

@@ -13,10 +13,17 @@ from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._noising import Seeds
 from fastdiff.schedules import Betas, Schedule
 
+
+def _v(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Its limit (-1, 0) where alpha = sigma = 0: alpha goes first where a Bayesian flow knows nothing."""
+    h = torch.hypot(a, s)
+    return torch.where(h == 0, -1.0, -s / h), torch.where(h == 0, 0.0, a / h)
+
+
 # target name -> its coefficients of x0 and eps, from float64 alpha, sigma
 TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "eps": lambda a, s: (0 * a, 1 + 0 * s),
-    "v": lambda a, s: (-s / torch.hypot(a, s), a / torch.hypot(a, s)),
+    "v": _v,
     "x0": lambda a, s: (1 + 0 * a, 0 * s),
     "score": lambda a, s: (0 * a, -1 / s),
     "flow": lambda a, s: (-1 + 0 * a, 1 + 0 * s),

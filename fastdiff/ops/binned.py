@@ -8,6 +8,7 @@ from torch import Tensor
 from fastdiff import native, rng
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS, FLOATS64, INTS, check_batched, check_tensor, spread
+from fastdiff.ops._log_ndtr import log_ndtr
 
 MODES = ("sample", "mean")
 CHUNK = 1 << 20  # elements x bins of one eager pass over the edges
@@ -123,18 +124,20 @@ def bin_log_probability(mean: Tensor, std: Tensor, k: Tensor, bins: int) -> Tens
     """ln P(bin k) of N(mean, std^2), the tails with the outer bins; differentiable far from the bin too.
 
     Args: mean, std: [*]. k: int64 [*], 0..K-1. Numerics: from log_ndtr on the side where it is small, so that a bin 20
-        std away keeps its value and its gradient.
+        std away keeps its value and its gradient. A std below 7e-16 (float64: 7e-124) is taken as that, so that
+        (edge - mean)^2 / std^2 stays a number.
     """
+    std = std.clamp(min=torch.finfo(std.dtype).tiny ** 0.4)
     edge = 2 * k.to(mean.dtype) / bins - 1
     low, high = (edge - mean) / std, (edge + 2 / bins - mean) / std
     flip = (low + high) > 0  # work in the lower tail
     a, b = torch.where(flip, -high, low), torch.where(flip, -low, high)
     first = torch.where(flip, k == bins - 1, k == 0)  # nothing below a
     last = torch.where(flip, k == 0, k == bins - 1)  # nothing above b
-    upper = torch.special.log_ndtr(torch.where(last, 0.0, b))
+    upper = log_ndtr(torch.where(last, 0.0, b))
     upper = torch.where(last, 0.0, upper)
-    lower = torch.special.log_ndtr(torch.where(first, 0.0, a))
-    gap = torch.where(first, -1.0, lower - upper)
+    lower = log_ndtr(torch.where(first, 0.0, a))
+    gap = torch.where(first | torch.isneginf(upper), -1.0, lower - upper)
     tiny = -torch.finfo(mean.dtype).tiny
     inner = upper + torch.log(-torch.expm1(gap.clamp(max=tiny)))
     return torch.where(first, upper, inner)

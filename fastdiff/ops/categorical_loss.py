@@ -55,7 +55,7 @@ def categorical_loss_ref(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0
     else:
         at = x[..., None] == torch.arange(m.shape[-1], device=x.device)
         error = ((torch.softmax(m, -1) - at.to(m.dtype)) ** 2).sum(-1)
-    return weight * error.flatten(1).mean(1)
+    return weight * error.reshape(len(x), x.shape[1:].numel()).mean(1)
 
 
 class _Error(torch.autograd.Function):

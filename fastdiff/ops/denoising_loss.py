@@ -1,4 +1,4 @@
-"""The training loss, its noise drawn again from the counter, and its gradient in the same pass."""
+"""The training loss, its noise drawn again from the counter, and the slopes of its gradient in the same pass."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def denoising_loss(
         eps = n;  v = (alpha n - sigma x0) / sqrt(alpha^2 + sigma^2);  score = -n / sigma;  flow = n - x0
         rho(d) = d^2 (l2),  |d| (l1),  d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2) (huber)
 
-    Nothing is kept from `add_noise` to the loss, and dL/d(model_out) alone from the loss to backward.
+    Nothing is kept from `add_noise` to the loss, and rho' alone, of model_out's dtype, from the loss to backward.
     Args:
         model_out: [B, *sample], fp32, bf16 or fp16 (float64 in plain torch), any strides.
         x0: [B, *sample]; None is allowed for the targets eps and score.
@@ -63,7 +63,8 @@ def denoising_loss(
     Raises:  TypeError, ValueError: a wrong shape, dtype or device, an unknown target, weighting or loss, x0 missing,
         seeds of another length, integer t for a continuous schedule or floating t for Betas, t out of range (on CUDA:
         NaN instead of an error).
-    Numerics: a sample's loss never depends on the batch. Coefficients in float64, arithmetic in fp32.
+    Numerics: a sample's loss never depends on the batch. Coefficients in float64, arithmetic in fp32. The gradient is
+        rho' times the incoming one times w / n, that product taken in fp32: a loss scale keeps fp16 from underflow.
     Source:  Hang et al. 2023, arXiv:2303.09556 (min_snr); Salimans and Ho 2022, arXiv:2202.00512 (truncated_snr);
         Karras et al. 2022, arXiv:2206.00364 (edm); Vincent 2011 (sigma2); Song et al. 2021, arXiv:2101.09258
         (likelihood); Choi et al. 2022, arXiv:2204.00227 (p2).
@@ -82,7 +83,7 @@ def denoising_loss(
     elif _dispatch.graded(model_out, x0):
         out = _Direct.apply(model_out, x0, given)
     else:
-        out = _loss_and_gradient(model_out, x0, *given)[0]
+        out = _loss_and_slopes(model_out, x0, *given)[0]
     return out if named == weighting else out * weighting.to(out.dtype)  # type: ignore[union-attr]
 
 
@@ -112,11 +113,12 @@ def denoising_loss_ref(
     named = weighting if isinstance(weighting, str) else None
     coef, rows = _coefficients(schedule, at, target, named, options, dtype)
     coef = (coef if rows is None else coef[rows]).expand(model_out.shape[0], 4)
-    n = rng.normal(keyed, model_out.shape[1:], row=row, stream=stream, index=which).to(dtype).flatten(1)
+    shape = model_out.shape[0], model_out.shape[1:].numel()
+    n = rng.normal(keyed, shape[1:], row=row, stream=stream, index=which).to(dtype)
     goal = coef[:, 1:2] * n
     if x0 is not None and target not in NOISE_TARGETS:
-        goal = goal + coef[:, :1] * x0.to(dtype).flatten(1)
-    value, _ = _rho(model_out.to(dtype).flatten(1) - goal, LOSSES.index(loss), delta)
+        goal = goal + coef[:, :1] * x0.to(dtype).reshape(shape)
+    value, _ = _rho(model_out.to(dtype).reshape(shape) - goal, LOSSES.index(loss), delta)
     weight = coef[:, 2] if named == weighting else weighting.to(dtype)  # type: ignore[union-attr]
     return weight * value.mean(1)
 
@@ -144,67 +146,66 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _fill(
-    loss: Tensor, grad: Tensor, model_out: Tensor, x0: Tensor | None, coef: Tensor, noise: Tensor, kind: int,
-    delta: float,
+    loss: Tensor, slope: Tensor, scale: Tensor, model_out: Tensor, x0: Tensor | None, coef: Tensor, noise: Tensor,
+    kind: int, delta: float,
 ) -> None:  # fmt: skip
-    """Writes loss [B] and grad [B, n] from model_out, x0, noise [B, n] and coef [B, 4]."""
+    """Writes loss, scale [B] and slope [B, n] from model_out, x0, noise [B, n] and coef [B, 4]."""
     wide = noise.dtype
     goal = coef[:, 1:2] * noise
     if x0 is not None:
         goal = goal + coef[:, :1] * x0.to(wide)
-    value, slope = _rho(model_out.to(wide) - goal, kind, delta)
+    value, derivative = _rho(model_out.to(wide) - goal, kind, delta)
     n, weight = noise.shape[1], coef[:, 2]
     loss.copy_(weight * (_sum(value) / n))  # of an empty sample: NaN, as torch has it
-    grad.copy_((weight / max(n, 1))[:, None] * slope)
+    slope.copy_(derivative)
+    scale.copy_(weight / max(n, 1))
 
 
 def _on_cpu(
     model_out: Tensor, x0: Tensor | None, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor | None, row: int,
-    stream: int, kind: int, delta: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """loss [B], grad like model_out: by the C++ loop where it can run, else plain torch."""
+    stream: int, kind: int, delta: float, loss: Tensor, slope: Tensor, scale: Tensor,
+) -> None:  # fmt: skip
+    """Writes loss, scale [B] and slope like model_out: by the C++ loop where it can run, else plain torch."""
     batch, wide = model_out.shape[0], coef.dtype
-    loss = torch.empty(batch, dtype=wide, device=model_out.device)
-    grad = torch.empty_like(model_out, memory_format=torch.contiguous_format)
     plain = wide == torch.float32 and (x0 is None or _fused.wanted(x0))
     given = model_out, x0, coef, t, seeds, index, row, stream, kind, delta
-    if not (plain and _fused.loss_and_gradient(*given, loss, grad)):
-        n = grad.shape[1:].numel()
+    if not (plain and _fused.loss_and_slopes(*given, loss, slope, scale)):
+        n = slope.shape[1:].numel()
         z = rng.normal(seeds, (n,), row=row, stream=stream, index=index).to(wide)
         clean, c = None if x0 is None else x0.reshape(batch, n), (coef if t is None else coef[t]).expand(batch, 4)
-        _fill(loss, grad.view(batch, n), model_out.reshape(batch, n), clean, c, z, kind, delta)
-    return loss, grad
+        _fill(loss, slope.view(batch, n), scale, model_out.reshape(batch, n), clean, c, z, kind, delta)
 
 
-def _loss_and_gradient(
+def _loss_and_slopes(
     model_out: Tensor, x0: Tensor | None, coef: Tensor, rows: Tensor | None, seeds: Tensor, index: Tensor | None,
     row: int, stream: int, kind: int, delta: float, on_kernel: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss [B], dL/d(model_out)): the second is what backward scales, and all that is saved of full size."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss [B], rho' like model_out, w / n [B]): backward multiplies the last two, and saves no more of full size."""
+    loss, scale = (torch.empty(model_out.shape[0], dtype=coef.dtype, device=model_out.device) for _ in range(2))
+    slope = torch.empty_like(model_out, memory_format=torch.contiguous_format)
+    given = model_out, x0, coef, rows, seeds, index, row, stream, kind, delta, loss, slope, scale
     if not on_kernel:
-        return _on_cpu(model_out, x0, coef, rows, seeds, index, row, stream, kind, delta)
-    loss = torch.empty(model_out.shape[0], dtype=torch.float32, device=model_out.device)
-    grad = torch.empty_like(model_out, memory_format=torch.contiguous_format)
-    if model_out.numel():
-        torch.ops.fastdiff.denoising_loss(model_out, x0, coef, rows, seeds, index, row, stream, kind, delta, loss, grad)
+        _on_cpu(*given)
+    elif model_out.numel():
+        torch.ops.fastdiff.denoising_loss(*given)
     else:
         loss.fill_(math.nan)
-    return loss, grad
+    return loss, slope, scale
 
 
 class _DenoisingLoss(torch.autograd.Function):
-    """Both, in the form that functorch and torch.compile take apart."""
+    """All three, in the form that functorch and torch.compile take apart."""
 
-    forward = staticmethod(_loss_and_gradient)
+    forward = staticmethod(_loss_and_slopes)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
-        ctx.mark_non_differentiable(output[1])
-        _save(ctx, inputs[1], inputs[2], inputs[3], output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs[1], inputs[2], inputs[3], *output[1:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         return *_scaled(ctx, g), *(None,) * 9
 
 
@@ -213,8 +214,8 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, model_out: Tensor, x0: Tensor | None, given: tuple[Any, ...]) -> Tensor:  # noqa: ANN401
-        loss, grad = _loss_and_gradient(model_out, x0, *given)
-        _save(ctx, x0, given[0], given[1], grad)
+        loss, slope, scale = _loss_and_slopes(model_out, x0, *given)
+        _save(ctx, x0, given[0], given[1], slope, scale)
         return loss
 
     @staticmethod
@@ -223,24 +224,27 @@ class _Direct(torch.autograd.Function):
         return *(_once if torch.is_grad_enabled() else _scaled)(ctx, g), None
 
 
-def _save(ctx: Any, x0: Tensor | None, coef: Tensor, rows: Tensor | None, grad: Tensor) -> None:  # noqa: ANN401
+def _save(
+    ctx: Any, x0: Tensor | None, coef: Tensor, rows: Tensor | None, slope: Tensor, scale: Tensor,  # noqa: ANN401
+) -> None:  # fmt: skip
     ctx.set_materialize_grads(False)
     column = None
     if x0 is not None and x0.requires_grad:
         column = coef[:, 0] if rows is None else coef[:, 0][rows]
         ctx.x0_dtype = x0.dtype
-    ctx.save_for_backward(grad, column)
+    ctx.save_for_backward(slope, scale, column)
 
 
 def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
     """The gradients of model_out and x0, from that of the loss [B]."""
     of_model = of_x0 = None
     if g is not None:
-        grad, column = ctx.saved_tensors
+        slope, scale, column = ctx.saved_tensors
+        scale = g * scale  # a loss scale is in g: before anything is rounded to the model's dtype
         if ctx.needs_input_grad[0]:
-            of_model = _fused.scaled(grad, g)
+            of_model = _fused.scaled(slope, scale)
         if ctx.needs_input_grad[1]:
-            of_x0 = _fused.scaled(grad, -g * column, ctx.x0_dtype)
+            of_x0 = _fused.scaled(slope, -scale * column, ctx.x0_dtype)
     return of_model, of_x0
 
 
@@ -302,7 +306,7 @@ def _checked(
 
 def _launch(
     model_out: Tensor, x0: Tensor | None, coef: Tensor, t: Tensor | None, seeds: Tensor, index: Tensor | None, row: int,
-    stream: int, kind: int, delta: float, loss: Tensor, grad: Tensor,
+    stream: int, kind: int, delta: float, loss: Tensor, slope: Tensor, scale: Tensor,
 ) -> None:  # fmt: skip
     batch, n = model_out.shape[0], model_out.shape[1:].numel()
     per_sample = coef.shape[0] > 1 if t is None else t.numel() > 1
@@ -311,7 +315,7 @@ def _launch(
     args = (
         model_out.contiguous(), None if x0 is None else x0.contiguous(), coef.contiguous(),
         None if t is None else t.contiguous(), seeds.contiguous(),
-        None if index is None else index.contiguous(), parts, grad, n,
+        None if index is None else index.contiguous(), parts, slope, scale, n,
         _dispatch.FIRST, coef.shape[0], int(per_sample), row, stream, tiles, 1.0 / n, delta,
     )  # fmt: skip
     module = _dispatch.kernels("denoising_loss")
@@ -328,6 +332,6 @@ def loss_tile() -> dict[str, int]:
 
 _dispatch.register(
     "denoising_loss(Tensor model_out, Tensor? x0, Tensor coef, Tensor? t, Tensor seeds, Tensor? index, int row, "
-    "int stream, int kind, float delta, Tensor(a!) loss, Tensor(b!) grad) -> ()",
+    "int stream, int kind, float delta, Tensor(a!) loss, Tensor(b!) slope, Tensor(c!) scale) -> ()",
     _launch,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdiff import native
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
+from fastdiff.ops._log_ndtr import log_ndtr
 from fastdiff.ops.denoising_loss import CHUNK, loss_tile
 
 SLOPE_SLOTS = 4  # tensors that the gradient's kernel reads
@@ -192,11 +193,11 @@ def decoder_nll(x: Tensor, mean: Tensor, log_scale: Tensor, *, bins: int = 256) 
 def _log_bin(x: Tensor, z: Tensor, half: Tensor, width: float) -> Tensor:
     """ln of the standard normal's mass between z - half and z + half, or beyond at the two ends of the grid."""
     centre = -z.abs()  # the mass is symmetric: on the left neither ln Phi is near 0
-    above, below = torch.special.log_ndtr(centre + half), torch.special.log_ndtr(centre - half)
+    above, below = log_ndtr(centre + half), log_ndtr(centre - half)
     inside = above + torch.log(-torch.expm1(below - above))
     # an end's mass is one Phi: of the near edge, seen from its side
-    lowest = torch.special.log_ndtr(z + half)
-    highest = torch.special.log_ndtr(half - z)
+    lowest = log_ndtr(z + half)
+    highest = log_ndtr(half - z)
     return torch.where(x < -1 + width, lowest, torch.where(x > 1 - width, highest, inside))
 
 

@@ -40,6 +40,11 @@ def scaled(loss: Tensor, dimensions: int, units: str) -> Tensor:
     return loss if units == "nats" else loss / (max(dimensions, 1) * math.log(2.0))
 
 
+def _total(values: Tensor) -> Tensor:
+    """The sum over each sample's elements, also of samples without axes: [B, *] -> [B]."""
+    return values.reshape(len(values), values.shape[1:].numel()).sum(1)
+
+
 def interval(t: Tensor, schedule: BFNContinuous | BFNDiscrete, steps: int) -> tuple[Tensor, Tensor]:
     """The step i = 1..n that begins at flow time u = 1 - t = (i - 1)/n, and its accuracy; float64 [B or 1].
 
@@ -99,7 +104,7 @@ def _continuous(
         check_tensor(name, value, shape=model_out.shape, dtypes=FLOATS64, like=model_out)
     at = _noising.times(t, schedule, model_out)
     p, _, _ = data_prediction(model_out, x_t, at, schedule, prediction)
-    return ((x.to(p.dtype) - p) ** 2).flatten(1).sum(1), at
+    return _total((x.to(p.dtype) - p) ** 2), at
 
 
 def bfn_continuous_loss(
@@ -211,12 +216,12 @@ def bfn_discrete_loss(
         loss = -torch.logaddexp(
             torch.nn.functional.logsigmoid(sign * m), torch.nn.functional.logsigmoid(-sign * m) + other
         )
-        return scaled(steps * loss.flatten(1).sum(1), tokens, units)
+        return scaled(steps * _total(loss), tokens, units)
     y = torch.sqrt(known) * n
     y = y.scatter_add(-1, x[..., None], known.expand(x[..., None].shape))
     y = y - y.gather(-1, x[..., None])  # the sent message is 0: a large a K does not swallow ln p
     loss = -torch.logsumexp(torch.log_softmax(m, -1) + y, -1)
-    return scaled(steps * loss.flatten(1).sum(1), tokens, units)
+    return scaled(steps * _total(loss), tokens, units)
 
 
 def bfn_discrete_reconstruction(logits: Tensor, x: Tensor, schedule: BFNDiscrete, *, units: str = "nats") -> Tensor:
@@ -230,7 +235,7 @@ def bfn_discrete_reconstruction(logits: Tensor, x: Tensor, schedule: BFNDiscrete
         loss = -torch.nn.functional.logsigmoid((2 * x - 1)[..., None].to(m.dtype) * m)[..., 0]
     else:
         loss = -torch.log_softmax(m, -1).gather(-1, x[..., None])[..., 0]
-    return scaled(loss.flatten(1).sum(1), x.shape[1:].numel(), units)
+    return scaled(_total(loss), x.shape[1:].numel(), units)
 
 
 def _bins(
@@ -292,7 +297,7 @@ def bfn_discretised_loss(
     if steps is None:
         if seeds is not None or noise is not None:
             raise ValueError("seeds and noise belong to the loss of n steps; give steps")
-        error = ((data - bin_mean(mean, std, bins)) ** 2).flatten(1).sum(1)
+        error = _total((data - bin_mean(mean, std, bins)) ** 2)
         return scaled(flow_weight(at, schedule, None).to(error.dtype) * error, size, units)
     keyed, which = _noising.noise_arguments(x, seeds, index, row, rng.CATEGORICAL, noise)
     n = _noising.noise_of(x, keyed, which, row, rng.CATEGORICAL, noise, data.dtype)
@@ -302,7 +307,7 @@ def bfn_discretised_loss(
     received = bin_log_probability(mean[..., None], std[..., None], j, bins)
     gap = torch.sqrt(a)[..., None] * (data[..., None] - centres) + n[..., None]
     loss = -0.5 * n * n - torch.logsumexp(received - 0.5 * gap * gap, -1)
-    return scaled(steps * loss.flatten(1).sum(1), size, units)
+    return scaled(steps * _total(loss), size, units)
 
 
 def bfn_discretised_reconstruction(
@@ -321,4 +326,4 @@ def bfn_discretised_reconstruction(
     """
     mean, std, data, _ = _bins(model_out, x, x_t, 0.0, schedule, bins, prediction)
     k = torch.floor((data + 1) * (bins / 2)).clamp(0, bins - 1).long()
-    return scaled(-bin_log_probability(mean, std, k, bins).flatten(1).sum(1), x.shape[1:].numel(), units)
+    return scaled(-_total(bin_log_probability(mean, std, k, bins)), x.shape[1:].numel(), units)

@@ -79,6 +79,8 @@ def vb_term(
     mean_out, v = _planes(model_out, x0, variance)
     if stop_mean:
         mean_out = mean_out.detach()
+    check_tensor("x_t", x_t, dtypes=FLOATS64)
+    x_t = x_t.to(wide(x0))  # the means are of its type, and their difference is far smaller than they
     true_mean, _, true_log, _ = ops.posterior_ref(x_t, x0, at, schedule, "x0")
     mean = ops.posterior_ref(x_t, mean_out, at, schedule, prediction, clip)[0]
     low, high = (spread(c.to(wide(x0)), x0) for c in log_variance_range(schedule, at))
@@ -223,8 +225,9 @@ def bits_per_dim(
         out = model(x_t, t, **dict(cond or {}))
         term = vb_term(out, x0, x_t, t, schedule, prediction=prediction, variance=variance, clip=clip, bins=bins)
         terms.append(term)
-        hat = ops.posterior_ref(x_t, _planes(out, x0, variance)[0], t, schedule, prediction, clip)[3]
-        errors.append((hat - x0).to(wide(x0)).square().flatten(1).mean(1))
+        m, _ = _planes(out, x0, variance)
+        hat = ops.posterior_ref(x_t.to(wide(x0)), m, t, schedule, prediction, clip)[3]
+        errors.append((hat - x0).square().reshape(batch, x0.shape[1:].numel()).mean(1))
     stacked, prior = torch.stack(terms[::-1]), prior_kl(x0, schedule)
     return BitsPerDim(prior + stacked.sum(0), prior, stacked, torch.stack(errors[::-1]))
 

@@ -151,13 +151,14 @@ def _levels(schedule: Schedule, t: float | Tensor, x: Tensor) -> tuple[Tensor, T
 
 
 def _model_levels(schedule: Schedule, t: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
-    """alpha, sigma [B] float64 on the host from what the model receives as t."""
+    """alpha, sigma [B] float64 on the host from what the model receives as t; of edm, whose x is c_in x, 1 and r."""
     at = t.detach().cpu().double()
+    if prediction == "edm":  # whatever the schedule: t = ln(sigma / alpha) / 4
+        return torch.ones_like(at), torch.exp(4 * at)
     if isinstance(schedule, Flow):
         return 1 - at, at
     if isinstance(schedule, EDM):
-        sigma = torch.exp(4 * at) if prediction == "edm" else at
-        return torch.ones_like(sigma), sigma
+        return torch.ones_like(at), at
     backwards = float(np.asarray(schedule.model_time(0.0))) == 1.0  # Bayesian flow networks count from noise to data
     at = (1 - at if backwards else at).clamp(0, schedule.t_max)
     return schedule.alpha(at), schedule.sigma(at)

@@ -1,7 +1,8 @@
-"""The training loss of one sample and its gradient, the noise drawn again from the counter.
+"""The training loss of one sample and its slopes, the noise drawn again from the counter.
 
-    d = m - (target_x0 x0 + target_eps n),  loss = w mean rho(d),  grad = w rho'(d) / n
+    d = m - (target_x0 x0 + target_eps n),  loss = w mean rho(d),  slope = rho'(d),  scale = w / n
 
+The gradient is scale slope, and w / n is kept out of an fp16 slope, which it takes below the smallest fp16 number.
 A row of coefficients is [target_x0, target_eps, w, 0]. A program sums BLOCK elements, in pieces that depend on the
 sample's size alone; larger samples leave one number a program, added up by `sum_kernel`.
 """
@@ -25,7 +26,8 @@ def denoising_loss_kernel(
     seed_ptr,  # [batch] int64
     index_ptr,  # [batch] int64 or None: 0 each
     loss_ptr,  # [batch, tiles] fp32
-    grad_ptr,  # [batch, n]
+    slope_ptr,  # [batch, n]
+    scale_ptr,  # [batch] fp32
     n,
     first,
     rows,
@@ -50,7 +52,7 @@ def denoising_loss_kernel(
     key = sample_key(row.to(tl.uint32), stream, index_of(index_ptr, b), tl.load(seed_ptr + b))
     n = sample_size(n, ALIGNED)
     model_ptr += b * n
-    grad_ptr += b * n
+    slope_ptr += b * n
     PIECE: tl.constexpr = BLOCK // PARTS
     quad = tl.arange(0, PIECE // 4)
     lane = quad[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -77,8 +79,9 @@ def denoising_loss_kernel(
             slope = tl.clamp(d, -delta, delta, propagate_nan=tl.PropagateNan.ALL)
             value = slope * tl.fma(-0.5, slope, d)
         total += tl.where(inside, value, 0.0)
-        tl.store(grad_ptr + start + lane, (scale * slope).to(grad_ptr.dtype.element_ty), mask=inside)
+        tl.store(slope_ptr + start + lane, slope.to(slope_ptr.dtype.element_ty), mask=inside)
     tl.store(loss_ptr + b * tiles + pid, scale * tl.sum(tl.sum(total, axis=1), axis=0))
+    tl.store(scale_ptr + b, scale, mask=pid == 0)
 
 
 @triton.jit(do_not_specialize=["tiles", "first"])

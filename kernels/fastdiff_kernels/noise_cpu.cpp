@@ -131,11 +131,11 @@ extern "C" void add_noise(const Noise* noise, const Rows* rows, const void* x, v
   });
 }
 
-// loss [batch] = c[2] mean(rho(m - goal)), grad = its derivative by m, of m's type; goal = c[0] x0 (unless it is null) +
-// c[1] noise, c the sample's row
+// loss [batch] = c[2] mean(rho(m - goal)), whose derivative by m is scale [batch] = c[2] / n times slope = rho', of m's
+// type; goal = c[0] x0 (unless it is null) + c[1] noise, c the sample's row
 extern "C" void denoising_loss(const Noise* noise, const Rows* rows, const void* m, const void* x0, float* loss,
-                               void* grad, int64_t m_type, int64_t x0_type, int64_t kind, float delta,
-                               int64_t threads) {
+                               void* slope, float* scale, int64_t m_type, int64_t x0_type, int64_t kind,
+                               float delta, int64_t threads) {
   const int64_t blocks = (noise->n + WIDTH - 1) / WIDTH;
   std::vector<double> sums(noise->batch * blocks);  // by which a loss is added up in an order of n alone
   const auto derivative = kind == L2 ? rho<L2> : kind == L1 ? rho<L1> : rho<HUBER>;
@@ -150,13 +150,15 @@ extern "C" void denoising_loss(const Noise* noise, const Rows* rows, const void*
     const float* given = read(m, int(m_type), v.at, v.count, held);
     for (int i = 0; i < v.count; i++) d[i] = given[i] - d[i];
     derivative(d, value, delta, v.count);
-    write(d, c[2] / float(noise->n), grad, int(m_type), v.at, v.count);
+    write(d, 1.0f, slope, int(m_type), v.at, v.count);
     sums[v.number] = sum(value);
   });
   for (int64_t b = 0; b < noise->batch; b++) {
     double all = 0;
     for (int64_t i = b * blocks; i < (b + 1) * blocks; i++) all += sums[i];
-    loss[b] = float(rows->of(b, 4)[2] * (all / double(noise->n)));  // of an empty sample NaN
+    const float weight = rows->of(b, 4)[2];
+    loss[b] = float(weight * (all / double(noise->n)));  // of an empty sample NaN
+    scale[b] = weight / float(noise->n);
   }
 }
 
