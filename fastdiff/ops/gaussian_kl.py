@@ -205,7 +205,7 @@ def _broadcasts(name: str, value: object, x: Tensor) -> None:
     check_tensor(name, value, dtypes=FLOATS64, like=x)
     assert isinstance(value, Tensor)
     try:
-        fits = torch.broadcast_shapes(value.shape, x.shape) == x.shape
+        fits = value.shape == x.shape or torch.broadcast_shapes(value.shape, x.shape) == x.shape
     except RuntimeError:
         fits = False
     if not fits:
