@@ -387,29 +387,3 @@ def test_in_inference_mode_and_out() -> None:
     with torch.inference_mode():
         a = sampler((2, 4), seed=1)
     assert torch.equal(a, sampler((2, 4), seed=1)) and not a.requires_grad
-
-
-@pytest.mark.parametrize("batched", [False, True])
-def test_a_sampler_forgets_the_conditions_of_its_last_call(batched: bool) -> None:
-    """A name that a call does not give has the model's default, whatever calls came before."""
-
-    def model(x: Tensor, t: Tensor, c: Any = 0.0, y: Any = 0.0) -> Tensor:
-        return torch.zeros_like(x) + c + y
-
-    sampler = fd.Sampler(model, solvers.ddim(S.VP(), 3, prediction="x0"))
-    assert sampler((2, 3), cond={"c": 1.0}).unique().tolist() == [1]
-    assert sampler((2, 3)).unique().tolist() == [0] == sampler((2, 3), cond={}).unique().tolist()
-    for uncond, want in (({"c": 0.0, "y": 0.0}, 4.0), ({"y": 1.0}, 1.0)):
-        cond = dict.fromkeys(uncond, 2.0) if batched else {"c": 2.0}
-        want = {4.0: 4.0 * len(uncond) ** batched, 1.0: 2.0 * 2 - 1 if batched else 2.0 * 2 - 3.0}[want]
-        if batched:
-            cond, uncond = ({k: torch.full((2, 1), v) for k, v in d.items()} for d in (cond, uncond))
-        got = sampler((2, 3), cond=cond, uncond=uncond, guidance=2.0, batched_guidance=batched)
-        assert got.unique().tolist() == [want]
-
-
-def test_the_cache_of_runs_is_bounded() -> None:
-    sampler = fd.Sampler(elementwise, PLANS["heun"], mode="eager")
-    for n in range(1, 9):
-        sampler((1, n))
-    assert len(sampler._runs) == 4

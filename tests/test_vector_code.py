@@ -24,7 +24,7 @@ FILES = ("binned", "categorical", "gaussian_kl", "guide", "noise", "step", "thre
     reason="g++ tells which loops it made vector code of",
 )
 def test_every_loop_over_a_block(tmp_path, monkeypatch):
-    """A condition that becomes a branch makes a loop 3 to 16 times slower where there are no masks."""
+    """A condition that becomes a branch leaves a loop scalar where there are no masks."""
 
     def missed(name):
         source, report = native.source(name), tmp_path / name
