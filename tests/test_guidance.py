@@ -125,7 +125,7 @@ def test_rules_in_the_step(rule: str, dtype: torch.dtype, clipped: bool, device:
     )
     name, _, bounded = rule.partition("+")
     if name == "zero_star":
-        u = (1e-3 * u.float()).to(dtype)  # s, up to 1e3, times u is of c's size
+        u = (1e-3 * (c.float() + 0.3 * u.float())).to(dtype)  # s, near 1e3, times u is of c's size
     m = c.double()
     if name not in ("none", "threshold"):
         m = ops.guide_ref(m, u.double(), weights[k].double(), rule=name)
