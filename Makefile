@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo_out
 PYTEST_ARGS ?=
+# each takes a core and up to 2 GB
+PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
 
 SHELL := /bin/bash
@@ -46,7 +48,7 @@ demo: $(READY)-demo
 
 test: $(READY)-test
 	@echo "==> running the tests"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 bench: $(READY)-bench,diffusers
 	@echo "==> what the kernels compile to"

@@ -40,7 +40,7 @@ class BinnedRun(Run):
     def _noise(self, request: Request, compiled: bool) -> Noise:
         self.drawn: Tensor | None = None
         if request.options.noise == "torch" and self.plan.readout == "binned":
-            self.noise_in_kernel, self.drawn = False, torch.zeros(self.shape, device=self.device)
+            self.noise_in_kernel, self.drawn = False, torch.zeros(self.shape, dtype=torch.float32, device=self.device)
             every = [True] * self.plan.nfe
             return ReadoutNoise(self.plan, self.x, request.generators, self.drawn, "normal", every)
         return super()._noise(request, compiled)

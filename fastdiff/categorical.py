@@ -48,7 +48,10 @@ class CategoricalRun(Run):
     def _noise(self, request: Request, compiled: bool) -> Noise:
         self.torch_gumbel = None
         if request.options.noise == "torch":
-            self.noise_in_kernel, self.torch_gumbel = False, torch.zeros(self.shape, device=self.device)
+            self.noise_in_kernel, self.torch_gumbel = (
+                False,
+                torch.zeros(self.shape, dtype=torch.float32, device=self.device),
+            )
             sampled = [self.readout(k) == "sample" for k in range(self.plan.nfe)]
             kind = "logistic" if self.shape[-1] == 1 else "gumbel"
             return ReadoutNoise(self.plan, self.x, request.generators, self.torch_gumbel, kind, sampled)

@@ -78,7 +78,7 @@ class _Corrector:
         r = self.request
         if r.options.noise == "torch":
             parts, count = r.generators, r.shape[0] // len(r.generators)
-            drawn = [torch.randn(count, *r.shape[1:], generator=g, device=g.device) for g in parts]
+            drawn = [torch.randn(count, *r.shape[1:], generator=g, device=g.device, dtype=torch.float32) for g in parts]
             return torch.cat(drawn).to(r.device)
         seeds, index = self.keys
         return rng.normal(seeds, r.shape[1:], row=row, stream=stream, index=index)

@@ -108,14 +108,16 @@ def log_likelihood(
     if not 0 <= low < top:
         raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}")
     solve = _integrator(rtol, atol)
-    field = drift(model, schedule, prediction, cond=cond, sign=sign, sigma_data=sigma_data)
     batch, n = x0.shape[0], x0[0].numel()
     keys, index = rng.keys(None if seeds is not None else seed, seeds, batch=batch, device=x0.device)
-    probe = rng.normal(keys, x0.shape[1:], stream=STREAM, index=index).sign().to(x0.dtype)
+    with torch.inference_mode(False):  # autograd does not follow what inference mode has made
+        given = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in (cond or {}).items()}
+        probe = rng.normal(keys, x0.shape[1:], stream=STREAM, index=index).sign().to(x0.dtype)
+    field = drift(model, schedule, prediction, cond=given, sign=sign, sigma_data=sigma_data)
 
     def augmented(t: float, state: Tensor) -> Tensor:
-        x = state[:, :n].reshape(x0.shape).to(x0.dtype).detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            x = state.detach()[:, :n].reshape(x0.shape).to(x0.dtype, copy=True).requires_grad_()
             v = field(t, x)
             if trace == "exact":
                 rows = [torch.autograd.grad(v.flatten(1)[:, i].sum(), x, retain_graph=True)[0] for i in range(n)]

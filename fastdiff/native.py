@@ -205,9 +205,7 @@ def draw(
     """fp32 [B, n] of one row [1] or one a sample [B]; None where the loops are not `usable`."""
     if not usable(seeds, index, row):
         return None
-    out = torch.empty(1, seeds.shape[0], n)
-    fill(
-        out, seeds, index, torch.full((1,), stream, dtype=torch.int64), row.long(), kind=kind, first=first,
-        paired=row.shape[0] > 1,
-    )  # fmt: skip
+    out = torch.empty(1, seeds.shape[0], n, dtype=torch.float32, device="cpu")
+    streams = torch.full((1,), stream, dtype=torch.int64, device="cpu")
+    fill(out, seeds, index, streams, row.long(), kind=kind, first=first, paired=row.shape[0] > 1)
     return out[0]

@@ -45,7 +45,9 @@ class PhiloxNoise(Noise):
         self.pairs = [*start, *noisy]  # (stream, row)
         self.position = {pair: i for i, pair in enumerate(self.pairs)}
         self.count = min(len(self.pairs), max(1, BLOCK_ELEMENTS // max(1, like.numel())))
-        self.buffer = torch.empty(self.count, *like.shape) if self.pairs else None
+        self.buffer = (
+            torch.empty(self.count, *like.shape, dtype=torch.float32, device=like.device) if self.pairs else None
+        )
         self.block = -1
 
     def reset(self, seeds: Tensor, index: Tensor) -> None:
@@ -81,7 +83,7 @@ class PhiloxNoise(Noise):
         assert self.buffer is not None
         for stream in dict.fromkeys(s for s, _ in pairs):
             at = [i for i, (s, _) in enumerate(pairs) if s == stream]
-            rows = torch.tensor([pairs[i][1] for i in at])
+            rows = torch.tensor([pairs[i][1] for i in at], device=self.buffer.device)
             out = self.buffer[at[0] : at[-1] + 1]
             rng.normal(self.seeds, self.shape[1:], row=rows, stream=stream, index=self.index, out=out)
 

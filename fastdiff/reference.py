@@ -39,7 +39,12 @@ def reference_sample(
     for k in range(plan.nfe):
         x = S[0]
         assert x is not None
-        t = torch.full((len(x),), plan.times[k].item(), dtype=torch.int64 if plan.times.dtype == np.int64 else x.dtype)
+        t = torch.full(
+            (len(x),),
+            plan.times[k].item(),
+            dtype=torch.int64 if plan.times.dtype == np.int64 else x.dtype,
+            device=x.device,
+        )
         m = model(_seen(plan, float(plan.c_in[k]) * x), t)
         m, scale = _noise_scale(plan, k, m)
         n: Tensor | None = None
@@ -103,7 +108,7 @@ def _read_bins(plan: Plan, k: int, x: Tensor, m: Tensor, normal: Callable[[int, 
     """p of a mean and a log-std: the bin of a draw, or every bin by its probability."""
     m0, m1 = m.chunk(2, 1)
     mean, std = float(plan.c_skip[k]) * x + float(plan.c_out[k]) * m0, abs(float(plan.c_out[k])) * m1.exp()
-    centres = (2 * torch.arange(plan.classes, dtype=x.dtype) + 1) / plan.classes - 1
+    centres = (2 * torch.arange(plan.classes, dtype=x.dtype, device=x.device) + 1) / plan.classes - 1
     if plan.readout == "binned":
         assert normal is not None
         return centres[(mean + std * normal(k, x))[..., None].sub(centres).abs().argmin(-1)]

@@ -162,7 +162,7 @@ def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
     if not np.all(np.isfinite(w)):
         raise ValueError(f"guidance must be finite, got {value!r}")
     if w.ndim == 0:
-        return None if w == 1 else torch.full((1, 1), float(w))
+        return None if w == 1 else torch.full((1, 1), float(w), dtype=torch.float32, device="cpu")
     if w.ndim == 1 and w.shape == (batch,):
         return torch.from_numpy(w.astype(np.float32))[None]
     if w.ndim == 2 and w.shape in ((plan.nfe, 1), (plan.nfe, batch)):
@@ -217,7 +217,7 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     if not callable(o.noise):
         _one_of("noise", o.noise, ("philox", "torch"))
     sources: list[Any] = [o.x_T, o.x_init, parameter]
-    found = next((v.device for v in sources if isinstance(v, Tensor)), torch.device("cpu"))
+    found = next((v.device for v in sources if isinstance(v, Tensor)), None) or torch.get_default_device()
     try:
         device = torch.device(o.device) if o.device is not None else found
     except (RuntimeError, TypeError):

@@ -185,7 +185,7 @@ def normal(
     if index is None:
         which = torch.zeros_like(keyed)
     else:
-        which = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64)
+        which = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64, device=where)
         which = which.to(where)
         if which.dtype != torch.int64 or which.shape != keyed.shape:
             raise ValueError(f"index must be int64 [{batch}], got {which.dtype} {tuple(which.shape)}")
@@ -220,7 +220,7 @@ def normal(
     elif torch.compiler.is_compiling():
         flat.copy_(normals(keyed, which, rows, stream, n))
     elif native.usable(flat, keyed, which, rows):
-        native.fill(flat, keyed, which, torch.full((rows.numel(),), stream, dtype=torch.int64), rows)
+        native.fill(flat, keyed, which, torch.full((rows.numel(),), stream, dtype=torch.int64, device=where), rows)
     else:
         _fill(flat, keyed, which, rows, stream)
     return out
@@ -232,7 +232,7 @@ def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     held = cache.get(device)
     if held is None or held[0].shape[1] < size:
         ints = torch.empty((7, size), dtype=torch.int64, device=device)
-        torch.arange(size, out=ints[6])
+        torch.arange(size, out=ints[6], device=device)
         held = cache[device] = (ints, torch.empty((8, size), dtype=torch.float32, device=device))
     return held
 

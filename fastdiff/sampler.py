@@ -105,8 +105,10 @@ class Sampler:
         if not request.options.trajectory:
             return x
         n = self.plan.nfe
-        states = torch.empty(n + 1, *request.state, device=request.device)
-        x0 = torch.empty(n, *request.shape, dtype=x.dtype if not x.is_floating_point() else None, device=request.device)
+        states = torch.empty(n + 1, *request.state, dtype=torch.float32, device=request.device)
+        x0 = torch.empty(
+            n, *request.shape, dtype=torch.float32 if x.is_floating_point() else x.dtype, device=request.device
+        )
         return x, Trajectory(states, x0, torch.from_numpy(self.plan.t.copy()))
 
     def _prepared(self, request: Request) -> _Prepared:
@@ -169,7 +171,7 @@ def _rows(count: int, progress: bool) -> Any:  # noqa: ANN401 - an iterable of i
 
 def _allocate(run: Run, plan: Plan) -> Trajectory:
     assert run.x0 is not None
-    x = torch.empty(plan.nfe + 1, *run.shape, device=run.device)
+    x = torch.empty(plan.nfe + 1, *run.shape, dtype=torch.float32, device=run.device)
     x0 = torch.empty(plan.nfe, *run.x0.shape, dtype=run.x0.dtype, device=run.device)
     return Trajectory(x, x0, torch.from_numpy(plan.t.copy()))
 
@@ -256,7 +258,8 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
             but eager run rows as C++ loops. auto captures no graph in this one-shot call; a fd.Sampler may.
         callback: (row, t, x, x0) -> None or a replacement of x, after each row; x may be edited in place.
         trajectory: also return a Trajectory. check_finite: off | warn | raise (read once, at the end).
-        device, dtype (of the model's input): default those of the model's parameters. out_dtype: default float32.
+        device, dtype (of the model's input): default those of the model's parameters, else torch's default device and
+            float32. out_dtype: default float32.
     Plans of classes (fd.solvers.bfn_discrete, bfn_solver): shape is (B, *D), the result int64 classes [B, *D]. The
         model sees 2 theta - 1, [B, *D, K] (a view with padded rows: reshape, do not view), and returns logits of that
         shape; for K = 2 both are [B, *D, 1], 2 P(class 1) - 1 and the logit of class 1. x_T is the logits, x_init

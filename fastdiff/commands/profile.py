@@ -50,7 +50,7 @@ def _model(name: str, size: tuple[int, ...] | None, on: torch.device) -> tuple[C
         return build(name, on), size or NETWORKS[name].shape
     size = size or (1, 4, 64, 64)
     if name == NULL:
-        out = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(on)
+        out = torch.randn(size, generator=torch.Generator().manual_seed(0), device="cpu").to(on)
         return lambda x, t: out, size
     model = load_model(name)
     if isinstance(model, torch.nn.Module):

@@ -110,7 +110,7 @@ def _columns(schedule: Schedule, t: Tensor, target: str | None) -> tuple[Tensor,
 
 
 def _table(schedule: Betas, target: str | None) -> tuple[Tensor, ...]:
-    return _columns(schedule, torch.arange(len(schedule.betas)), target)
+    return _columns(schedule, torch.arange(len(schedule.betas), device="cpu"), target)
 
 
 def _checked(

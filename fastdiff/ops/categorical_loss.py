@@ -85,7 +85,7 @@ def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
         errors = torch.empty(batch, programs, dtype=torch.float32, device=logits.device)
         torch.ops.fastdiff.categorical_loss(logits, x, errors, grad)
         return errors.sum(1) / tokens
-    found = torch.empty(batch)
+    found = torch.empty(batch, dtype=torch.float32, device=logits.device)
     if _fused.wanted(logits, x) and loss_into(logits, x, found, grad):
         return found
     return _error_on_cpu(
@@ -98,7 +98,7 @@ def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
 def _error_on_cpu(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
     """logits and grad [B, D, K'], x [B, D, 1], a chunk at a time."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    error = torch.zeros(logits.shape[0], dtype=dtype)
+    error = torch.zeros(logits.shape[0], dtype=dtype, device=logits.device)
     for part in chunks(*logits.shape):
         m, at = part.of(logits).to(dtype), part.of(x)
         if m.shape[-1] == 1:
@@ -108,7 +108,7 @@ def _error_on_cpu(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
             slope = 4 * r * p * (1 - p)
         else:
             p = torch.softmax(m, -1)
-            r = p.scatter_add(-1, at, torch.full((), -1.0, dtype=dtype).expand(at.shape))
+            r = p.scatter_add(-1, at, torch.full((), -1.0, dtype=dtype, device=p.device).expand(at.shape))
             error[part.b0 : part.b1] += (r * r).sum((1, 2))
             slope = r.sub_((p * r).sum(-1, keepdim=True)).mul_(p).mul_(2) if grad is not None else r
         if grad is not None:

@@ -100,7 +100,7 @@ def _on_cpu(
     """A chunk at a time: no temporary of the result's size."""
     shape, batch = _numbers(x, schedule).shape, x.shape[0]
     width = shape[-1]
-    out = torch.empty(*shape, dtype=out_dtype)
+    out = torch.empty(*shape, dtype=out_dtype, device=x.device)
     logits = torch.empty_like(out) if return_logits else None
     wide = torch.float64 in (out_dtype, None if noise is None else noise.dtype)
     alpha, sigma = (v.to(torch.float64 if wide else torch.float32).expand(batch)
@@ -109,7 +109,7 @@ def _on_cpu(
         coef = torch.stack([alpha, SQRT2 * sigma if width == 1 else sigma], 1)
         if _fused.wanted(x, coef) and noise_into(x, noise, coef, seeds, index, row, out, logits):
             return out if logits is None else (out, logits)
-    which = torch.full((1,), row, dtype=torch.int64)
+    which = torch.full((1,), row, dtype=torch.int64, device=x.device)
     flat = [None if v is None else v.view(batch, -1, width) for v in (out, logits)]
     x, noise = x.reshape(batch, -1, 1), None if noise is None else noise.reshape(batch, -1, width)
     for part in chunks(batch, x.shape[1], width):

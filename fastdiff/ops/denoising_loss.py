@@ -269,7 +269,7 @@ def _columns(
 
 
 def _table(schedule: Betas, target: str, weighting: str | None, options: WeightOptions) -> tuple[Tensor, ...]:
-    return _columns(schedule, torch.arange(len(schedule.betas)), target, weighting, options)
+    return _columns(schedule, torch.arange(len(schedule.betas), device="cpu"), target, weighting, options)
 
 
 def _checked(

@@ -116,7 +116,10 @@ def _scales_on_cpu(
     """The scales by the C++ loop, which also combines into out; None where it cannot run."""
     if not _fused.wanted(cond, uncond, weight):
         return None
-    scales, lift = torch.empty(cond.shape[0], 3), _lift(weight, row, cond.shape[0], torch.float32).contiguous()
+    scales, lift = (
+        torch.empty(cond.shape[0], 3, dtype=torch.float32, device=cond.device),
+        _lift(weight, row, cond.shape[0], torch.float32).contiguous(),
+    )
     given, a = (cond.contiguous(), uncond.contiguous()), rescale if rule == "rescale" else eta
     options = RULES.index(rule), float(a), float(norm_threshold), *native.layout(cond)
     done = native.run("guide", "guide", *given, lift, scales, out, *native.types(*given), *options)

@@ -48,7 +48,7 @@ def posterior(
         return posterior_ref(x_t, model_out, at, schedule, prediction, clip)
     coef = _noising.table_of(schedule, _columns, (prediction,), x_t.device)
     mean = torch.empty_like(x_t, memory_format=torch.contiguous_format)
-    x0, variance = torch.empty_like(mean), torch.empty(2, x_t.shape[0], device=x_t.device)
+    x0, variance = torch.empty_like(mean), torch.empty(2, x_t.shape[0], dtype=torch.float32, device=x_t.device)
     if not on_kernel:
         if not posterior_into(x_t, model_out, coef, at, (lo, hi), mean, x0, variance):
             return posterior_ref(x_t, model_out, at, schedule, prediction, clip)

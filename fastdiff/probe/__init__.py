@@ -17,7 +17,7 @@ from fastdiff.plan import Plan
 from fastdiff.probe.clamp import end_of, name_of, prediction_of, split
 from fastdiff.probe.learned import with_second_plane
 from fastdiff.probe.noise import correlated
-from fastdiff.probe.observe import RIDERS, Observation, Overflow, Recorder, Refused, globals_of, observe
+from fastdiff.probe.observe import RIDERS, Observation, Overflow, Recorder, Refused, globals_of, observe, on_host
 from fastdiff.probe.realise import realise
 
 __all__ = ["probe"]
@@ -242,13 +242,17 @@ def _result(out: Any) -> Any:
 def _levels(s: Any, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """alpha, sigma of the state at every row, from how the scheduler itself adds noise; NaN where it does not tell."""
     unknown = np.full(rows, math.nan), np.full(rows, math.nan)
-    x0, eps = (torch.tensor(v, dtype=torch.float64).expand(rows, 1, 1, 2).clone() for v in ([1.0, 0.0], [0.0, 1.0]))
-    times = torch.as_tensor(s.timesteps)[:rows]
+    x0, eps = (
+        torch.tensor(v, dtype=torch.float64, device="cpu").expand(rows, 1, 1, 2).clone()
+        for v in ([1.0, 0.0], [0.0, 1.0])
+    )
     try:
-        if hasattr(s, "add_noise"):
-            y = copy.copy(s).add_noise(x0, eps, times)
-        else:  # flow matching: one time a call, and it remembers which
-            y = torch.cat([copy.copy(s).scale_noise(x0[:1], t[None], eps[:1]) for t in times])
+        with on_host():
+            times = torch.as_tensor(s.timesteps)[:rows]
+            if hasattr(s, "add_noise"):
+                y = copy.copy(s).add_noise(x0, eps, times)
+            else:  # flow matching: one time a call, and it remembers which
+                y = torch.cat([copy.copy(s).scale_noise(x0[:1], t[None], eps[:1]) for t in times])
     except Exception:  # foreign code that may have no such thing, or another signature
         return unknown
     if not isinstance(y, Tensor) or y.shape != x0.shape:

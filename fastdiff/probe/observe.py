@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Clamp", "Observation", "Overflow", "Recorder", "Refused", "lifted"]
+__all__ = ["Clamp", "Observation", "Overflow", "Recorder", "Refused", "lifted", "on_host"]
 
 RIDER_SCALES = (1.0, 1.0, 30.0, 1000.0)
 RIDERS = len(RIDER_SCALES) + 1  # and a column of zeros
@@ -342,11 +342,17 @@ class _Numpy:
         return getattr(np, name)
 
 
+def on_host() -> AbstractContextManager[object]:
+    """Inside, tensors are made on the CPU whatever the default device: that is a function mode, as others may be."""
+    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+
+
 @contextmanager
 def lifted(recorder: Recorder | None, namespaces: list[dict[str, Any]]) -> Iterator[None]:
     """Inside, float32 is float64: in torch everywhere, in NumPy for the code whose globals are given.
 
-    One at a time: a lock holds other threads back, because the default dtype and module globals change.
+    One at a time: a lock holds other threads back, because the default dtype and module globals change. Inference mode
+    is left: in it `Tensor.to(torch.float32)` and its like reach no dispatch mode.
     """
     with _lock:
         saved = [(g, key, value) for g in namespaces for key, value in g.items() if value is np]
@@ -355,7 +361,7 @@ def lifted(recorder: Recorder | None, namespaces: list[dict[str, Any]]) -> Itera
             for g, key, _ in saved:
                 g[key] = _Numpy()
             torch.set_default_dtype(torch.float64)
-            with torch.no_grad(), _functions(recorder), _Dispatch(recorder):
+            with on_host(), torch.inference_mode(False), torch.no_grad(), _functions(recorder), _Dispatch(recorder):
                 yield
         finally:
             torch.set_default_dtype(before)

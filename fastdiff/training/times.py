@@ -57,7 +57,12 @@ def low_discrepancy_times(
     """
     offset = _random(1, generator, device)
     _check_batch(batch)
-    return _place((offset + torch.arange(batch, device=offset.device) / max(batch, 1)) % 1.0, schedule, low, high)
+    return _place(
+        (offset + torch.arange(batch, dtype=torch.float64, device=offset.device) / max(batch, 1)) % 1.0,
+        schedule,
+        low,
+        high,
+    )
 
 
 def log_normal_times(

@@ -122,15 +122,15 @@ class Trainer:
 
     def _epoch(self, bar: Any) -> float:  # noqa: ANN401 - tqdm
         generator = _generator(self.seed, self.epoch + 1)
-        order = torch.randperm(len(self.data[0]), generator=generator)
+        order = torch.randperm(len(self.data[0]), generator=generator, device="cpu")
         device = self.data[0].device
         total = torch.zeros((), dtype=torch.float64, device=device)
         self.net.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # of dropout, say
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))  # of dropout, say
             for k in range(self.steps_an_epoch):
                 pick = order[k * self.batch : (k + 1) * self.batch].to(device)
-                seeds = torch.randint(2**62, (len(pick),), generator=generator).to(device)
+                seeds = torch.randint(2**62, (len(pick),), generator=generator, device="cpu").to(device)
                 for group in self.optimiser.param_groups:
                     group["lr"] = self.learning_rate * self._factor(self.step)
                 loss = self.loss(self.net, *(v[pick] for v in self.data), seeds, generator).mean()
@@ -162,7 +162,7 @@ class Trainer:
         self.average.eval()
         for at in range(0, len(self.held_out[0]), self.batch):
             part = [v[at : at + self.batch] for v in self.held_out]
-            seeds = torch.randint(2**62, (len(part[0]),), generator=generator).to(device)
+            seeds = torch.randint(2**62, (len(part[0]),), generator=generator, device="cpu").to(device)
             losses.append(self.loss(self.average.module, *part, seeds, generator).reshape(-1))
         return float(torch.cat(losses).double().mean())
 

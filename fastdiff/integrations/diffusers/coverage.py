@@ -91,7 +91,7 @@ def row(cls: Any) -> Row:
         scheduler = accelerate(cls(**MADE.get(name, {})))
         args, kwargs = CALLED.get(name, ((STEPS,), {}))
         scheduler.set_timesteps(*args, **kwargs)
-        x, t = torch.full((1, 4, 2, 2), 0.5), scheduler.timesteps[0]
+        x, t = torch.full((1, 4, 2, 2), 0.5, dtype=torch.float32, device="cpu"), scheduler.timesteps[0]
         scheduler.step(x, t.reshape(1) if name in BATCHED_TIME else t, x)
         kept = scheduler._fastdiff
         if kept.stock is not None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from fastdiff.integrations.rows import HostRow, Terms, rows_of
 from fastdiff.plan import Plan
 from fastdiff.probe import probe
+from fastdiff.probe.observe import on_host
 
 __all__ = ["Dialect", "Reading", "Setup", "dialect_of", "read", "refusal"]
 
@@ -262,14 +263,14 @@ def dialect_of(setup: Setup, options: Mapping[str, Any], x: Tensor, m: Tensor) -
     """What one stock step says on a tiny sample of these dtypes; torch's random state stays as it was."""
     shape = (1, *x.shape[1:2], *(1 for _ in x.shape[2:]))
     answers = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _Draws() as draws:
+    with torch.random.fork_rng(devices=[]), on_host(), torch.no_grad(), _Draws() as draws:
         for return_dict in (True, False):
             s = setup.make()
             t = s.timesteps[setup.begin]
             if setup.stock.__name__ in BATCHED_TIME:
                 t = t.reshape(1)
-            small = torch.full(shape, 0.5, dtype=x.dtype)
-            out = torch.full((1, *m.shape[1:2], *shape[2:]), 0.5, dtype=m.dtype)
+            small = torch.full(shape, 0.5, dtype=x.dtype, device="cpu")
+            out = torch.full((1, *m.shape[1:2], *shape[2:]), 0.5, dtype=m.dtype, device="cpu")
             if hasattr(s, "scale_model_input"):
                 s.scale_model_input(small, t)
             answers.append(s.step(out, t, small, **options, return_dict=return_dict))

@@ -160,7 +160,7 @@ class Run:
         if self.kernel:
             places = self.reading.plan.allocate().physical - 1
             if places and (self.slab is None or self.slab.shape[1:] != x.shape):
-                self.slab = torch.empty(places, *x.shape, device=x.device)
+                self.slab = torch.empty(places, *x.shape, dtype=torch.float32, device=x.device)
             self.table = self.reading.plan.pack(x.device)
         self.x_dtype, self.m_dtype, self.device, self.shape = x.dtype, m.dtype, x.device, x.shape
         self.m_shape = m.shape
@@ -226,7 +226,11 @@ class Run:
                 n = self.noise(k, m, kwargs, kept)
                 source = {"noise": n} if row.noisy else {}
         terms = () if self.second is None else self.second[k]
-        p = torch.empty(x.shape, device=x.device) if row.cut and any(at == 2 for at, _ in terms) else None
+        p = (
+            torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            if row.cut and any(at == 2 for at, _ in terms)
+            else None
+        )
         y = ops.outer_step(
             x, m, self.table, k, slots=plan.slots, slab=self.slab, x0=p, out_dtype=dialect.result, **source
         )  # fmt: skip
@@ -282,21 +286,21 @@ class Run:
             plan, on_host = self.reading.plan, m.device.type == "cpu"
             key = (plan, m.shape, m.device, self.kernel)
             if key not in kept.sources:
-                like = torch.empty(m.shape, device=m.device)
+                like = torch.empty(m.shape, dtype=torch.float32, device=m.device)
                 kept.sources.clear()
                 compiled = kept.compiled and on_host
                 kept.sources[key] = PhiloxNoise(plan, like, compiled=compiled, in_kernel=self.kernel)
             self.philox = kept.sources[key]
             batch = m.shape[0]
-            index = torch.arange(batch)
+            index = torch.arange(batch, device="cpu")
             if isinstance(generator, Sequence):
                 seeds, index = (
-                    torch.tensor([g.initial_seed() for g in generator]),
-                    torch.zeros(batch, dtype=torch.int64),
+                    torch.tensor([g.initial_seed() for g in generator], device="cpu"),
+                    torch.zeros(batch, dtype=torch.int64, device="cpu"),
                 )
             else:
                 seed = kept.seed if generator is None else generator.initial_seed() % LARGEST
-                seeds = torch.full((batch,), seed)
+                seeds = torch.full((batch,), seed, device="cpu")
             self.philox.reset(seeds, index)
         return self.philox
 

@@ -16,6 +16,7 @@ from fastdiff.integrations.diffusers.cached import Unsupported, key_of
 from fastdiff.integrations.diffusers.reading import Setup, refusal
 from fastdiff.integrations.diffusers.running import Run
 from fastdiff.integrations.diffusers.timesteps import position_of
+from fastdiff.probe.observe import on_host
 
 __all__ = ["Accelerated", "Settings", "accelerated_class"]
 
@@ -202,7 +203,8 @@ _TABLES: dict[Any, dict[str, np.ndarray]] = {}
 def _tables(setup: Setup) -> dict[str, np.ndarray]:
     key = key_of(setup, {})
     if key is None or key not in _TABLES:
-        s = setup._replace(own=False, begin=0, indexed=False).make()
+        with on_host():
+            s = setup._replace(own=False, begin=0, indexed=False).make()
         found = {n: getattr(s, n, None) for n in ("timesteps", "sigmas", "alphas_cumprod")}
         made = {n: v.detach().cpu().double().numpy() for n, v in found.items() if isinstance(v, Tensor)}
         if key is None:
