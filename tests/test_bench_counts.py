@@ -193,3 +193,25 @@ def test_every_row_of_a_quick_run_gets_the_meter(monkeypatch):
     asked = suite.Request(suite.options.parser().parse_args(argv))
     suite.fill({"method": {"copy_gb_s": 1.0}, "rows": []}, asked, Meter(CPU), say=lambda line: None)
     assert given == [("ddim", True, True), ("unipc", True, False)]
+
+
+def test_a_slow_machine_gets_shorter_visits(monkeypatch):
+    """100 s planned last 110 s with what is not timed: in 55 s half of each, but a tenth at least, and never more."""
+    assert suite.pace(110.1, 100) == suite.pace(1e6, 100) == 1
+    assert suite.pace(55, 100) == pytest.approx(0.5)
+    assert suite.pace(1, 100) == suite.pace(-50, 100) == 0.1
+    timed: list[float] = []
+
+    def watched(case, shape, name, dtype, settings, *, earlier=None):
+        timed.append(settings.seconds)
+        return {"times": {}, "solver": case.solver}
+
+    monkeypatch.setattr(suite, "measure", watched)
+    clock = iter([0.0, 0.0, 10.0, 20.0, 20.0, *[27.0] * 3, 28.0])
+    monkeypatch.setattr(suite.time, "monotonic", lambda: next(clock))
+    asked = suite.Request(
+        suite.options.parser().parse_args("--schedules vp --solvers ddim euler --shapes 2x3 --device cpu".split())
+    )
+    suite.fill({"method": {"copy_gb_s": 1.0}, "rows": []}, asked, Meter(CPU), say=lambda line: None)
+    # 28 s for two rows: 8 are left for six visits of 2 s after the first two, 1 for the last four
+    assert timed == pytest.approx([2.0, 2.0, 2 * 8 / 13.2, 2 * 8 / 11.0, 2 * 1 / 8.8, 2 * 1 / 6.6, 2 * 1 / 4.4, 0.2])

@@ -9,6 +9,7 @@ import datetime
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from fastdiff_bench.options import Request
 from fastdiff_bench.throughput import ROUNDS, ModelError, Settings, measure, one_line
 from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, malloc_is_set
 
-__all__ = ["begin", "fill", "main"]
+__all__ = ["begin", "fill", "main", "pace"]
 
 BAD_INPUT, REGRESSED, INTERRUPTED = 2, 1, 130
 QUICK_S, FULL_S, LARGE_S = 2.5, 2.0, 5.0  # timed seconds of a row a visit; a large state's loop takes up to a second
 VISITS = 4  # of a full run: what a process's memory and a machine's minute happened to be like counts a quarter
+ROW_S = 14.0  # all of a row, what compiles at its first visit included: on a slow machine later visits are shorter
+ENERGY_S = 15.0  # and of its joules, where there are any
+LEAST_PACE, UNTIMED = 0.1, 1.1  # a visit lasts a tenth longer than its timed part
 LARGE = 1 << 18  # elements
 METERED = ("ddim", "ddpm", "bfn_discrete")  # rows of a quick run whose energy is measured
 
@@ -64,18 +68,21 @@ def fill(data: dict[str, Any], request: Request, meter: Meter, model: Callable[.
     Raises: ModelError where the given model fails; what was measured before it is in the result and the file.
     """
     settings = Settings(
-        request.device, request.columns, rounds=ROUNDS, seconds=QUICK_S if request.quick else FULL_S,
-        model=model, copy_gb_s=data["method"]["copy_gb_s"], meter=meter,
+        request.device, request.columns, rounds=ROUNDS, model=model, copy_gb_s=data["method"]["copy_gb_s"], meter=meter,
     )  # fmt: skip
     work, visits = request.work(), 1 if request.quick else VISITS
+    lasts = [QUICK_S if request.quick else LARGE_S if math.prod(shape) >= LARGE else FULL_S for _, shape, _ in work]
+    budget = (ROW_S + (0.0 if meter.nvml is None else ENERGY_S)) * len(work)
+    began = time.monotonic()
     try:
         for at in range(visits * len(work)):
             (case, shape, dtype), again = work[at % len(work)], at >= len(work)
             say(f"[{at + 1}/{visits * len(work)}] {case.schedule} {case.solver} {'x'.join(map(str, shape))} {dtype}")
             metered = not request.quick or case.solver in METERED
-            one = settings._replace(details=not again, joules=metered)
-            if math.prod(shape) >= LARGE and not request.quick:
-                one = one._replace(seconds=LARGE_S)
+            left = budget - (time.monotonic() - began)
+            rest = sum(lasts[at % len(work) :]) + sum(lasts) * (visits - 1 - at // len(work))
+            seconds = lasts[at % len(work)] * (pace(left, rest) if again else 1)
+            one = settings._replace(seconds=seconds, details=not again, joules=metered)
             earlier = data["rows"][at % len(work)] if again else {}
             row = measure(case, shape, dtype, request.dtypes[dtype], one, earlier=earlier or None)
             data["rows"][at % len(work) : at % len(work) + 1] = [earlier | row]
@@ -84,6 +91,11 @@ def fill(data: dict[str, Any], request: Request, meter: Meter, model: Callable[.
     finally:
         data["state_after"] = meter.state()
         save(request.json, data)
+
+
+def pace(left: float, rest: float) -> float:
+    """How much of their planned seconds the visits to come may take, so that `rest` of them end in `left` seconds."""
+    return min(1.0, max(LEAST_PACE, left / (UNTIMED * rest)))
 
 
 def save(path: Path | None, data: dict[str, Any]) -> None:
