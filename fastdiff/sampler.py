@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -49,14 +51,40 @@ class Sampler:
         plan: from fastdiff.solvers. mode: see fd.sample; "auto" may capture a CUDA graph here, and keeps it if a
             measurement after warm-up shows it to be faster.
         options: any option of fd.sample, as a default for every call.
+
+    Threads may share one: they wait for each other, since the buffers are one set. A copy, and what is pickled, has the
+    model, the plan and the options, and makes its own buffers.
     """
 
     def __init__(self, model: Callable[..., Any], plan: Plan, *, mode: str = "auto", **options: Any) -> None:  # noqa: ANN401
         self.model, self.plan = model, plan
         self.options = Options().but(mode=mode, **options)
+        self._one_shot = False
+        self._begin()
+
+    def _begin(self) -> None:
         self._runs: OrderedDict[tuple[Any, ...], _Prepared] = OrderedDict()
         self._compiled_model: Callable[..., Any] | None = None
-        self._one_shot = False
+        self._lock = threading.Lock()
+        self._thread: int | None = None  # that samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("model", "plan", "options", "_one_shot")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._thread == threading.get_ident():
+            raise RuntimeError("a Sampler was called by its own model or callback: give that a Sampler of its own")
+        with self._lock:
+            self._thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._thread = None
 
     @overload
     def __call__(
@@ -72,7 +100,7 @@ class Sampler:
         request = resolve(self.model, self.plan, shape, o)
         if 0 in request.shape:
             return self._empty(request)
-        with torch.inference_mode(False), torch.no_grad():
+        with self._alone(), torch.inference_mode(False), torch.no_grad():
             prepared = self._prepared(request)
             return self._loop(prepared, request)
 

@@ -30,6 +30,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 MODES = {
     # the stand-in for a GPU as the default device: a tensor that lands there has no values
     "default device": lambda: torch.device("meta"),
@@ -38,6 +47,7 @@ MODES = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference": torch.inference_mode,
     "no gradients": torch.no_grad,
+    "deterministic": deterministic,
 }
 
 

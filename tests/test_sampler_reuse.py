@@ -1,5 +1,10 @@
 """A Sampler that is called again: what it keeps from call to call, and what it must not."""
 
+import copy
+import pickle
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,3 +51,62 @@ def test_the_cache_of_runs_is_bounded() -> None:
     for n in range(1, 9):
         sampler((1, n))
     assert len(sampler._runs) == 4
+
+
+STOCHASTIC = solvers.dpmpp_2m_sde(VP(), 8)
+
+
+def squashed(x: Tensor, t: Tensor) -> Tensor:
+    time.sleep(1e-3)  # lets the other threads run
+    return torch.tanh(x)
+
+
+@pytest.mark.parametrize("mode", ["auto", "eager"])
+def test_threads_share_a_sampler(mode: str) -> None:
+    sampler = fd.Sampler(squashed, STOCHASTIC, mode=mode)
+    want = [sampler((2, 8), seed=i) for i in range(4)]
+    got: dict[int, Tensor] = {}
+    threads = [threading.Thread(target=lambda i=i: got.update({i: sampler((2, 8), seed=i)})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[i], want[i]) for i in range(4))
+
+
+def test_a_sampler_that_its_own_model_calls_is_refused_and_stays_usable() -> None:
+    sampler = fd.Sampler(squashed, STOCHASTIC)
+    want = sampler((2, 8), seed=1)
+    sampler.model = lambda x, t: sampler((2, 8), seed=3)
+    with pytest.raises(RuntimeError, match="called by its own model or callback: give that a Sampler of its own"):
+        sampler((2, 8), seed=1)
+    sampler.model = squashed
+    inner: list[Tensor] = []
+    fd.Sampler(squashed, STOCHASTIC)((2, 8), callback=lambda k, t, x, x0: inner.append(sampler((2, 8), seed=1)))
+    assert len(inner) == STOCHASTIC.nfe and all(torch.equal(x, want) for x in inner)
+
+
+def test_a_run_that_raised_leaves_nothing_behind() -> None:
+    sampler = fd.Sampler(squashed, STOCHASTIC)
+    want = sampler((2, 8), seed=1)
+
+    def stopped(x: Tensor, t: Tensor) -> Tensor:
+        if t[0] < 0.5:
+            raise KeyboardInterrupt
+        return torch.tanh(x)
+
+    sampler.model = stopped
+    with pytest.raises(KeyboardInterrupt):
+        sampler((2, 8), seed=1)
+    sampler.model = squashed
+    assert torch.equal(sampler((2, 8), seed=1), want)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
+def test_a_copy_of_a_used_sampler_has_buffers_of_its_own(way: Callable[[fd.Sampler], fd.Sampler]) -> None:
+    sampler = fd.Sampler(squashed, STOCHASTIC, seed=4)
+    want = sampler((2, 8))
+    other = way(sampler)
+    assert torch.equal(other((2, 8)), want)
+    assert not {id(run) for run in other._runs.values()} & {id(run) for run in sampler._runs.values()}
+    assert torch.equal(sampler((2, 8)), want)

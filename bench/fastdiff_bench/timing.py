@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 __all__ = [
+    "LEAST_ROUNDS",
     "MALLOC",
     "cache_bytes",
     "copy_bandwidth",
@@ -32,7 +33,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "100
 # shorter runs are repeated inside one sample; a GPU that waited for the host in between has to get going again
 LEAST_SAMPLE_S = {"cpu": 5e-4, "cuda": 3e-3}
 LEAST_ROUNDS = 5
-SLOW_S = 1.0
+SLOW_S = 0.1
 CACHES = 4
 MOST_CACHE = 64 << 20  # of a CPU: a shared last level of hundreds of MiB cannot be rotated out of
 GRAPH_REPLAYS = 9
@@ -85,13 +86,14 @@ def interleave(
     rounds: int,
     seconds: float,
     device: torch.device,
+    least: int = LEAST_ROUNDS,
     prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every run in every round: A B C, C B A, A B C ... so that drift of the machine hits all alike.
 
     Args:
         runs: name -> what is timed (warm already: compiled, captured, allocated). prepare: called before a run, not
-        timed. rounds: at most this many; fewer, at least 5, when they would take longer than `seconds`.
+        timed. rounds: at most this many; fewer, but `least`, when they would take longer than `seconds`.
     """
     ready = {name: (prepare or {}).get(name, _nothing) for name in runs}
     counts, once = {}, 0.0
@@ -101,11 +103,11 @@ def interleave(
             spent = min(_sample(run, ready[name], 1, device) for _ in range(2))
         counts[name] = max(1, min(200, round(LEAST_SAMPLE_S.get(device.type, 5e-4) / max(spent, 1e-9))))
         once += spent * counts[name]
-    rounds = max(LEAST_ROUNDS, min(rounds, int(seconds / max(once, 1e-9))))
+    rounds = max(least, min(rounds, int(seconds / max(once, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     order, began = list(runs), time.perf_counter()
     for i in range(rounds):
-        if i >= LEAST_ROUNDS and time.perf_counter() - began > 2 * seconds:
+        if i >= least and time.perf_counter() - began > 2 * seconds:
             break  # slower than the first calls promised
         for name in order:
             times[name].append(_sample(runs[name], ready[name], counts[name], device))
