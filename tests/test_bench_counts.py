@@ -207,11 +207,11 @@ def test_a_slow_machine_gets_shorter_visits(monkeypatch):
         return {"times": {}, "solver": case.solver}
 
     monkeypatch.setattr(suite, "measure", watched)
-    clock = iter([0.0, 0.0, 10.0, 20.0, 20.0, *[27.0] * 3, 28.0])
+    clock = iter([0.0, 0.0, 10.0, 18.0, 18.0, *[25.0] * 3, 26.0])
     monkeypatch.setattr(suite.time, "monotonic", lambda: next(clock))
     asked = suite.Request(
         suite.options.parser().parse_args("--schedules vp --solvers ddim euler --shapes 2x3 --device cpu".split())
     )
     suite.fill({"method": {"copy_gb_s": 1.0}, "rows": []}, asked, Meter(CPU), say=lambda line: None)
-    # 28 s for two rows: 8 are left for six visits of 2 s after the first two, 1 for the last four
+    # 26 s for two rows: 8 are left for six visits of 2 s after the first two, 1 for the last four
     assert timed == pytest.approx([2.0, 2.0, 2 * 8 / 13.2, 2 * 8 / 11.0, 2 * 1 / 8.8, 2 * 1 / 6.6, 2 * 1 / 4.4, 0.2])

@@ -158,10 +158,10 @@ OPERATIONS = {
 }
 
 
-def accelerated(cls: type):
+def accelerated(cls: type, **options):
     def run():
         with torch.device(CPU):  # stock diffusers makes its tables wherever the default says
-            scheduler = fd.accelerate(cls())
+            scheduler = fd.accelerate(cls(), **options)
             scheduler.set_timesteps(6, device="cpu")
         x, g = normal(3, 2, 4, 4), torch.Generator(CPU).manual_seed(1)
         for t in scheduler.timesteps:
@@ -187,6 +187,23 @@ DROP_IN = {
         *DRAWS,
     )
 }  # fmt: skip
+
+
+DROP_IN["DDPM with Philox"] = accelerated(diffusers.DDPMScheduler, noise="philox", seed=3)
+
+
+def trained() -> torch.Tensor:
+    """Weights after an epoch; what made them, the network, is the program's own."""
+    net = torch.nn.utils.skip_init(torch.nn.Linear, 6, 6, device=CPU, dtype=torch.float32)
+    for p in net.parameters():
+        p.data.copy_(normal(*p.shape) * 0.1)
+
+    def loss(net, x0, seeds, generator):
+        t = tr.uniform_times(len(x0), betas(), generator=generator)
+        return ops.denoising_loss(net(ops.add_noise(x0, t, betas(), seeds=seeds)), None, t, betas(), seeds)
+
+    tr.Trainer(net, loss, normal(20, 6), epochs=1, batch=8, learning_rate=1e-2, held_out=normal(6, 6)).run()
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 def sigmas() -> torch.Tensor:
@@ -230,6 +247,13 @@ def _changes_nothing(name: str, mode: str) -> None:
     assert len(got) == len(want) > 0
     for a, b in zip(got, want, strict=True):
         assert a.device == CPU and a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["default float64", "default bfloat16", "deterministic"])
+def test_training_changes_nothing(mode):
+    want = trained()
+    with MODES[mode]():
+        assert torch.equal(trained(), want)
 
 
 def test_the_default_device_is_where_a_loop_runs_that_names_none():

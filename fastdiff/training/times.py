@@ -33,7 +33,7 @@ def uniform_times(
 
     Args:    batch: B.   schedule: Betas gives every index 0 .. T-1 the same probability.
              low, high: of a continuous schedule, default 0 and t_max (avoid 0 for score and likelihood weighting).
-             generator: on the device the times are wanted on.   device: default the generator's, else the CPU.
+             generator: on the device the times are wanted on.   device: default the generator's, else torch's.
     Returns: t [B], float32, or int64 for Betas.
     Raises:  TypeError, ValueError for a bad batch, schedule or range.
     """
