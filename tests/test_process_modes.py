@@ -1,5 +1,6 @@
 """What a program has set for its whole process changes no result: default device and dtype, autocast, inference."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,7 +18,7 @@ from fastdiff.schedules import EDM, VP, Betas, BFNContinuous, BFNDiscrete, Flow
 from fastdiff.schedules.betas import linear_betas
 
 CPU = torch.device("cpu")
-SEEDS = torch.arange(3)
+place = CPU  # a GPU while its kernels are tested
 
 
 @contextmanager
@@ -44,7 +45,7 @@ MODES = {
     "default device": lambda: torch.device("meta"),
     "default float64": lambda: default_dtype(torch.float64),
     "default bfloat16": lambda: default_dtype(torch.bfloat16),
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast": lambda: torch.autocast(place.type, torch.bfloat16),
     "inference": torch.inference_mode,
     "no gradients": torch.no_grad,
     "deterministic": deterministic,
@@ -52,8 +53,8 @@ MODES = {
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    made = torch.Generator(CPU).manual_seed(seed)
-    return torch.randn(shape, generator=made, device=CPU, dtype=torch.float32)
+    made = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=made, device="cpu", dtype=torch.float32).to(place)
 
 
 def model(x, t, c=None):
@@ -64,7 +65,7 @@ def sampled(make, shape=(3, 6), **options):
     def run():
         plan = make()
         given = {k: v() if callable(v) and k not in ("callback",) else v for k, v in options.items()}
-        return fd.sample(model, plan, shape, seed=5, device="cpu", dtype=torch.float32, **given)
+        return fd.sample(model, plan, shape, seed=5, device=place, dtype=torch.float32, **given)
 
     return run
 
@@ -74,7 +75,7 @@ def betas(T: int = 1000) -> Betas:
 
 
 def condition(value: float):
-    return lambda: {"c": torch.full((3,), value, device=CPU, dtype=torch.float32)}
+    return lambda: {"c": torch.full((3,), value, device=place, dtype=torch.float32)}
 
 
 GUIDED = {"cond": condition(0.4), "uncond": condition(0.1), "guidance": 3.0}
@@ -87,7 +88,7 @@ PLANS = {
     "unipc": sampled(lambda: fd.solvers.unipc(betas(), 5)),
     "torch noise": sampled(lambda: fd.solvers.ddpm(betas(), 5), noise="torch"),
     "generator": sampled(
-        lambda: fd.solvers.ddpm(betas(), 5), noise="torch", generator=lambda: torch.Generator(CPU).manual_seed(3)
+        lambda: fd.solvers.ddpm(betas(), 5), noise="torch", generator=lambda: torch.Generator(place).manual_seed(3)
     ),
     "eager": sampled(lambda: fd.solvers.ddpm(betas(), 5), mode="eager"),
     "guided": sampled(lambda: fd.solvers.ddim(betas(), 5), **GUIDED),
@@ -98,16 +99,16 @@ PLANS = {
     "trajectory": lambda: sampled(lambda: fd.solvers.ddpm(betas(), 5), trajectory=True)()[1].x,
     "bfn": sampled(lambda: fd.solvers.bfn_continuous(BFNContinuous(0.02), 5)),
     "classes": lambda: fd.sample(
-        lambda x, t: x * 0.3, fd.solvers.bfn_discrete(BFNDiscrete(3.0, 5), 4), (3, 7), seed=1, device="cpu"
+        lambda x, t: x * 0.3, fd.solvers.bfn_discrete(BFNDiscrete(3.0, 5), 4), (3, 7), seed=1, device=place
     ),
     "corrected": lambda: fd.predictor_corrector(
-        model, fd.solvers.euler_maruyama(VP(), 5), (3, 6), seed=2, device="cpu", dtype=torch.float32
+        model, fd.solvers.euler_maruyama(VP(), 5), (3, 6), seed=2, device=place, dtype=torch.float32
     ),
 }
 
 
 def long(*values: int) -> torch.Tensor:
-    return torch.tensor(values, device=CPU)
+    return torch.tensor(values, device=place)
 
 
 OPERATIONS = {
@@ -130,7 +131,7 @@ OPERATIONS = {
         long(*range(5)).expand(3, 5), 0.4, BFNDiscrete(3.0, 5), seeds=[1, 2, 3]
     ),
     "class loss": lambda: ops.categorical_loss(normal(3, 5, 5), long(*range(5)).expand(3, 5), 0.3),
-    "normal": lambda: fd.rng.normal([1, 2, 3], (6,), row=3, device="cpu"),
+    "normal": lambda: fd.rng.normal([1, 2, 3], (6,), row=3, device=place),
     "vlb": lambda: tr.vlb_loss(normal(3, 4, 6), normal(3, 2, 6, seed=1), long(0, 400, 999), betas(), [1, 2, 3]),
     "hybrid": lambda: tr.hybrid_loss(normal(3, 4, 6), normal(3, 2, 6, seed=1), long(0, 400, 999), betas(), [1, 2, 3]),
     "prior": lambda: tr.prior_kl(normal(3, 6), betas()),
@@ -142,18 +143,18 @@ OPERATIONS = {
     "likelihood": lambda: fd.log_likelihood(lambda x, t: x * 0.3, VP(), normal(2, 3), rtol=1e-3, atol=1e-3),
     "density": lambda: tr.log_density(normal(3, 2), normal(9, 2, seed=1), 0.4, VP()),
     "ideal": lambda: tr.ideal_model(normal(9, 2, seed=1), VP(), "eps")(
-        normal(3, 2), torch.full((3,), 0.4, device=CPU, dtype=torch.float32)
+        normal(3, 2), torch.full((3,), 0.4, device=place, dtype=torch.float32)
     ),
     "bfn loss": lambda: tr.bfn_continuous_loss(
         *(normal(3, 6, seed=s) for s in range(3)),
-        torch.full((3,), 0.4, device=CPU, dtype=torch.float32),
+        torch.full((3,), 0.4, device=place, dtype=torch.float32),
         BFNContinuous(0.02),
     ),
     "stratified times": lambda: tr.low_discrepancy_times(
-        5, VP(), device="cpu", generator=torch.Generator(CPU).manual_seed(1)
+        5, VP(), device=place, generator=torch.Generator(place).manual_seed(1)
     ),
     "log-normal times": lambda: tr.log_normal_times(
-        5, EDM(), device="cpu", generator=torch.Generator(CPU).manual_seed(1)
+        5, EDM(), device=place, generator=torch.Generator(place).manual_seed(1)
     ),
 }
 
@@ -232,7 +233,9 @@ def values(result) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "name,way", [(n, "loop") for n in CALLS] + [(n, w) for n in KERNELS for w in ("eager", "kernel")]
 )
-def test_changes_nothing(name, way, mode):
+def test_changes_nothing(name, way, mode, monkeypatch):
+    on_gpu = way == "kernel" and torch.cuda.is_available()
+    monkeypatch.setattr(sys.modules[__name__], "place", torch.device("cuda", 0) if on_gpu else CPU)
     with WAYS[way]():
         _changes_nothing(name, mode)
 
@@ -246,7 +249,7 @@ def _changes_nothing(name: str, mode: str) -> None:
         got = values(CALLS[name]())
     assert len(got) == len(want) > 0
     for a, b in zip(got, want, strict=True):
-        assert a.device == CPU and a.dtype == b.dtype and torch.equal(a, b)
+        assert a.device == place and a.dtype == b.dtype and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("mode", ["default float64", "default bfloat16", "deterministic"])
