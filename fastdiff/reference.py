@@ -39,12 +39,8 @@ def reference_sample(
     for k in range(plan.nfe):
         x = S[0]
         assert x is not None
-        t = torch.full(
-            (len(x),),
-            plan.times[k].item(),
-            dtype=torch.int64 if plan.times.dtype == np.int64 else x.dtype,
-            device=x.device,
-        )
+        kind = torch.int64 if plan.times.dtype == np.int64 else x.dtype
+        t = torch.full((len(x),), plan.times[k].item(), dtype=kind, device=x.device)
         m = model(_seen(plan, float(plan.c_in[k]) * x), t)
         m, scale = _noise_scale(plan, k, m)
         n: Tensor | None = None

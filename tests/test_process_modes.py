@@ -64,7 +64,7 @@ def model(x, t, c=None):
 def sampled(make, shape=(3, 6), **options):
     def run():
         plan = make()
-        given = {k: v() if callable(v) and k not in ("callback",) else v for k, v in options.items()}
+        given = {k: v() if callable(v) else v for k, v in options.items()}
         return fd.sample(model, plan, shape, seed=5, device=place, dtype=torch.float32, **given)
 
     return run

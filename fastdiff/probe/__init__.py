@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fastdiff.plan import Plan
 from fastdiff.probe.clamp import end_of, name_of, prediction_of, split
+from fastdiff.probe.host import on_host
 from fastdiff.probe.learned import with_second_plane
 from fastdiff.probe.noise import correlated
-from fastdiff.probe.observe import RIDERS, Observation, Overflow, Recorder, Refused, globals_of, observe, on_host
+from fastdiff.probe.observe import RIDERS, Observation, Overflow, Recorder, Refused, globals_of, observe
 from fastdiff.probe.realise import realise
 
 __all__ = ["probe"]

@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Clamp", "Observation", "Overflow", "Recorder", "Refused", "lifted", "on_host"]
+from fastdiff.probe.host import on_host
+
+__all__ = ["Clamp", "Observation", "Overflow", "Recorder", "Refused", "lifted"]
 
 RIDER_SCALES = (1.0, 1.0, 30.0, 1000.0)
 RIDERS = len(RIDER_SCALES) + 1  # and a column of zeros
@@ -340,11 +342,6 @@ class _Numpy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
-
-
-def on_host() -> AbstractContextManager[object]:
-    """Inside, tensors are made on the CPU whatever the default device: that is a function mode, as others may be."""
-    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
 
 
 @contextmanager

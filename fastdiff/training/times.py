@@ -57,12 +57,8 @@ def low_discrepancy_times(
     """
     offset = _random(1, generator, device)
     _check_batch(batch)
-    return _place(
-        (offset + torch.arange(batch, dtype=torch.float64, device=offset.device) / max(batch, 1)) % 1.0,
-        schedule,
-        low,
-        high,
-    )
+    strata = torch.arange(batch, dtype=torch.float64, device=offset.device) / max(batch, 1)
+    return _place((offset + strata) % 1.0, schedule, low, high)
 
 
 def log_normal_times(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from fastdiff.integrations.rows import HostRow, Terms, rows_of
 from fastdiff.plan import Plan
 from fastdiff.probe import probe
-from fastdiff.probe.observe import on_host
+from fastdiff.probe.host import on_host
 
 __all__ = ["Dialect", "Reading", "Setup", "dialect_of", "read", "refusal"]
 

@@ -16,7 +16,7 @@ from fastdiff.integrations.diffusers.cached import Unsupported, key_of
 from fastdiff.integrations.diffusers.reading import Setup, refusal
 from fastdiff.integrations.diffusers.running import Run
 from fastdiff.integrations.diffusers.timesteps import position_of
-from fastdiff.probe.observe import on_host
+from fastdiff.probe.host import on_host
 
 __all__ = ["Accelerated", "Settings", "accelerated_class"]
 
