@@ -48,7 +48,7 @@ def test_kl_is_the_integral():
 
 @pytest.mark.parametrize("shape", [(7,), (2, 19, 7), (4097,)])
 @pytest.mark.parametrize("full", [(True, True), (False, True), (False, False)])
-def test_kl_kernel_and_gradients(shape, full, device):
+def test_kl_kernel_and_gradients(shape, full, device_of_loops):
     """Values to 2e-6 and gradients to 4e-6 of float64, equal Gaussians nearby included; a sample alone is the same."""
     one = tuple(1 for _ in shape)
     values = [data(3, *shape), data(3, *(shape if full[0] else one), seed=1), data(3, *shape, seed=2)]
@@ -61,25 +61,25 @@ def test_kl_kernel_and_gradients(shape, full, device):
     for v in wide[2:]:
         v.requires_grad_()
     want = ops.gaussian_kl_ref(*wide)
-    mine = [v.to(device) for v in values[:2]] + [v.to(device).requires_grad_() for v in values[2:]]
+    mine = [v.to(device_of_loops) for v in values[:2]] + [v.to(device_of_loops).requires_grad_() for v in values[2:]]
     got = ops.gaussian_kl(*mine)
     torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=2e-6, atol=0)
     weight = torch.tensor([1.0, 3.0, -2.0])
     wants = torch.autograd.grad((weight.double() * want).sum(), wide[2:])
-    gots = torch.autograd.grad((weight.to(device) * got).sum(), mine[2:])
+    gots = torch.autograd.grad((weight.to(device_of_loops) * got).sum(), mine[2:])
     for a, b in zip(gots, wants, strict=True):
         assert (a.cpu() - b).abs().max() <= 4e-6 * b.abs().max()
     assert torch.equal(ops.gaussian_kl(*(v[1:2] for v in mine)), got[1:2])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: exp
-def test_kl_far_apart(device):
+def test_kl_far_apart(device_of_loops):
     """Closed forms where e^d, d and the distance are large, small or overflow fp32."""
     for d in (-200.0, -30.0, -0.26, -0.24, 1e-3, 0.1, 0.24, 0.26, 20.0, 85.0, 86.0, 100.0):
         for apart, log2 in ((0.0, 0.0), (3.0, -80.0), (0.5, 95.0)):
             log1 = d + log2
             want = 0.5 * (math.expm1(d) - d + apart**2 * math.exp(-log2)) if d < 89 else math.inf
-            values = [torch.full((2, 5), v).to(device) for v in (apart, log1, 0.0, log2)]
+            values = [torch.full((2, 5), v).to(device_of_loops) for v in (apart, log1, 0.0, log2)]
             got = ops.gaussian_kl(*values).cpu()
             slack = 6e-8 * (abs(log1) + abs(log2)) * abs(math.expm1(min(d, 1.0)))  # d itself is rounded
             assert got.isinf().all() if want > 3.4e38 else ((got - want).abs() <= 2e-6 * want + slack).all()
@@ -96,7 +96,7 @@ def test_kl_opcheck(kernel_device):
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_kl_gradients_have_their_own_types(full, device):
+def test_kl_gradients_have_their_own_types(full, device_of_loops):
     """One rounding of a bf16 mean's gradient; a fp32 log-variance's is not rounded to the mean's type; each alone."""
     m1, m2 = data(3, 700).to(torch.bfloat16), data(3, 700, seed=1).to(torch.bfloat16)
     l1, l2 = data(3, 700, seed=2).float(), data(3, 700 if full else 1, seed=3).float()
@@ -105,9 +105,9 @@ def test_kl_gradients_have_their_own_types(full, device):
     of_mean, of_log = torch.autograd.grad((weight * ops.gaussian_kl_ref(*wide)).sum(), wide[2:])
     cut = ops._dispatch.kernels_for(torch.zeros(1))  # Triton's interpreter cuts where it should round
     for wanted in ((True, True), (True, False), (False, True)):
-        mine = [v.to(device) for v in (m1, l1, m2, l2)]
+        mine = [v.to(device_of_loops) for v in (m1, l1, m2, l2)]
         asked = [v.requires_grad_() for v, w in zip(mine[2:], wanted, strict=True) if w]
-        got = list(torch.autograd.grad((weight.to(device) * ops.gaussian_kl(*mine)).sum(), asked))
+        got = list(torch.autograd.grad((weight.to(device_of_loops) * ops.gaussian_kl(*mine)).sum(), asked))
         if wanted[1]:
             of = got.pop().cpu()
             assert of.dtype == torch.float32 and (of - of_log).abs().max() <= 4e-6 * of_log.abs().max()

@@ -26,9 +26,9 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff_bench.environment import describe, environment
+from fastdiff_bench.timing import MALLOC
 
 SHAPE, STEPS = (1, 4, 64, 64), 50
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FAR = 2e-4  # 50 steps, x0 clipped at low alpha: a sanity check, the tests hold the tight bounds
 

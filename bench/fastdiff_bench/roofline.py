@@ -20,7 +20,7 @@ from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.kernels import MAKERS, times
 from fastdiff_bench.options import LARGEST, SMALLEST, Request
 from fastdiff_bench.suite import BAD_INPUT, INTERRUPTED, method, save
-from fastdiff_bench.timing import copy_bandwidth, launch_floor_us
+from fastdiff_bench.timing import copy_bandwidth, launch_floor_us, return_freed
 
 __all__ = ["main", "points", "run"]
 
@@ -77,6 +77,7 @@ def run(data: dict[str, Any], request: Request, *, say: Callable[[str], object])
                     data["roofline"] += found
                     data["skipped"].update({f"{kernel}, {name}": why for name, why in skipped.items()})
                     save(request.json, data)
+                    return_freed()
         data["complete"] = True
     finally:
         data["state_after"] = meter.state()

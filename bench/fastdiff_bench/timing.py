@@ -5,6 +5,7 @@ bench/README.md says why each of these is there.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import statistics
 import time
@@ -24,12 +25,14 @@ __all__ = [
     "launch_floor_us",
     "malloc_is_set",
     "paired",
+    "return_freed",
     "rotation",
     "summary",
     "with_malloc",
 ]
 
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+# above every buffer's size: what one column frees beyond it, the next one would fault in again, on its own clock
+MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 40))
 # shorter runs are repeated inside one sample; a GPU that waited for the host in between has to get going again
 LEAST_SAMPLE_S = {"cpu": 5e-4, "cuda": 3e-3}
 LEAST_ROUNDS = 5
@@ -203,3 +206,10 @@ def launch_floor_us(device: torch.device) -> float:
 def malloc_is_set() -> bool:
     """Was this process started with the thresholds?"""
     return all(os.environ.get(name) == value for name, value in MALLOC.items())
+
+
+def return_freed() -> None:
+    """Gives the system back what is free, between measurements: under the thresholds nothing else does."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)

@@ -37,7 +37,7 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
     graded = _dispatch.graded(mean1, log_variance1)
     wide = any(v.dtype == torch.float64 for v in values)
     on_kernel = _dispatch.kernels_for(mean1)
-    if graded or wide or not mean1.numel() or not (on_kernel or (_fused.wanted(*values) and native.available())):
+    if graded or wide or not mean1.numel() or not (on_kernel or native.plain(values)):
         return gaussian_kl_ref(*values)
     if on_kernel or _dispatch.graded(mean2, log_variance2):
         out: Tensor = (_KL if _dispatch.transformed() else _Direct).apply(*values)
@@ -57,17 +57,22 @@ def gaussian_kl_ref(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_var
 
 def _exp_minus_line(d: Tensor) -> Tensor:
     """e^d - 1 - d, by its series where the terms cancel."""
-    near, series = d.clamp(-0.25, 0.25), torch.zeros_like(d)
-    for k in range(13, 1, -1):
-        series = series * near + 1 / math.factorial(k)
+    near, terms = d.clamp(-0.25, 0.25), 13 if d.dtype == torch.float64 else 7
+    series = torch.full_like(d, 1 / math.factorial(terms))
+    for k in range(terms - 1, 1, -1):
+        series = torch.addcmul(d.new_full((), 1 / math.factorial(k)), series, near)
     return torch.where(d.abs() < 0.25, series * near * near, torch.expm1(d) - d)
 
 
 def _forward(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """kl [B] by the kernel or the C++ loop."""
+    """kl [B] by the kernel, the C++ loop or plain torch, without its own gradient."""
+    values = mean1, log_variance1, mean2, log_variance2
+    on_kernel = _dispatch.kernels_for(mean1)
+    if not (on_kernel or (_fused.wanted(*values) and native.available())):
+        return gaussian_kl_ref(*(v.detach() for v in values))
     kl = torch.empty(mean1.shape[0], dtype=torch.float32, device=mean1.device)
     logs = [_per_sample_or_full(v, mean1) for v in (log_variance1, log_variance2)]
-    if _dispatch.kernels_for(mean1):
+    if on_kernel:
         torch.ops.fastdiff.gaussian_kl(mean1, logs[0], mean2, logs[1], kl)
     else:
         given, about = _for_loops(mean1, logs[0], mean2, logs[1])
