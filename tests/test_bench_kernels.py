@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from fastdiff_bench import kernels, options, roofline, work
+from fastdiff_bench import kernels, options, roofline, timing, work
 from fastdiff_bench.cases import KERNELS
 from fastdiff_bench.networks import NETWORKS, build
 from fastdiff_bench.textbook import compiled
@@ -126,3 +130,26 @@ def test_torch_compile_stays_compiled_over_more_sizes_than_dynamo_compiles_one_f
         x = torch.arange(float(n))
         assert torch.equal(compiled(scale, n)(x), 2 * x)
     assert len(frames) == 11 and all(frames)  # traced once a size, never called as it is
+
+
+FAULTS = """
+import resource, torch
+from fastdiff_bench.timing import malloc_is_set, return_freed
+def faults(n):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(n << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+assert malloc_is_set()
+found = [faults(1280), sum(faults(1280) for _ in range(4))]
+return_freed()
+print(*found, faults(64))
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="glibc's thresholds")
+def test_what_a_column_frees_the_next_one_does_not_fault_in():
+    """1.25 GiB are few or many faults (pages of 2 MiB or of 4 KiB) the first time, and then none."""
+    env = timing.with_malloc(os.environ, large=True)
+    out = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True).stdout
+    first, again, returned = map(int, out.split())
+    assert first >= 1280 // 2 and again <= first / 50 and returned >= 64 // 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,8 @@ def method(request: Request, copy: float, floor: float) -> dict[str, Any]:
     """How a result was measured, to be stored with it."""
     return {
         "copy_gb_s": copy, "launch_floor_us": floor, "cache_bytes": cache_bytes(request.device),
-        "malloc_thresholds": malloc_is_set(), "steps": request.steps, "quick": request.quick,
+        "malloc_thresholds": malloc_is_set(), "malloc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+        "steps": request.steps, "quick": request.quick,
         "device": str(request.device), "model": request.model_text or options.NO_MODEL,
     }  # fmt: skip
 

@@ -33,6 +33,7 @@ __all__ = [
 
 # above every buffer's size: what one column frees beyond it, the next one would fault in again, on its own clock
 MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 40))
+NO_CRUMBS = "glibc.malloc.tcache_count=0"
 # shorter runs are repeated inside one sample; a GPU that waited for the host in between has to get going again
 LEAST_SAMPLE_S = {"cpu": 5e-4, "cuda": 3e-3}
 LEAST_ROUNDS = 5
@@ -42,9 +43,14 @@ MOST_CACHE = 64 << 20  # of a CPU: a shared last level of hundreds of MiB cannot
 GRAPH_REPLAYS = 9
 
 
-def with_malloc(env: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which glibc returns no memory to the system between allocations: it reads this at start."""
-    return {**env, **MALLOC}
+def with_malloc(env: Mapping[str, str], *, large: bool = False) -> dict[str, str]:
+    """An environment in which glibc returns no memory to the system between allocations: it reads this at start.
+
+    large: where buffers are, its thread cache is off. A freed aligned buffer leaves crumbs in it, which keep glibc
+    (before 2.38) from using the place again for the same size.
+    """
+    tunables = {"GLIBC_TUNABLES": ":".join(filter(None, (env.get("GLIBC_TUNABLES"), NO_CRUMBS)))} if large else {}
+    return {**env, **MALLOC, **tunables}
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

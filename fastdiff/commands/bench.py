@@ -28,11 +28,11 @@ def add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse's own type is p
     bench.set_defaults(run=run_bench)
 
 
-def measuring() -> dict[str, str]:
+def measuring(*, large: bool = False) -> dict[str, str]:
     """For a measuring process: glibc's thresholds, no interpreter, no profiler chatter, the packages of this one."""
     from fastdiff_bench.timing import with_malloc
 
-    env = with_malloc(os.environ)
+    env = with_malloc(os.environ, large=large)
     env.pop("TRITON_INTERPRET", None)
     env["KINETO_LOG_LEVEL"] = "99"
     env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
@@ -51,7 +51,7 @@ def run_bench(args: argparse.Namespace) -> int:
         command += ["--json", args.json] if args.json else []
     else:
         command = ["fastdiff_bench.roofline" if args.roofline else "fastdiff_bench.suite", *as_arguments(args)]
-    process = subprocess.Popen([sys.executable, "-m", *command], env=measuring())
+    process = subprocess.Popen([sys.executable, "-m", *command], env=measuring(large=args.roofline))
     before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))  # it keeps what it has
     try:
         return process.wait()
