@@ -56,7 +56,7 @@ bench: $(READY)-bench,diffusers
 	@echo "==> what a step costs, beside what others cost"
 	@$(BIN)/python -m fastdiff bench $(BENCH_ARGS)
 	@echo "==> every kernel and whole loops on pytest-benchmark"
-	@MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 \
+	@MALLOC_MMAP_THRESHOLD_=1099511627776 MALLOC_TRIM_THRESHOLD_=1099511627776 \
 	  $(BIN)/python -m pytest bench/bench_*.py -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
 	  --benchmark-group-by=group --benchmark-sort=name --benchmark-warmup=off
 

@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-python3}
 unset TRITON_INTERPRET
 $PYTHON -m pip install -q --no-deps --no-build-isolation -e . || echo "not installed; running from the source folders"
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
-export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 KINETO_LOG_LEVEL=99
+export MALLOC_MMAP_THRESHOLD_=1099511627776 MALLOC_TRIM_THRESHOLD_=1099511627776 KINETO_LOG_LEVEL=99
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr ' ' '-' | tr -cd 'A-Za-z0-9._-')
 out=${1:-${OUT:-bench/results/${name:-gpu}/$(date -u +%Y-%m-%d)}}
 mkdir -p "$out"

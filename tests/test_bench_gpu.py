@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import fastdiff as fd
 from fastdiff_bench import gpu, gpu_categorical, options, suite, textbook_graph
 from fastdiff_bench.kernels_categorical import textbook_step
 from fastdiff_bench.textbook import Textbook
+from fastdiff_bench.timing import MALLOC
 
 ROOT = Path(__file__).parents[1]
 # a python whose test processes print one line and end as their file's name is told to
@@ -47,6 +49,11 @@ def test_the_verdict_of_gpu_sh_is_the_exit_status_of_every_test_file(code, says,
     lines = (out / "tests.txt").read_text().splitlines()
     assert len(lines) == 19 and "gpu: 5 passed in 0.1s" in lines
     assert [line for line in lines if line.startswith("rng: ")][0].startswith(says)
+
+
+@pytest.mark.parametrize("file", ["bench/gpu.sh", "Makefile"])
+def test_scripts_start_python_with_the_thresholds_that_results_are_asked_for(file):
+    assert dict(re.findall(r"(MALLOC_\w+_)=(\d+)", (ROOT / file).read_text())) == MALLOC
 
 
 @pytest.mark.parametrize(
