@@ -13,7 +13,7 @@ import fastdiff as fd
 from fastdiff import ops
 from fastdiff import training as tr
 from fastdiff.integrations import k_diffusion
-from fastdiff.integrations.diffusers import cached
+from fastdiff.integrations.diffusers import cached, scheduler
 from fastdiff.schedules import EDM, VP, Betas, BFNContinuous, BFNDiscrete, Flow
 from fastdiff.schedules.betas import linear_betas
 
@@ -162,18 +162,14 @@ OPERATIONS = {
 def accelerated(cls: type, **options):
     def run():
         with torch.device(CPU):  # stock diffusers makes its tables wherever the default says
-            scheduler = fd.accelerate(cls(), **options)
-            scheduler.set_timesteps(6, device="cpu")
+            s = fd.accelerate(cls(), **options)
+            s.set_timesteps(6, device="cpu")
         x, g = normal(3, 2, 4, 4), torch.Generator(CPU).manual_seed(1)
-        for t in scheduler.timesteps:
-            seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        for t in s.timesteps:
+            seen = s.scale_model_input(x, t) if hasattr(s, "scale_model_input") else x
             m = model(seen, t)
-            x = (
-                scheduler.step(m, t, x, generator=g).prev_sample
-                if cls in DRAWS
-                else scheduler.step(m, t, x).prev_sample
-            )
-        assert scheduler._fastdiff.stock is None, scheduler._fastdiff.stock
+            x = s.step(m, t, x, generator=g).prev_sample if cls in DRAWS else s.step(m, t, x).prev_sample
+        assert s._fastdiff.stock is None, s._fastdiff.stock
         return x
 
     return run
@@ -245,6 +241,7 @@ def _changes_nothing(name: str, mode: str) -> None:
     if name in DROP_IN:
         cached._readings.clear()  # what was read before, without the mode
         cached._dialects.clear()
+        scheduler._TABLES.clear()
     with MODES[mode]():
         got = values(CALLS[name]())
     assert len(got) == len(want) > 0
