@@ -140,6 +140,9 @@ OPERATIONS = {
             lambda x, t: torch.cat([x, 0 * x], 1) * 0.3, normal(2, 1, 4), betas(5), seeds=[1, 2], progress=False
         ).total
     ),
+    "conditional likelihood": lambda: fd.log_likelihood(
+        lambda x, t, c: x * c, VP(), normal(2, 3), cond={"c": normal(2, 3, seed=4)}, rtol=1e-3, atol=1e-3
+    ),
     "likelihood": lambda: fd.log_likelihood(lambda x, t: x * 0.3, VP(), normal(2, 3), rtol=1e-3, atol=1e-3),
     "density": lambda: tr.log_density(normal(3, 2), normal(9, 2, seed=1), 0.4, VP()),
     "ideal": lambda: tr.ideal_model(normal(9, 2, seed=1), VP(), "eps")(
