@@ -132,6 +132,7 @@ OPERATIONS = {
     ),
     "class loss": lambda: ops.categorical_loss(normal(3, 5, 5), long(*range(5)).expand(3, 5), 0.3),
     "normal": lambda: fd.rng.normal([1, 2, 3], (6,), row=3, device=place),
+    "normal of samples": lambda: fd.rng.normal([1, 1, 1], (6,), index=[4, 0, 2], device=place),
     "vlb": lambda: tr.vlb_loss(normal(3, 4, 6), normal(3, 2, 6, seed=1), long(0, 400, 999), betas(), [1, 2, 3]),
     "hybrid": lambda: tr.hybrid_loss(normal(3, 4, 6), normal(3, 2, 6, seed=1), long(0, 400, 999), betas(), [1, 2, 3]),
     "prior": lambda: tr.prior_kl(normal(3, 6), betas()),
