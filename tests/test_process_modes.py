@@ -167,7 +167,7 @@ def accelerated(cls: type, **options):
     def run():
         with torch.device(CPU):  # stock diffusers makes its tables wherever the default says
             s = fd.accelerate(cls(), **options)
-            s.set_timesteps(6, device="cpu")
+            s.set_timesteps(6, device=place)
         x, g = normal(3, 2, 4, 4), torch.Generator(CPU).manual_seed(1)
         for t in s.timesteps:
             seen = s.scale_model_input(x, t) if hasattr(s, "scale_model_input") else x
@@ -221,7 +221,10 @@ DROP_IN |= {
 }
 CALLS = PLANS | OPERATIONS | DROP_IN
 WAYS = {"loop": nullcontext, "eager": lambda: ops.cpu_compiler(False), "kernel": ops.use_kernels}
-KERNELS = [*OPERATIONS, "ddpm clip", "guided", "apg", "dpmpp_2m_sde", "classes"]
+KERNELS = [
+    *OPERATIONS, "ddpm clip", "guided", "apg", "dpmpp_2m_sde", "classes", "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler", "DDPM with Philox",
+]  # fmt: skip
 
 
 def values(result) -> list[torch.Tensor]:
