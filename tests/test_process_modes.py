@@ -14,6 +14,7 @@ from fastdiff import ops
 from fastdiff import training as tr
 from fastdiff.integrations import k_diffusion
 from fastdiff.integrations.diffusers import cached, scheduler
+from fastdiff.reference import reference_sample
 from fastdiff.schedules import EDM, VP, Betas, BFNContinuous, BFNDiscrete, Flow
 from fastdiff.schedules.betas import linear_betas
 
@@ -110,6 +111,10 @@ PLANS = {
 def long(*values: int) -> torch.Tensor:
     return torch.tensor(values, device=place)
 
+
+PLANS["reference"] = lambda: reference_sample(
+    model, fd.solvers.ddpm(betas(), 3), normal(2, 3), lambda row, like: 0.5 * torch.ones_like(like)
+)
 
 OPERATIONS = {
     "add_noise": lambda: ops.add_noise(normal(3, 6), long(3, 400, 999), betas(), seeds=[1, 2, 3], target="v"),
