@@ -230,8 +230,7 @@ DROP_IN |= {
 CALLS = PLANS | OPERATIONS | DROP_IN
 WAYS = {"loop": nullcontext, "eager": lambda: ops.cpu_compiler(False), "kernel": ops.use_kernels}
 KERNELS = [
-    *OPERATIONS, "ddpm clip", "guided", "apg", "dpmpp_2m_sde", "classes", "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler", "DDPM with Philox",
+    *OPERATIONS, "ddpm clip", "guided", "apg", "dpmpp_2m_sde", "classes", "UniPCMultistepScheduler",
 ]  # fmt: skip
 
 
