@@ -229,9 +229,7 @@ DROP_IN |= {
 }
 CALLS = PLANS | OPERATIONS | DROP_IN
 WAYS = {"loop": nullcontext, "eager": lambda: ops.cpu_compiler(False), "kernel": ops.use_kernels}
-KERNELS = [
-    *OPERATIONS, "ddpm clip", "guided", "apg", "dpmpp_2m_sde", "classes", "UniPCMultistepScheduler",
-]  # fmt: skip
+KERNELS = [*OPERATIONS, "ddpm clip", "guided", "apg", "dpmpp_2m_sde", "classes", "UniPCMultistepScheduler"]
 
 
 def values(result) -> list[torch.Tensor]:

@@ -47,7 +47,7 @@ def with_malloc(env: Mapping[str, str], *, large: bool = False) -> dict[str, str
     """An environment in which glibc returns no memory to the system between allocations: it reads this at start.
 
     large: where buffers are, its thread cache is off. A freed aligned buffer leaves crumbs in it, which keep glibc
-    (before 2.38) from using the place again for the same size.
+    (seen in 2.36) from using the place again for the same size.
     """
     tunables = {"GLIBC_TUNABLES": ":".join(filter(None, (env.get("GLIBC_TUNABLES"), NO_CRUMBS)))} if large else {}
     return {**env, **MALLOC, **tunables}
