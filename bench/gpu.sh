@@ -10,6 +10,8 @@ PYTHON=${PYTHON:-python3}
 unset TRITON_INTERPRET
 $PYTHON -m pip install -q --no-deps --no-build-isolation -e . || echo "not installed; running from the source folders"
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
+# a C++ compiler would serve the CPU's loops only, and checking it takes a minute
+export CXX=none
 export MALLOC_MMAP_THRESHOLD_=1099511627776 MALLOC_TRIM_THRESHOLD_=1099511627776 KINETO_LOG_LEVEL=99
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr ' ' '-' | tr -cd 'A-Za-z0-9._-')
 out=${1:-${OUT:-bench/results/${name:-gpu}/$(date -u +%Y-%m-%d)}}
@@ -17,6 +19,7 @@ mkdir -p "$out"
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1 || true
 failed=0
 loop=(--device cuda --quick --model unet1d --steps 100 --schedules scaled_linear_betas --solvers ddpm)
+kernels=(affine_step add_noise posterior categorical_step denoising_loss)
 plots=()
 $PYTHON -c "import matplotlib" 2> /dev/null && plots=(--plot "$out")
 
@@ -32,22 +35,33 @@ run() { # run SECONDS NAME COMMAND...: output into NAME.txt, its last lines here
     [ "$code" = 0 ] || { failed=1; tail -n 5 "$out/$name.log" 2> /dev/null; }
 }
 
-# the CPU's C++ loops, which the tests' oracles need: in 19 processes at once they wait for each other's locks
-run 45 cpp-loops $PYTHON -c "from fastdiff import native; print(*native.build())"
 echo "== tests"
 begin=$SECONDS
-# beside the tests, what torch.compile makes of the loops below goes into its cache on disk
-timeout -k 5 85 $PYTHON -m fastdiff_bench.dropin_gpu --repeats 1 > /dev/null 2>&1 &
-timeout -k 5 85 $PYTHON -m fastdiff_bench.suite "${loop[@]}" > /dev/null 2>&1 &
+# beside the tests, what torch.compile makes of everything measured below goes into its cache on disk
+warm() {
+    TORCHINDUCTOR_COMPILE_THREADS=1 timeout -k 5 110 nice -n 5 $PYTHON -m "$@" > /dev/null 2>&1 &
+}
+for rows in "scaled_linear_betas ddim unipc" "scaled_linear_betas ddpm" "scaled_linear_betas dpmpp_2m" \
+    "scaled_linear_betas dpmpp_2m_sde" "edm euler heun" "flow euler" "vp euler_maruyama" "bfndiscrete bfn_discrete"; do
+    read -r schedule solvers <<< "$rows"
+    # shellcheck disable=SC2086
+    warm fastdiff_bench.suite --device cuda --quick --compile-only --schedules "$schedule" --solvers $solvers
+done
+for kernel in "${kernels[@]}"; do
+    warm fastdiff_bench.roofline --device cuda --quick --compile-only --dtype fp32 bf16 --kernels "$kernel"
+done
+warm fastdiff_bench.dropin_gpu --repeats 1
+warm fastdiff_bench.suite "${loop[@]}" --compile-only
 mkdir -p "$out/tests"
 rm -f "$out/tests.txt"
-files=(gpu gpu_bfn gpu_dropin affine_step add_noise posterior denoising_loss rng times threshold guide forward_step
-    outer_step binned bound categorical_step categorical_loss categorical_noise learned_variance)
+files=(gpu gpu_bfn gpu_dropin affine_step add_noise posterior denoising_loss denoising_loss_limits rng times threshold
+    guide guidance forward_step outer_step binned bound categorical_step categorical_loss categorical_noise
+    learned_variance sums registration accelerate_steps accelerate_threshold bfn_sampling bfn_discretised process_modes)
 pids=()
 for file in "${files[@]}"; do
     # a process a file: the kernels compile side by side
-    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 5 80 $PYTHON -m pytest "tests/test_$file.py" \
-        -m "not compiled" -q -p no:cacheprovider > "$out/tests/$file.txt" 2>&1 &
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 5 100 $PYTHON -m pytest "tests/test_$file.py" \
+        --kernels-only -m "not compiled" -q -p no:cacheprovider > "$out/tests/$file.txt" 2>&1 &
     pids+=($!)
 done
 for at in "${!files[@]}"; do
@@ -77,7 +91,7 @@ cat "$out/dropin.txt"
 run 40 loop-unet1d $PYTHON -m fastdiff_bench.suite "${loop[@]}" --json "$out/loop-unet1d.json"
 cat "$out/loop-unet1d.txt"
 run 75 roofline $PYTHON -m fastdiff_bench.roofline --device cuda --quick --dtype fp32 bf16 \
-    --kernels affine_step add_noise posterior categorical_step denoising_loss \
+    --kernels "${kernels[@]}" \
     --json "$out/roofline.json" ${plots[@]:+--plot "$out/roofline"}
 cat "$out/roofline.txt"
 echo "results in $out, $SECONDS s"

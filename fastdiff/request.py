@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,15 +57,15 @@ class Options:
 
     def but(self, **changes: Any) -> Options:  # noqa: ANN401 - any option
         """The same options with some changed; an unknown name lists the valid ones."""
-        valid = [f.name for f in fields(self)]
         for name in changes:
-            if name not in valid:
-                raise TypeError(f"unknown option {name!r}; valid: {', '.join(valid)}")
-        return Options(**({name: getattr(self, name) for name in valid} | changes))
+            if name not in self.__dict__:
+                raise TypeError(f"unknown option {name!r}; valid: {', '.join(self.__dict__)}")
+        new = object.__new__(Options)  # frozen fields set one by one take longer than a row
+        new.__dict__.update(self.__dict__, **changes)
+        return new
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """Checked and resolved options."""
 
     options: Options
@@ -81,6 +81,8 @@ class Request:
 
 
 def _shape(shape: object) -> tuple[int, ...]:
+    if isinstance(shape, tuple) and shape and all(type(n) is int and n >= 0 for n in shape):
+        return tuple(shape)
     try:
         out = tuple(int(n) for n in shape)  # type: ignore[attr-defined]
         exact = all(n == m and not isinstance(m, bool) for n, m in zip(out, shape, strict=True))  # type: ignore[call-overload]

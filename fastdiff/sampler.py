@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -100,7 +100,8 @@ class Sampler:
         request = resolve(self.model, self.plan, shape, o)
         if 0 in request.shape:
             return self._empty(request)
-        with self._alone(), torch.inference_mode(False), torch.no_grad():
+        ordinary = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with self._alone(), ordinary, torch.no_grad():
             prepared = self._prepared(request)
             return self._loop(prepared, request)
 

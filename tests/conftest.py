@@ -7,11 +7,27 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from tests.kernel_runs import on_kernels
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels-only", action="store_true", help="only what runs a kernel, not its references on a CPU")
+
+
+def _runs_a_kernel(item: pytest.Item) -> bool:
+    params = getattr(item, "callspec", None)
+    chosen = params is not None and "kernel" in params.params.values()
+    return chosen or "gpu" in item.keywords or "kernel_device" in getattr(item, "fixturenames", ())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--kernels-only"):
+        others = [item for item in items if not _runs_a_kernel(item)]
+        items[:] = [item for item in items if _runs_a_kernel(item)]
+        config.hook.pytest_deselected(items=others)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
@@ -22,19 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=["ref", "kernel"])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The device of a test that runs once on plain torch and once on the kernels (GPU, else interpreter)."""
-    from fastdiff import ops
-
     on_gpu = request.param == "kernel" and torch.cuda.is_available()
-    with ops.use_kernels() if request.param == "kernel" else nullcontext():
+    with on_kernels() if request.param == "kernel" else nullcontext():
         yield torch.device("cuda" if on_gpu else "cpu")
 
 
 @pytest.fixture
 def kernel_device() -> Iterator[torch.device]:
     """The device of a test that runs on the kernels only."""
-    from fastdiff import ops
-
-    with ops.use_kernels():
+    with on_kernels():
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -57,5 +69,5 @@ def device_of_loops(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     if request.param == "loop":
         request.getfixturevalue("cpp_loops")
     on_gpu = request.param == "kernel" and torch.cuda.is_available()
-    with ops.use_kernels() if request.param == "kernel" else ops.cpu_compiler(request.param == "loop"):
+    with on_kernels() if request.param == "kernel" else ops.cpu_compiler(request.param == "loop"):
         yield torch.device("cuda" if on_gpu else "cpu")

@@ -17,6 +17,7 @@ from fastdiff.integrations.diffusers import cached, scheduler
 from fastdiff.reference import reference_sample
 from fastdiff.schedules import EDM, VP, Betas, BFNContinuous, BFNDiscrete, Flow
 from fastdiff.schedules.betas import linear_betas
+from tests.kernel_runs import on_kernels
 
 CPU = torch.device("cpu")
 place = CPU  # a GPU while its kernels are tested
@@ -228,7 +229,7 @@ DROP_IN |= {
     for name in ("sample_euler", "sample_heun", "sample_dpmpp_2m", "sample_lms")
 }
 CALLS = PLANS | OPERATIONS | DROP_IN
-WAYS = {"loop": nullcontext, "eager": lambda: ops.cpu_compiler(False), "kernel": ops.use_kernels}
+WAYS = {"loop": nullcontext, "eager": lambda: ops.cpu_compiler(False), "kernel": on_kernels}
 KERNELS = [*OPERATIONS, "ddpm clip", "guided", "apg", "dpmpp_2m_sde", "classes", "UniPCMultistepScheduler"]
 
 

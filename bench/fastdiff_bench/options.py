@@ -57,7 +57,7 @@ class Request:
         if not SMALLEST <= self.largest <= LARGEST:
             raise ValueError(f"--largest must be in {SMALLEST} .. {LARGEST}, got {self.largest}")
         self.kernels = [pick("kernel", name, KERNELS) for name in _listed(args.kernels)] or list(KERNELS)
-        self.model_text = args.model
+        self.model_text, self.compile_only = args.model, args.compile_only
         self.stored = self._stored(args) if args.compare else None
 
     def _stored(self, args: argparse.Namespace) -> dict[str, Any]:
@@ -187,6 +187,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FILE.py:NAME", help=f"your model(x, t), or {', '.join(NETWORKS)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave out what a compiler must run for")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="measure nothing: fill the compilers' caches on disk for a run"
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything measured here, row by row")
     parser.add_argument("--compare", metavar="FILE", help="flag what is slower than in these stored results")
     parser.add_argument("--plot", metavar="DIR", help="write PNGs and report.html here")

@@ -29,6 +29,7 @@ SCHEDULE = {
     **dict.fromkeys(("binned", "binned_mean"), "bfn"),
     **dict.fromkeys(("guide", "threshold", "gaussian_kl"), "any"),
 }
+CHAIN = "scaled_linear_betas"
 GAP = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 3e-3}
 
 
@@ -43,7 +44,7 @@ def points(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """One point a column at one size, and why columns are missing."""
     dtype, device = request.dtypes[dtype_name], request.device
-    chain = SCHEDULE.get(kernel, "scaled_linear_betas")
+    chain = SCHEDULE.get(kernel, CHAIN)
     names = tuple(c for c in request.columns if not c.endswith("_graph"))
     with torch.no_grad():
         work = MAKERS[kernel](chain, elements, dtype, device, names)
@@ -57,6 +58,21 @@ def points(
          "sets": len(work.sets)}
         for name, us in found.items()
     ], work.skipped  # fmt: skip
+
+
+def compile_all(request: Request, *, say: Callable[[str], object]) -> None:
+    """Calls every column once, and leaves what was compiled in the compilers' caches on disk."""
+    names = tuple(c for c in request.columns if not c.endswith("_graph"))
+    for kernel in request.kernels:
+        for dtype in request.dtypes:
+            for exponent in exponents(request):
+                say(f"compiling {kernel} {dtype} 2^{exponent}")
+                with torch.no_grad():
+                    work = MAKERS[kernel](
+                        SCHEDULE.get(kernel, CHAIN), 1 << exponent, request.dtypes[dtype], request.device, names
+                    )
+                    for column in work.columns.values():
+                        column(*work.sets[0])
 
 
 def run(data: dict[str, Any], request: Request, *, say: Callable[[str], object]) -> None:
@@ -73,7 +89,10 @@ def run(data: dict[str, Any], request: Request, *, say: Callable[[str], object])
             for dtype in request.dtypes:
                 for exponent in exponents(request):
                     say(f"{kernel} {dtype} 2^{exponent}")
-                    found, skipped = points(kernel, dtype, 1 << exponent, request)
+                    try:
+                        found, skipped = points(kernel, dtype, 1 << exponent, request)
+                    except torch.OutOfMemoryError:
+                        found, skipped = [], {f"{dtype} 2^{exponent}": f"more memory than {device} has"}
                     data["roofline"] += found
                     data["skipped"].update({f"{kernel}, {name}": why for name, why in skipped.items()})
                     save(request.json, data)
@@ -101,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     code, line = 0, ""
     try:
         request = Request(args)
+        if request.compile_only:
+            compile_all(request, say=lambda line: print(line, file=sys.stderr, flush=True))
+            return 0
         run(data, request, say=lambda line: print(line, file=sys.stderr, flush=True))
     except KeyboardInterrupt:
         code, line = INTERRUPTED, "interrupted"

@@ -19,7 +19,7 @@ from fastdiff_bench.textbook import Textbook
 from fastdiff_bench.textbook_graph import Graphed
 from fastdiff_bench.timing import LEAST_ROUNDS, interleave, paired, summary
 
-__all__ = ["ROUNDS", "ModelError", "Settings", "measure", "one_line"]
+__all__ = ["ROUNDS", "ModelError", "Settings", "compile_row", "exact_fp32", "measure", "one_line"]
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 LEAST_AGAIN = 2  # rounds of a later visit, where they are slow
@@ -59,6 +59,12 @@ class Column(NamedTuple):
         assert self.sampler is not None
         run, graph = next(reversed(self.sampler._runs.values()))
         return graph is not None, "compiled" if run.compiled is not None else "eager"
+
+
+def exact_fp32() -> None:
+    """fp32 means fp32 in convolutions too: on TF32 the columns of a loop through one model differ by 1e-4."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def one_line(error: Exception) -> str:
@@ -212,6 +218,15 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
         if set_.details:
             _details(row, plan, runs, prepare, set_)
     return row
+
+
+def compile_row(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dtype, set_: Settings) -> None:
+    """Makes a row's columns as `measure` does, and leaves what was compiled in the compilers' caches on disk."""
+    plan = case.plan()
+    shape = case.state_shape(plan, shape)
+    with torch.no_grad():
+        model, compiled_model = _models(set_, plan, shape, dtype)
+        _columns({"skipped": {}}, case, plan, model, compiled_model, shape, dtype, set_)
 
 
 def _models(set_: Settings, plan: fd.Plan, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Model, Model]:

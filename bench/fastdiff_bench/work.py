@@ -64,6 +64,9 @@ def times(work: Work, device: torch.device, *, rounds: int, seconds: float) -> d
         repeat = max(1, GRAPH_CALLS // len(bodies)) if work.elements < 1 << 24 else 1
         try:
             out[name] = summary([v / work.units for v in graph_us(bodies * repeat)])
+        except torch.OutOfMemoryError:
+            where = f"{name}, {work.dtype} 2^{work.elements.bit_length() - 1}"
+            work.skipped[where] = f"more memory than {device} has"
         except RuntimeError as error:
             torch.cuda.synchronize(device)
             spent = interleave({name: work.run(name)}, rounds=rounds, seconds=seconds, device=device)
