@@ -50,7 +50,8 @@ def test_against_float64(K, tokens, dtype, device):
     want = with_gradient(ops.categorical_loss_ref, logits.double(), x, w.double())
     got = with_gradient(ops.categorical_loss, logits.to(device), x.to(device), w.to(device))
     assert got[1].dtype == dtype
-    ulp = 2e-6 if dtype == torch.float32 else 2.0**-7  # stored, then scaled: two roundings
+    cut = device.type == "cpu" and ops._dispatch.kernels_for(logits)  # Triton's interpreter cuts where it should round
+    ulp = 2e-6 if dtype == torch.float32 else 2.0**-6 if cut else 2.0**-7  # stored, then scaled: two roundings
     for a, b, tolerance in zip(got, want, (2e-6, ulp, 2e-6), strict=True):
         assert float((a.double() - b).abs().max() / b.abs().max()) <= tolerance
 

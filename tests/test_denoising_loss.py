@@ -36,10 +36,10 @@ def levels(schedule, t):
     return (torch.from_numpy(np.asarray(g(t.double().numpy()), np.float64)) for g in f)
 
 
-def textbook(m, x0, t, schedule, target, *, loss="l2", weight=None, row=0, delta=0.7):
-    """float64 with materialised noise, every target by its definition, F.* for the loss."""
+def textbook(m, x0, t, schedule, target, *, loss="l2", weight=None, row=0, delta=0.7, place="cpu"):
+    """float64 with the noise materialised on the tested device, every target by its definition, F.* for the loss."""
     a, s, _ = (c.view(-1, *[1] * (m.dim() - 1)) for c in levels(schedule, t))
-    n, x0 = rng.normal(SEEDS, m.shape[1:], row=row).double(), x0.double()
+    n, x0 = rng.normal(SEEDS.to(place), m.shape[1:], row=row).cpu().double(), x0.double()
     v = (a * n - s * x0) / torch.sqrt(a**2 + s**2)
     goal = {"eps": n, "v": v, "x0": x0, "score": -n / s, "flow": n - x0}[target]
     function = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": lambda *p, **k: F.huber_loss(*p, delta=delta, **k)}[loss]
@@ -51,7 +51,7 @@ def check(schedule, target, device, shape, *, weight=None, **options):
     m, x0, t = data(shape), data(shape, seed=1), times(schedule)
     leaf = m.double().requires_grad_()
     kept = {k: options[k] for k in ("loss", "row") if k in options}
-    want = textbook(leaf, x0, t, schedule, target, weight=weight, **kept)
+    want = textbook(leaf, x0, t, schedule, target, weight=weight, place=device, **kept)
     want.sum().backward()
     mine = m.to(device).requires_grad_()
     got = ops.denoising_loss(

@@ -71,7 +71,7 @@ def test_reference_is_the_formula(case):
         assert np.allclose(got[b].numpy(), want, rtol=1e-12, atol=1e-12)
 
 
-SHAPES = [(1,), (7,), (2, 19, 7), (1, 4, 31, 33), (0,)]
+SHAPES = [(1,), (7,), (2, 19, 7), (1, 4, 31, 33), (0,), (3, 4099)]  # the last in pieces
 RULES_AND_SHAPES = [(c, s) for c in RULES for s in SHAPES if (c, s) != ("rescale", (1,))]  # one has no deviation
 
 
@@ -94,9 +94,10 @@ def test_low_precision_and_strides(case, dtype, device):
     assert bool(((got.cpu().double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 2e-5).all())
 
 
+@pytest.mark.parametrize("size", [700, 2800])
 @pytest.mark.parametrize("case", RULES)
-def test_a_sample_is_the_same_in_every_batch(case, device):
-    c, u = (v.to(device) for v in pair(5, 3, 700))
+def test_a_sample_is_the_same_in_every_batch(case, size, device):
+    c, u = (v.to(device) for v in pair(5, 3, size))
     w = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0], device=device)
     together = call(case, c, u, w)
     for b in range(5):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastdiff import solvers
+from fastdiff.ops._scaled import scaled
 from fastdiff.schedules import Betas, linear_betas
 
 UTILS = ("test_schema", "test_faketensor")
@@ -18,6 +19,7 @@ def cases(d):
     return {
         "guide": (x, y, scales, 1, out),
         "guidance_scales": (x, y, w, row, 2, 0.3, 0.0, torch.empty(3, 3, device=d)),
+        "scaled": (x, bound, out),
         "threshold": (x, bound, out),
         "threshold_bound": (x, y, table, row, out, scales, True, 8, 0.5, 3.0, torch.empty(3, device=d)),
         "normal": (torch.empty(2, 3, 10, device=d), seeds, index, torch.tensor([0, 7], device=d), 1),
@@ -29,3 +31,17 @@ def cases(d):
 def test_opcheck(name, kernel_device):
     op = getattr(torch.ops.fastdiff, name).default
     torch.library.opcheck(op, cases(kernel_device)[name], test_utils=UTILS)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("n", [1, 7, 3000])
+def test_samples_scaled(n, dtypes, device):
+    """g x in float64, rounded once (the interpreter cuts bf16 where it should round)."""
+    dtype, to = dtypes
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    g = torch.tensor([0.5, -3.0, 1e-3])
+    got = scaled(x.to(device), g.to(device), to).cpu()
+    want = g.double()[:, None] * x.double()
+    cut = 1 if got.dtype == torch.float32 or device.type == "cuda" else 2
+    assert got.dtype == (to or dtype)
+    assert ((got.double() - want).abs() <= cut * torch.finfo(got.dtype).eps / 2 * want.abs()).all()

@@ -126,10 +126,15 @@ def _guide(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iterator
 
     both = {"c_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "n": "i32", "first": "i32", "scales_ptr": "*fp32"}
     types = {**both, "row_ptr": "*i32", "w_ptr": "*fp32", **dict.fromkeys(("w_row_stride", "w_batch_stride"), "i32")}
-    types |= {"a": "fp32", "r": "fp32"}
+    types |= {"a": "fp32", "r": "fp32", "pieces": "i32", "piece": "i32"}
     for rule in RULES[1:]:
-        case = f"guide/{rule}/{dtype}"
-        yield _reduction(case, "guide", "scales_kernel", types, (dtype,) * 2, lanes, 3, RULE=RULES.index(rule))
+        number = RULES.index(rule)
+        case = functools.partial(_reduction, module="guide", kernel="scales_kernel", lanes=lanes, RULE=number)
+        yield case(f"guide/{rule}/{dtype}", types=types, dtypes=(dtype,) * 2, scalars=3, PHASE=0, WIDEST=1)
+        parted = types | {"part_ptr": "*fp32"}
+        yield case(f"guide/{rule}/pieces/{dtype}", types=parted, dtypes=(dtype,) * 2, scalars=5, PHASE=1, WIDEST=1)
+        if dtype == "fp32":
+            yield case(f"guide/{rule}/finish/{dtype}", types=parted, dtypes=(), scalars=13, PHASE=2, WIDEST=1024)
     types = {**both, "out_ptr": f"*{dtype}", "stride": "i32"}
     yield Case(
         f"guide/combine/{dtype}", "guide", "combine_kernel", types, {"RULE": RULES.index("apg"), **tile},
@@ -144,9 +149,12 @@ def _threshold(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iter
     types |= {"row_ptr": "*i32", "w_ptr": "*fp32", "bound_ptr": "*fp32", **dict.fromkeys(names, "i32")}
     types |= {"fraction": "fp32", "maximum": "fp32"}
     tiles = ("fp32", dtype, dtype) * 5
-    yield _reduction(
-        f"threshold/bound/{dtype}", "threshold", "bound_kernel", types, tiles, lanes, 1, vector=8, SCALED=True
-    )
+    types |= {"piece": "i32"}
+    bound = functools.partial(_reduction, module="threshold", kernel="bound_kernel", lanes=lanes, vector=8, SCALED=True)
+    yield bound(f"threshold/bound/{dtype}", types=types, dtypes=tiles, scalars=1, STAGE=6)
+    for stage, name in ((0, "first digit"), (3, "last digit"), (4, "extremes"), (5, "last")):
+        found, read = types | {"found_ptr": "*i32"}, tiles[:3] if stage < 5 else ()
+        yield bound(f"threshold/bound/{name}/{dtype}", types=found, dtypes=read, scalars=1, STAGE=stage)
     types = {"x_ptr": f"*{dtype}", "bound_ptr": "*fp32", "out_ptr": f"*{dtype}", "n": "i32", "first": "i32"}
     yield Case(
         f"threshold/clamp/{dtype}", "threshold", "threshold_kernel", types, tile,

@@ -12,6 +12,11 @@ def training_cases(lanes: int) -> Iterator[Case]:
     """The kernels of training, and the step with a second output plane."""
     for dtype in ("fp32", "bf16"):
         yield from _sums(dtype, lanes)
+        tile, warps = tile_of(lanes=lanes)
+        types = dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}") | {"g_ptr": "*fp32", "n": "i32", "first": "i32"}
+        yield Case(
+            f"scaled/{dtype}", "scaled", "scaled_kernel", types, tile, (dtype,), (dtype,), num_warps=warps, lanes=lanes
+        )
         plain = _step(1, dtype, lanes=lanes)
         yield replace(
             plain, name=f"affine_step/r1/noise+guidance+variance/{dtype}",

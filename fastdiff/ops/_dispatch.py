@@ -196,6 +196,12 @@ def whole_sample(n: int) -> dict[str, int]:
     return {"BLOCK": 4096, "PARTS": 1, "num_warps": 16} if n > 1024 else {"BLOCK": 1024, "PARTS": 1, "num_warps": 4}
 
 
+def pieces(n: int) -> tuple[int, int]:
+    """Elements of a piece of a sample that one program reads, and how many there are: at most 1024, by n alone."""
+    piece = max(4096, 1 << (-(-n // 1024) - 1).bit_length())
+    return piece, max(1, -(-n // piece))
+
+
 def weight_strides(w: Tensor) -> tuple[int, int]:
     """Strides of a weight over plan rows and samples: one number, [B], or [N or 1, B or 1] (contiguous)."""
     rows, batch = (1, w.numel()) if w.dim() < 2 else (w.shape[0], w.shape[1])

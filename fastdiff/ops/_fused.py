@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
 
-import torch
 from torch import Tensor
 
 from fastdiff import native
-from fastdiff.native import TYPES
 from fastdiff.ops import _dispatch
 
 _enabled = True
@@ -85,14 +83,3 @@ def loss_and_slopes(
     rows, _table = native.coef_rows(coef, t)
     options = *native.types(m, m if x0 is None else x0), kind, float(delta), native.threads(m.numel(), heavy=True)
     return native.run("noise", "denoising_loss", noise, rows, m, x0, loss, slope, scale, *options)
-
-
-def scaled(x: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """g[b] x[b] of x's dtype (or another) in one pass: a gradient from the slopes a loss left, x [B, *] contiguous."""
-    if dtype not in (None, x.dtype) or _dispatch.transformed():
-        return (x * _dispatch.spread(g, x)).to(dtype or x.dtype)
-    out = torch.empty_like(x)
-    if x.dtype in TYPES and g.dtype == torch.float32 and wanted(x, g):
-        if native.run("noise", "scaled_samples", x, g.contiguous(), out, *native.types(x), *native.layout(x)):
-            return out
-    return torch.mul(x, _dispatch.spread(g, x), out=out)

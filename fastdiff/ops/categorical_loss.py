@@ -20,6 +20,7 @@ from fastdiff.ops._categorical import (
     with_rows,
 )
 from fastdiff.ops._dispatch import FLOATS64, check_tensor
+from fastdiff.ops._scaled import scaled
 
 PAIRS = {"BLOCK": 1024, "PARTS": 4, "num_warps": 1}  # one warp: its sum needs no shared memory
 
@@ -73,7 +74,7 @@ class _Error(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors
         scale = upstream[0] / grad.shape[1:-1].numel()
-        return _fused.scaled(grad, scale), None
+        return scaled(grad, scale), None
 
 
 def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from fastdiff import rng
 from fastdiff.ops import _dispatch, _fused, _noising
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._noising import Seeds
+from fastdiff.ops._scaled import scaled
 from fastdiff.ops.add_noise import TARGETS
 from fastdiff.schedules import EDM, Betas, Schedule
 from fastdiff.weighting import WEIGHTINGS, WeightOptions, target_weight
@@ -242,9 +243,9 @@ def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]: 
         slope, scale, column = ctx.saved_tensors
         scale = g * scale  # a loss scale is in g: before anything is rounded to the model's dtype
         if ctx.needs_input_grad[0]:
-            of_model = _fused.scaled(slope, scale)
+            of_model = scaled(slope, scale)
         if ctx.needs_input_grad[1]:
-            of_x0 = _fused.scaled(slope, -scale * column, ctx.x0_dtype)
+            of_x0 = scaled(slope, -scale * column, ctx.x0_dtype)
     return of_model, of_x0
 
 

@@ -89,7 +89,7 @@ def guidance_scales(
         w: as `guide`, or with `row` the weights of a plan, [N or 1, B or 1].
         row: int32 or int64 [1] on the device: which row of w.
     Returns: [B, 3] (k_c, k_d, k_u), float32 (float64 for float64 data), for `affine_step(scales=...)`.
-    Raises, Numerics, Source: as `guide`; one kernel launch, one program a sample.
+    Raises, Numerics, Source: as `guide`; one kernel launch, two for a sample of more than 4096 elements.
     """
     weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold, row)
     options: dict[str, Any] = {"rule": rule, "rescale": rescale, "eta": eta, "norm_threshold": norm_threshold}
@@ -236,9 +236,14 @@ def _launch_scales(
     scales: Tensor,
 ) -> None:  # fmt: skip
     batch, n = cond.shape[0], cond.shape[1:].numel()
-    args = (cond.contiguous(), uncond.contiguous(), row, w, scales, n, _dispatch.FIRST, *_dispatch.weight_strides(w), a)
-    kernel, tile = _dispatch.kernels("guide").scales_kernel, _dispatch.whole_sample(n)
-    _dispatch.launch(kernel, (*args, norm_threshold), n, batch, tile=tile, tiles=1, RULE=rule)
+    piece, pieces = _dispatch.pieces(n)
+    part = None if pieces == 1 else torch.empty(batch, 5, pieces, dtype=torch.float32, device=cond.device)
+    given = cond.contiguous(), uncond.contiguous(), row, w, scales, part
+    args = (*given, n, _dispatch.FIRST, pieces, piece, *_dispatch.weight_strides(w), a, norm_threshold)
+    kernel, widest = _dispatch.kernels("guide").scales_kernel, 1 << (pieces - 1).bit_length()
+    for phase, tiles in ((0, 1),) if pieces == 1 else ((1, pieces), (2, 1)):
+        options = {"RULE": rule, "PHASE": phase, "WIDEST": widest}
+        _dispatch.launch(kernel, args, n, batch, tile=_dispatch.whole_sample(n), tiles=tiles, **options)
 
 
 def _launch(cond: Tensor, uncond: Tensor, scales: Tensor, rule: int, out: Tensor) -> None:

@@ -12,6 +12,7 @@ from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, INTS, check_batched, check_tensor, spread
 from fastdiff.ops.guide import guidance_scales
 
+ONE_PROGRAM = 8192  # elements of a sample
 Weight = Tensor | None
 
 
@@ -72,7 +73,7 @@ def threshold_bound(
         model_out, table, row [1], uncond, guidance, scales: as `affine_step`; model_out, table and row go together.
     Returns: s [B], float32 (float64 for float64 x), for `affine_step(bound=...)`; NaN for a sample that holds one.
     Raises:  TypeError, ValueError: as `threshold`; a tensor of another shape, dtype or device.
-    Numerics, Source: as `threshold`; one kernel launch, one program a sample.
+    Numerics, Source: as `threshold`; one kernel launch, six for a sample of more than 8192 elements.
     """
     _checked(x, quantile, maximum)
     _check_model(x, model_out, table, row, uncond, guidance, scales)
@@ -183,9 +184,16 @@ def _launch_bound(
     strides = (0, 0) if w is None else _dispatch.weight_strides(w)
     dense = [None if v is None else v.contiguous() for v in (x, model_out, uncond, table, row, w)]
     width = 0 if table is None else table.shape[1]
-    args = (*dense, bound, n, _dispatch.FIRST, width, *strides, k, fraction, maximum)
-    kernel, tile = _dispatch.kernels("threshold").bound_kernel, _dispatch.whole_sample(n)
-    _dispatch.launch(kernel, args, n, batch, tile=tile, tiles=1, SCALED=scaled)
+    kernels, (piece, pieces) = _dispatch.kernels("threshold"), _dispatch.pieces(n)
+    stages, found = [(kernels.WHOLE.value, 1)], None
+    if n > ONE_PROGRAM:
+        last = kernels.LAST.value
+        stages = [*((stage, pieces) for stage in range(last)), (last, 1)]
+        found = torch.zeros(batch, kernels.FOUND.value, dtype=torch.int32, device=x.device)
+    args = (*dense, bound, found, n, _dispatch.FIRST, width, *strides, k, fraction, maximum, piece)
+    for stage, tiles in stages:
+        tile = _dispatch.whole_sample(n)
+        _dispatch.launch(kernels.bound_kernel, args, n, batch, tile=tile, tiles=tiles, STAGE=stage, SCALED=scaled)
 
 
 def _launch(x0: Tensor, bound: Tensor, out: Tensor) -> None:

@@ -2,18 +2,22 @@
 
     m = k_c c + k_d (c - k_u u):  from sums over one sample of c, d = c - u, c^2, d^2, c d, u^2, c u
 
-One program a sample: one launch, no memory between programs, and sums that do not depend on the batch.
+A small sample takes one program of one launch. A large one is cut into pieces, which depend on its size alone, as its
+sums do: a program sums a piece, and a second launch the pieces.
 """
 
 import triton
 import triton.language as tl
 
-from fastdiff_kernels.tiles import load_float, sample_size, tile
+from fastdiff_kernels.tiles import load_float, piece_of, sample_size, tile
 
 CFG = tl.constexpr(0)
 RESCALE = tl.constexpr(1)
 APG = tl.constexpr(2)
 ZERO_STAR = tl.constexpr(3)
+WHOLE = tl.constexpr(0)
+SUMS = tl.constexpr(1)
+FINISH = tl.constexpr(2)
 
 
 @triton.jit
@@ -27,36 +31,13 @@ def load_again(ptr, mask):
     return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["first", "w_row_stride", "w_batch_stride", "a", "r"])
-def scales_kernel(
-    c_ptr,  # [batch, n]
-    u_ptr,  # [batch, n]
-    row_ptr,  # [1] or None: row 0
-    w_ptr,  # fp32 weight, at row * w_row_stride + sample * w_batch_stride
-    scales_ptr,  # [batch, 3] fp32
-    n,
-    first,
-    w_row_stride,
-    w_batch_stride,
-    a,  # rescale: phi; apg: eta
-    r,  # apg: the largest norm of d, 0: none
-    RULE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
-    MATH: tl.constexpr,
-):
-    """Grid (1, samples): k_c, k_d and k_u of one sample."""
-    b = (tl.program_id(1) + first).to(tl.int64)
-    n = sample_size(n, ALIGNED)
-    c_ptr += b * n
-    u_ptr += b * n
-    lane = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+@triton.jit
+def sums(c_ptr, u_ptr, begin, end, lane, RULE: tl.constexpr, BLOCK: tl.constexpr):
+    """Over elements begin .. end: of c, d = c - u, c^2, d^2, c d; zero_star: of u^2 and c u in the last two."""
     zero = tl.zeros([BLOCK // 4, 4], tl.float32)
     sc, sd, scc, sdd, scd = zero, zero, zero, zero, zero
-    for start in range(0, n, BLOCK):
-        inside = lane < n - start
+    for start in range(begin, end, BLOCK):
+        inside = lane < end - start
         c = load_again(c_ptr + start + lane, inside)
         u = load_again(u_ptr + start + lane, inside)
         if RULE == ZERO_STAR:
@@ -70,32 +51,98 @@ def scales_kernel(
             if RULE == RESCALE:
                 sc += c
                 sd += d
-    row = 0
-    if row_ptr is not None:
-        row = tl.load(row_ptr)
-    w = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride)
-    dd = total(sdd)
-    cd = total(scd)
+    return total(sc), total(sd), total(scc), total(sdd), total(scd)
+
+
+@triton.jit
+def pieces_summed(part_ptr, pieces, WIDEST: tl.constexpr):
+    """The five sums of a sample from those of its pieces, [5, pieces]."""
+    i = tl.arange(0, WIDEST)
+    inside = i < pieces
+    c = tl.sum(tl.load(part_ptr + i, mask=inside, other=0.0), axis=0)
+    d = tl.sum(tl.load(part_ptr + pieces + i, mask=inside, other=0.0), axis=0)
+    cc = tl.sum(tl.load(part_ptr + 2 * pieces + i, mask=inside, other=0.0), axis=0)
+    dd = tl.sum(tl.load(part_ptr + 3 * pieces + i, mask=inside, other=0.0), axis=0)
+    cd = tl.sum(tl.load(part_ptr + 4 * pieces + i, mask=inside, other=0.0), axis=0)
+    return c, d, cc, dd, cd
+
+
+@triton.jit
+def numbers(c, d, cc, dd, cd, n, w, a, r, RULE: tl.constexpr):
+    """k_c, k_d, k_u from a sample's sums."""
     k_u = 1.0
     if RULE == RESCALE:
         size = n.to(tl.float32)
-        c = total(sc)
-        d = total(sd)
-        vc = total(scc) - c * c / size
+        vc = cc - c * c / size
         vg = vc + (w - 1) * (2 * (cd - c * d / size) + (w - 1) * (dd - d * d / size))
         k_c = a * tl.sqrt(vc / vg) + (1 - a)
         k_d = k_c * (w - 1)
     elif RULE == APG:
         k = tl.where(r > 0, tl.minimum(1.0, r / tl.sqrt(dd), propagate_nan=tl.PropagateNan.ALL), 1.0)
-        k_c = 1 - (w - 1) * (1 - a) * k * cd / total(scc)
+        k_c = 1 - (w - 1) * (1 - a) * k * cd / cc
         k_d = (w - 1) * k
     else:
         k_u = cd / (dd + 1e-8)
         k_c = 1.0
         k_d = w - 1
-    tl.store(scales_ptr + b * 3, k_c)
-    tl.store(scales_ptr + b * 3 + 1, k_d)
-    tl.store(scales_ptr + b * 3 + 2, k_u)
+    return k_c, k_d, k_u
+
+
+@triton.jit(do_not_specialize=["first", "pieces", "piece", "w_row_stride", "w_batch_stride", "a", "r"])
+def scales_kernel(
+    c_ptr,  # [batch, n]
+    u_ptr,  # [batch, n]
+    row_ptr,  # [1] or None: row 0
+    w_ptr,  # fp32 weight, at row * w_row_stride + sample * w_batch_stride
+    scales_ptr,  # [batch, 3] fp32
+    part_ptr,  # [batch, 5, pieces] fp32, or None
+    n,
+    first,
+    pieces,
+    piece,  # elements of one, a multiple of BLOCK
+    w_row_stride,
+    w_batch_stride,
+    a,  # rescale: phi; apg: eta
+    r,  # apg: the largest norm of d, 0: none
+    RULE: tl.constexpr,
+    PHASE: tl.constexpr,
+    WIDEST: tl.constexpr,  # the power of 2 from pieces on
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """Grid (1, samples): k_c, k_d and k_u of one sample; SUMS: grid (pieces, samples), a piece's five sums."""
+    b = (tl.program_id(1) + first).to(tl.int64)
+    n = sample_size(n, ALIGNED)
+    c_ptr += b * n
+    u_ptr += b * n
+    lane = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    begin = 0
+    end = n
+    if PHASE == SUMS:
+        begin, end = piece_of(n, piece, BLOCK, ALIGNED, WIDE)
+    if PHASE == FINISH:
+        c, d, cc, dd, cd = pieces_summed(part_ptr + b * 5 * pieces, pieces, WIDEST)
+    else:
+        c, d, cc, dd, cd = sums(c_ptr, u_ptr, begin, end, lane, RULE, BLOCK)
+    if PHASE == SUMS:
+        at = part_ptr + b * 5 * pieces + tl.program_id(0)
+        tl.store(at, c)
+        tl.store(at + pieces, d)
+        tl.store(at + 2 * pieces, cc)
+        tl.store(at + 3 * pieces, dd)
+        tl.store(at + 4 * pieces, cd)
+    else:
+        row = 0
+        if row_ptr is not None:
+            row = tl.load(row_ptr)
+        w = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride)
+        k_c, k_d, k_u = numbers(c, d, cc, dd, cd, n, w, a, r, RULE)
+        tl.store(scales_ptr + b * 3, k_c)
+        tl.store(scales_ptr + b * 3 + 1, k_d)
+        tl.store(scales_ptr + b * 3 + 2, k_u)
 
 
 @triton.jit(do_not_specialize=["first", "stride"])

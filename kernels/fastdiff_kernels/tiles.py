@@ -18,6 +18,17 @@ def sample_size(n, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def piece_of(n, piece, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
+    """Begin and end of the program's piece of a sample, `piece` elements, a multiple of BLOCK."""
+    piece = piece // BLOCK * BLOCK
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    begin = pid * piece
+    return begin, begin + sample_size(tl.minimum(n - begin, piece), ALIGNED)
+
+
+@triton.jit
 def tile(part, BLOCK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr):
     """Piece `part`: Philox counters [N] uint32, its first element (scalar) and the elements from there [N, 4]."""
     N: tl.constexpr = BLOCK // PARTS // 4
