@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a machine with an NVIDIA GPU and no network can show, in 8 minutes: the tests of every kernel and of what
 # only a GPU has, the main table (launches, host time, energy, peers), the kernels' bandwidth, a diffusers pipeline's
-# loop, a policy network's loop, and the roofline of the five kernels that steps and training are made of.
+# loop, a policy network's loop, and the roofline of every kernel.
 # Usage: bench/gpu.sh [RESULTS_DIR]      (default $OUT, else bench/results/<gpu>/<date>)
 # What was measured before a step ran out of time is kept.
 set -uo pipefail
@@ -19,7 +19,8 @@ mkdir -p "$out"
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1 || true
 failed=0
 loop=(--device cuda --quick --model unet1d --steps 100 --schedules scaled_linear_betas --solvers ddpm)
-kernels=(affine_step add_noise posterior categorical_step denoising_loss)
+kernels=(affine_step add_noise posterior categorical_step denoising_loss categorical_noise categorical_loss guide
+    threshold gaussian_kl binned binned_mean)
 plots=()
 $PYTHON -c "import matplotlib" 2> /dev/null && plots=(--plot "$out")
 
@@ -79,18 +80,18 @@ done
 wait
 echo "$((SECONDS - begin)) s"
 cat "$out/tests.txt"
-run 120 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json "$out/throughput.json" ${plots[@]+"${plots[@]}"}
+run 110 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json "$out/throughput.json" ${plots[@]+"${plots[@]}"}
 cat "$out/throughput.txt"
-run 55 kernels $PYTHON -m fastdiff_bench.gpu --quick --out "$out"
+run 50 kernels $PYTHON -m fastdiff_bench.gpu --quick --out "$out"
 cat "$out/kernels.txt"
 run 15 profile $PYTHON -m fastdiff profile --device cuda --solver ddpm --schedule scaled_linear_betas --steps 50 \
     --model unet1d --mode step_graph --trace "$out/profile-trace.json"
 cat "$out/profile.txt"
 run 40 dropin $PYTHON -m fastdiff_bench.dropin_gpu --json "$out/dropin.json"
 cat "$out/dropin.txt"
-run 40 loop-unet1d $PYTHON -m fastdiff_bench.suite "${loop[@]}" --json "$out/loop-unet1d.json"
+run 35 loop-unet1d $PYTHON -m fastdiff_bench.suite "${loop[@]}" --json "$out/loop-unet1d.json"
 cat "$out/loop-unet1d.txt"
-run 75 roofline $PYTHON -m fastdiff_bench.roofline --device cuda --quick --dtype fp32 bf16 \
+run 110 roofline $PYTHON -m fastdiff_bench.roofline --device cuda --quick --dtype fp32 bf16 \
     --kernels "${kernels[@]}" \
     --json "$out/roofline.json" ${plots[@]:+--plot "$out/roofline"}
 cat "$out/roofline.txt"

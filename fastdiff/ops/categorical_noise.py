@@ -52,9 +52,9 @@ def categorical_noise(
         out = torch.empty(*_numbers(x, schedule).shape, dtype=out_dtype, device=x.device)
         logits = torch.empty_like(out) if return_logits else None
         if x.numel():
-            alpha, sigma = schedule.alpha(at), schedule.sigma(at)
-            sigma = SQRT2 * sigma if schedule.num_classes == 2 else sigma
-            coef = torch.stack([alpha, sigma, 0 * alpha, 0 * alpha], 1).float()
+            sigma = schedule.sigma(at)
+            columns = sigma * sigma, SQRT2 * sigma if schedule.num_classes == 2 else sigma
+            coef = torch.nn.functional.pad(torch.stack(columns, 1).float(), (0, 2))
             torch.ops.fastdiff.categorical_noise(x, noise, coef, keyed, which, row, out, logits)
         return out if logits is None else (out, logits)
     if not torch.compiler.is_compiling() and x.is_cpu and x.numel():
@@ -103,8 +103,8 @@ def _on_cpu(
     out = torch.empty(*shape, dtype=out_dtype, device=x.device)
     logits = torch.empty_like(out) if return_logits else None
     wide = torch.float64 in (out_dtype, None if noise is None else noise.dtype)
-    alpha, sigma = (v.to(torch.float64 if wide else torch.float32).expand(batch)
-                    for v in (schedule.alpha(at), schedule.sigma(at)))  # fmt: skip
+    sigma = schedule.sigma(at)  # alpha is its square: a small batch spends most of its time on such numbers
+    alpha, sigma = (v.to(torch.float64 if wide else torch.float32).expand(batch) for v in (sigma * sigma, sigma))
     if not wide:
         coef = torch.stack([alpha, SQRT2 * sigma if width == 1 else sigma], 1)
         if _fused.wanted(x, coef) and noise_into(x, noise, coef, seeds, index, row, out, logits):
