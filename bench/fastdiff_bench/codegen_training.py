@@ -29,7 +29,7 @@ def _sums(dtype: str, lanes: int) -> Iterator[Case]:
     from fastdiff.ops.denoising_loss import loss_tile
     from fastdiff.ops.gaussian_kl import SLOPE_SLOTS
 
-    tile = {**loss_tile(), "ALIGNED": True, "WIDE": False}
+    tile = {**loss_tile(1 << 18), "ALIGNED": True, "WIDE": False}
     warps = tile.pop("num_warps")
     tile |= {"BLOCK": tile["BLOCK"] // tile["PARTS"], "PARTS": 1}
     p = f"*{dtype}"

@@ -20,7 +20,7 @@ from fastdiff.weighting import WEIGHTINGS, WeightOptions, target_weight
 LOSSES = ("l2", "l1", "huber")
 NOISE_TARGETS = ("eps", "score")  # need no x0
 GROUP = 256  # elements summed at a time: the order of a sample's sum is a function of its size alone
-CHUNK = 4096  # elements of one program of the kernel
+LARGE = 1 << 20  # elements of a sample from which a program of the kernel reads more of them
 
 
 def denoising_loss(
@@ -311,7 +311,8 @@ def _launch(
 ) -> None:  # fmt: skip
     batch, n = model_out.shape[0], model_out.shape[1:].numel()
     per_sample = coef.shape[0] > 1 if t is None else t.numel() > 1
-    tiles = -(-n // CHUNK)
+    tile = loss_tile(n)
+    tiles = -(-n // tile["BLOCK"])
     parts = loss if tiles == 1 else torch.empty(batch, tiles, dtype=torch.float32, device=loss.device)
     args = (
         model_out.contiguous(), None if x0 is None else x0.contiguous(), coef.contiguous(),
@@ -320,15 +321,16 @@ def _launch(
         _dispatch.FIRST, coef.shape[0], int(per_sample), row, stream, tiles, 1.0 / n, delta,
     )  # fmt: skip
     module = _dispatch.kernels("denoising_loss")
-    _dispatch.launch(module.denoising_loss_kernel, args, n, batch, tile=loss_tile(), KIND=kind)
+    _dispatch.launch(module.denoising_loss_kernel, args, n, batch, tile=tile, KIND=kind)
     if tiles > 1:
         one = {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
         _dispatch.launch(module.sum_kernel, (parts, loss, tiles, _dispatch.FIRST), 1, batch, tile=one)
 
 
-def loss_tile() -> dict[str, int]:
-    """One warp a program, always the same pieces: no shared memory, and sums that depend on the sample alone."""
-    return {"BLOCK": CHUNK, "PARTS": 16, "num_warps": 1}
+def loss_tile(n: int) -> dict[str, int]:
+    """One warp a program, pieces by the size of a sample: no shared memory, and its sums depend on nothing else."""
+    parts = 4 if n <= LARGE else 16
+    return {"BLOCK": 256 * parts, "PARTS": parts, "num_warps": 1}
 
 
 _dispatch.register(

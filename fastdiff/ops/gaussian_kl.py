@@ -12,7 +12,7 @@ from fastdiff import native
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._log_ndtr import log_ndtr
-from fastdiff.ops.denoising_loss import CHUNK, loss_tile
+from fastdiff.ops.denoising_loss import loss_tile
 
 SLOPE_SLOTS = 4  # tensors that the gradient's kernel reads
 
@@ -219,11 +219,12 @@ def _broadcasts(name: str, value: object, x: Tensor) -> None:
 
 def _launch(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor, kl: Tensor) -> None:
     batch, n = mean1.shape[0], mean1.shape[1:].numel()
-    tiles = -(-n // CHUNK)
+    tile = loss_tile(n)
+    tiles = -(-n // tile["BLOCK"])
     parts = kl if tiles == 1 else torch.empty(batch, tiles, dtype=torch.float32, device=kl.device)
     values, full = _for_kernels(mean1, log_variance1, mean2, log_variance2)
     args = (*values, parts, n, _dispatch.FIRST, tiles, 1.0 / n)
-    _dispatch.launch(_dispatch.kernels("gaussian_kl").gaussian_kl_kernel, args, n, batch, tile=loss_tile(), **full)
+    _dispatch.launch(_dispatch.kernels("gaussian_kl").gaussian_kl_kernel, args, n, batch, tile=tile, **full)
     if tiles > 1:
         one = {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
         sums = _dispatch.kernels("denoising_loss").sum_kernel
