@@ -10,12 +10,13 @@ import sys
 import pytest
 import torch
 
-from fastdiff_bench import kernels, options, roofline, timing, work
+from fastdiff_bench import kernels, options, roofline, suite, throughput, timing, work
 from fastdiff_bench.cases import KERNELS
 from fastdiff_bench.networks import NETWORKS, build
 from fastdiff_bench.textbook import compiled
 
 CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
 COLUMNS = ("torch", "diffusers", "fastdiff eager")
 # fp32, bf16: what is read and written an element. affine_step: x in and out in fp32, the output and the next input in
 # the model's dtype; classes: 8 bytes a token of 32 numbers; binned: x and p in fp32, two outputs
@@ -100,6 +101,43 @@ def test_two_columns_that_disagree_stop_the_roofline(gap, monkeypatch, capsys):
     assert roofline.main(["--quick", "--no-compile", "--kernels", "add_noise"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and f"error: add_noise fp32 2^10: fastdiff eager differs by {gap:.1e}" in err.splitlines()[-1]
+
+
+def test_a_size_too_large_for_the_memory_is_left_out_and_said(monkeypatch, capsys):
+    def points(kernel, dtype, elements, request):
+        if elements == 1 << 16:
+            raise torch.OutOfMemoryError
+        return [{"kernel": kernel, "dtype": dtype, "elements": elements, "column": "fastdiff eager", "gb_s": 3.0,
+                 "us": {"median": 7.5}}], {}  # fmt: skip
+
+    monkeypatch.setattr(roofline, "points", points)
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
+    assert roofline.main(["--quick", "--device", "cpu", "--kernels", "add_noise"]) == 0
+    out = capsys.readouterr().out
+    assert "2^10" in out and "2^20" in out and "add_noise, fp32 2^16: more memory than cpu has" in out
+
+
+def test_compile_only_makes_every_column_and_measures_none(monkeypatch, tmp_path, capsys):
+    ran, path = [], tmp_path / "a.json"
+
+    def maker(schedule, elements, dtype, device, names):
+        columns = {name: lambda x, name=name: ran.append((name, elements, dtype, x)) for name in names}
+        return work.Work("guide", schedule, elements, str(dtype), 8, [(1,), (2,)], columns)
+
+    monkeypatch.setitem(roofline.MAKERS, "guide", maker)
+    for module in (roofline, suite):
+        monkeypatch.setattr(module, "copy_bandwidth", lambda device: pytest.fail("measured"))
+    argv = ["--quick", "--compile-only", "--device", "cpu", "--json", str(path), "--peers", "torch", "--no-compile"]
+    assert roofline.main([*argv, "--kernels", "guide", "--dtype", "fp32", "bf16", "--largest", "16"]) == 0
+    wanted = {(n, 1 << e, d, 1) for n in ("torch", "fastdiff eager") for e in (10, 16) for d in DTYPES}
+    assert set(ran) == wanted
+    made = []
+    monkeypatch.setattr(throughput, "measure", lambda *a, **k: pytest.fail("measured"))
+    column_of = throughput.column_of
+    monkeypatch.setattr(throughput, "column_of", lambda name, *a: made.append(name) or column_of(name, *a))
+    assert suite.main([*argv, "--schedules", "flow", "--solvers", "euler", "--shapes", "1x8"]) == 0
+    assert {"torch", "fastdiff eager"} <= set(made)
+    assert path.read_text() == "{}\n" and capsys.readouterr().out == ""
 
 
 def test_an_interrupted_roofline_prints_the_points_before(monkeypatch, capsys):
