@@ -175,6 +175,21 @@ def test_time_out_of_range_is_nan_in_the_kernel(kernel_device):
         assert y.isnan().all(1).tolist() == [True, False, True]
 
 
+def test_times_out_of_range_are_nan_where_the_host_does_not_look():
+    """A continuous schedule's in compiled code, as on CUDA."""
+    t, seeds = torch.tensor([-0.1, 0.5, 1.1, math.nan]), torch.arange(4)
+    noise = torch.compile(lambda x, t: ops.add_noise(x, t, VP(), seeds=seeds), fullgraph=True, backend="aot_eager")
+    assert noise(torch.zeros(4, 3), t).isnan().all(1).tolist() == [True, False, True, True]
+    assert noise(torch.zeros(4, 3), t).isnan().any(1).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(("schedule", "bad"), [(CHAIN, 1000), (CHAIN, -1), (VP(), 1.1), (VP(), math.nan)])
+def test_a_number_out_of_range_is_refused_on_every_device(schedule, bad):
+    for device in ("cpu", "meta"):
+        with pytest.raises(ValueError, match="t must be in 0"):
+            ops.add_noise(torch.zeros(3, 4, device=device), bad, schedule, seeds=torch.arange(3, device=device))
+
+
 X = torch.zeros(3, 4)
 
 

@@ -182,6 +182,15 @@ def test_noise_equals_the_cpus() -> None:
 
 
 @pytest.mark.slow
+def test_times_out_of_range_are_nan() -> None:
+    """A continuous schedule's, where looking would wait for the device."""
+    t, x, seeds = torch.tensor([-0.1, 0.5, 1.1], device="cuda"), torch.zeros(3, 8, device="cuda"), [1, 2, 3]
+    classes = ops.categorical_noise(x.long(), t, S.BFNDiscrete(2.0, 27), seeds=seeds).flatten(1)
+    noised, loss = ops.add_noise(x, t, S.VP(), seeds=seeds), ops.denoising_loss(x, x, t, S.VP(), seeds)
+    for y in (classes, noised, loss[:, None]):
+        assert y.isnan().all(1).tolist() == y.isnan().any(1).tolist() == [True, False, True]
+
+
 def test_more_than_2_31_elements() -> None:
     n = 2**31 + 4100
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:

@@ -103,7 +103,7 @@ def _training(dtype: str, lanes: int) -> Iterator[Case]:
     tile, warps = tile_of(lanes=lanes)
     classes = {"x_ptr": "*i64", **INTS}
     noise = {**classes, "coef_ptr": "*fp32", "out_ptr": p, **SEEDS}
-    loss = {**classes, "logits_ptr": p, "error_ptr": "*fp32", "grad_ptr": p}
+    loss = {**classes, "logits_ptr": p, "error_ptr": "*fp32", "grad_ptr": p, "one_over_tokens": "fp32"}
     whole = {"PHASE": 0, "PIECES": 1, "WIDEST": 1}
     for num_classes in (27, 256, 4096, 16384):
         constants, fields, _ = _rows(num_classes, lanes)

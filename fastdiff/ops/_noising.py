@@ -20,8 +20,9 @@ Seeds = Sequence[int] | Tensor
 def times(t: object, schedule: object, x: Tensor) -> Tensor:
     """t as a tensor [B] or [1] on x's device: int64 for Betas, floating for a continuous schedule.
 
-    Raises: TypeError for a schedule that is none and for the other kind of time; ValueError for another shape and, on
-        the CPU, a t outside the schedule's range (on CUDA, where looking would wait for the device, it gives NaN).
+    Raises: TypeError for a schedule that is none and for the other kind of time; ValueError for another shape, and for
+        a number or a CPU tensor outside the schedule's range (on CUDA, where looking would wait for the device, and in
+        compiled code, a tensor's gives NaN).
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be one of fastdiff.schedules, got {type(schedule).__name__}")
@@ -43,8 +44,14 @@ def times(t: object, schedule: object, x: Tensor) -> Tensor:
         out = out.view(1)
     if tuple(out.shape) not in ((1,), (x.shape[0],)):
         raise ValueError(f"t must be a scalar or have shape ({x.shape[0]},), got {tuple(out.shape)}")
-    if out.is_cpu and not torch.compiler.is_compiling() and outside(out, schedule.t_max):
+    if not isinstance(t, Tensor):
+        low = high = float(t)
+        wrong = not 0 <= t <= schedule.t_max
+    elif wrong := out.is_cpu and not torch.compiler.is_compiling() and outside(out, schedule.t_max):
         low, high = out.min().item(), out.max().item()
+    elif out.dtype.is_floating_point and (not out.is_cpu or torch.compiler.is_compiling()):
+        out = torch.where(out.clamp(0, schedule.t_max) == out, out, torch.nan)
+    if wrong:
         raise ValueError(f"t must be in 0..{schedule.t_max:g} for {schedule}, got {low:g}..{high:g}")
     return out
 

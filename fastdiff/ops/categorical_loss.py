@@ -43,14 +43,14 @@ def categorical_loss(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) ->
     kernel = _dispatch.kernels_for(logits) and logits.dtype != torch.float64
     if not kernel and (torch.compiler.is_compiling() or not logits.is_cpu) or logits.numel() == 0:
         return categorical_loss_ref(logits, x, weight)
-    graded = _dispatch.graded(logits)
-    return weight * (_Error.apply(logits, x) if graded else _error(logits, x, None))
+    error = _Error.apply(logits, x) if _dispatch.graded(logits) else _error(logits, x, None)
+    return error if isinstance(weight, float) and weight == 1 else weight * error
 
 
 def categorical_loss_ref(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) -> Tensor:
     """`categorical_loss` in plain torch: float64 for float64 logits, else fp32; differentiable by autograd."""
     weight = _checked(logits, x, weight)
-    m = logits.to(weight.dtype)
+    m = logits.to(_dtype(logits))
     if m.shape[-1] == 1:
         error = 2 * (torch.sigmoid(m[..., 0]) - x) ** 2
     else:
@@ -85,7 +85,7 @@ def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
         programs = _programs(width, tokens)
         errors = torch.empty(batch, programs, dtype=torch.float32, device=logits.device)
         torch.ops.fastdiff.categorical_loss(logits, x, errors, grad)
-        return errors.sum(1) / tokens
+        return errors[:, 0] if programs == 1 else errors.sum(1)
     found = torch.empty(batch, dtype=torch.float32, device=logits.device)
     if _fused.wanted(logits, x) and loss_into(logits, x, found, grad):
         return found
@@ -117,19 +117,23 @@ def _error_on_cpu(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
     return error / logits.shape[1]
 
 
-def _checked(logits: Tensor, x: Tensor, weight: float | Tensor) -> Tensor:
-    """The weight as a tensor [B] or [1] of the dtype the loss is computed in."""
+def _dtype(logits: Tensor) -> torch.dtype:
+    """What the loss is computed in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _checked(logits: Tensor, x: Tensor, weight: float | Tensor) -> float | Tensor:
+    """The weight as a float, or a tensor [B] or [1] of the dtype the loss is computed in."""
     check_logits("logits", logits, dtypes=FLOATS64)
     check_classes("x", x, classes_of(logits.shape[-1]), logits.shape[:-1], logits)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if not isinstance(weight, Tensor):
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise TypeError(f"weight must be a number or a tensor [B], got {type(weight).__name__}")
-        return torch.full((1,), float(weight), dtype=dtype, device=logits.device)
+        return float(weight)
     check_tensor("weight", weight, dtypes=FLOATS64, like=logits)
     if tuple(weight.shape) not in ((), (1,), (logits.shape[0],)):
         raise ValueError(f"weight must be a number or have shape ({logits.shape[0]},), got {tuple(weight.shape)}")
-    return weight.reshape(-1).to(dtype)
+    return weight.reshape(-1).to(_dtype(logits))
 
 
 def _programs(width: int, tokens: int) -> int:
@@ -146,7 +150,7 @@ def _launch(logits: Tensor, x: Tensor, errors: Tensor, grad: Tensor | None) -> N
     logits, x = with_rows(logits), x.contiguous()
     kernels = _dispatch.kernels("categorical_loss")
     if width == 1:
-        pairs = (logits, x, errors, grad, tokens, _dispatch.FIRST, programs)
+        pairs = (logits, x, errors, grad, tokens, _dispatch.FIRST, programs, 1.0 / tokens)
         _dispatch.launch(kernels.categorical_pair_loss_kernel, pairs, tokens, batch, tile=PAIRS)
         return
     rows, stride = rows_of(width, tokens, lanes=64 if torch.version.hip else 32), row_stride(logits) or width
@@ -155,7 +159,7 @@ def _launch(logits: Tensor, x: Tensor, errors: Tensor, grad: Tensor | None) -> N
     shape: dict[str, Any] = {"ROWS": rows.rows, "COLS": rows.cols, "PIECES": rows.pieces, "WIDEST": rows.widest}
     shape |= {"QUADS": width % 4 == 0, "VECTOR": vectors(width, tokens, [width, stride]), "num_warps": rows.num_warps}
     shape["WIDE"] = tokens * max(width, stride) > 2**31 - 2 * rows.cols
-    args = (logits, x, errors, grad, part, width, tokens, _dispatch.FIRST, programs, plane, stride)
+    args = (logits, x, errors, grad, part, width, tokens, _dispatch.FIRST, programs, plane, stride, 1.0 / tokens)
     for phase in (0,) if rows.pieces == 1 else (1, 2):
         _dispatch.run(kernels.categorical_loss_kernel, args, programs, batch, PHASE=phase, **shape)
 

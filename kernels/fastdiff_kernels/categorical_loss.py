@@ -30,6 +30,7 @@ def categorical_loss_kernel(
     programs,
     plane,
     logits_row,  # elements between the tokens of the logits
+    one_over_tokens,
     PHASE: tl.constexpr,
     PIECES: tl.constexpr,
     WIDEST: tl.constexpr,
@@ -88,7 +89,8 @@ def categorical_loss_kernel(
             s = tl.sum(p * r, axis=1)
         error = tl.sum(r * r, axis=1)
         error = tl.where(valid, error, float("nan"))
-        tl.store(error_ptr + b * programs + tl.program_id(0), tl.sum(tl.where(d < tokens, error, 0.0), axis=0))
+        error = one_over_tokens * tl.sum(tl.where(d < tokens, error, 0.0), axis=0)
+        tl.store(error_ptr + b * programs + tl.program_id(0), error)
         if grad_ptr is not None:
             g = 2.0 * p * (r - s[:, None])
             at = begin(grad_ptr, base, K, VECTOR) + spots(d, start, K, COLS, QUADS, VECTOR)
@@ -104,6 +106,7 @@ def categorical_pair_loss_kernel(
     n,
     first,
     programs,
+    one_over_n,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -126,4 +129,4 @@ def categorical_pair_loss_kernel(
         if grad_ptr is not None:
             g = 4.0 * r * p * (1.0 - p)
             tl.store(grad_ptr + at + lane, g.to(grad_ptr.dtype.element_ty), mask=inside)
-    tl.store(error_ptr + b * programs + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))
+    tl.store(error_ptr + b * programs + tl.program_id(0), one_over_n * tl.sum(tl.sum(total, axis=1), axis=0))
