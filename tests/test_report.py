@@ -51,9 +51,9 @@ def test_the_kernels_of_a_gpu_are_printed_beside_a_copy_and_plain_torch(tmp_path
     assert "pipeline" not in report.render(tmp_path)
     loop = {"name": "Sampler, loop_graph", "ms": 62.5, "ratio": 8.0, "steps": 100, "batch": 1}
     (folder / "loops.json").write_text(json.dumps({"environment": environment, "rows": [loop]}))
-    assert "DDPM over a small UNet, 100 steps, batch 1" in report.page(folder)
+    assert "| Sampler, loop_graph | 62.5 | 8.00 |" in report.page(folder)
     text = report.render(tmp_path)
-    assert "| Sampler, loop_graph | 62.5 | 8.00 |" in text
+    assert "on a card, DDPM over a small UNet, 100 steps, batch 1, the model included, ms: Sampler, loop_graph" in text
     assert "on a card: GB/s of the bytes they must move, beside a copy's 4000" in text
     assert "| step ddim float32 | 67108864 | 200.0 | 3600 | 90 % | 95 % |  |  |" in text
     assert "| categorical step K=2 | 67108864 | 200.0 | 3600 | 90 % |  |  | 2560 |" in text

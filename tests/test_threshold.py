@@ -69,7 +69,7 @@ def test_any_order_statistic(n, device):
     x = torch.randn(2, n, generator=g) * torch.exp(8 * torch.randn(2, n, generator=g))
     x[0, :7], x[1, :3] = torch.tensor([0.0, -0.0, 1e-45, -1e-40, math.inf, 3e38, 1.5]), -math.inf
     ordered = x.abs().double().sort(1).values
-    for k in (0, 1, n // 2, n - 9, n - 4, n - 1):
+    for k in (0, 1, n // 2, n - 9, n - 4, n - 1) if n <= 5000 else (n // 2, n - 4):
         for fraction in (0.0, 0.25):
             if k + fraction < n - 1 or fraction == 0:
                 quantile = (k + fraction) / (n - 1)

@@ -166,11 +166,12 @@ def details(data: dict[str, Any]) -> list[str]:
 
 
 def loops(data: dict[str, Any]) -> list[str]:
-    """A diffusers pipeline's loop, every way to run it."""
+    """A diffusers pipeline's loop, every way to run it: a sentence, and a table."""
     first = data["rows"][0]
+    each = "; ".join(f"{r['name']} {r['ms']:.1f}" for r in data["rows"])
     lines = [
-        f"A diffusers pipeline's loop, DDPM over a small UNet, {first['steps']} steps, batch {first['batch']}, the "
-        "model included:",
+        f"A diffusers pipeline's loop on {data['environment'].get('gpu', 'a CPU')}, DDPM over a small UNet, "
+        f"{first['steps']} steps, batch {first['batch']}, the model included, ms: {each}.",
         "", "| way | ms a loop | times faster than stock |", "|---|---|---|",
     ]  # fmt: skip
     lines += [f"| {r['name']} | {r['ms']:.1f} | {r['ratio']:.2f} |" for r in data["rows"]]
@@ -221,7 +222,7 @@ def render(root: Path = ROOT) -> str:
         if kernels := newest("gpu", root):
             blocks += [*_gpu_kernels(kernels[1]), ""]
         if pipeline := newest("loops", root):
-            blocks += loops(pipeline[1])
+            blocks += [loops(pipeline[1])[0]]
     else:
         blocks.append(
             "GPU: not measured yet; `bench/gpu.sh` runs the GPU tests and measurements on a machine that has one."

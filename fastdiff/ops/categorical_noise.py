@@ -47,14 +47,16 @@ def categorical_noise(
     Numerics: coefficients in float64, arithmetic in fp32 (float64 for float64 noise).
     Source:  Graves et al. 2023, arXiv:2308.07037, eq. 185: y ~ N(beta (K e_x - 1), beta K I), its constant dropped.
     """
-    at, keyed, which = _checked(x, t, schedule, seeds, index, row, noise, out_dtype)
-    if _dispatch.kernels_for(x) and torch.float64 not in (out_dtype, None if noise is None else noise.dtype):
+    wide = torch.float64 in (out_dtype, getattr(noise, "dtype", None))
+    kernel = isinstance(x, Tensor) and _dispatch.kernels_for(x) and not wide
+    at, keyed, which = _checked(x, t, schedule, seeds, index, row, noise, out_dtype, fill=not kernel)
+    if kernel:
         out = torch.empty(*_numbers(x, schedule).shape, dtype=out_dtype, device=x.device)
         logits = torch.empty_like(out) if return_logits else None
         if x.numel():
             sigma = schedule.sigma(at)
             columns = sigma * sigma, SQRT2 * sigma if schedule.num_classes == 2 else sigma
-            coef = torch.nn.functional.pad(torch.stack(columns, 1).float(), (0, 2))
+            coef = torch.stack(columns * 2, 1).float()  # rows of 16 bytes, of which the kernel uses the first half
             torch.ops.fastdiff.categorical_noise(x, noise, coef, keyed, which, row, out, logits)
         return out if logits is None else (out, logits)
     if not torch.compiler.is_compiling() and x.is_cpu and x.numel():
@@ -139,7 +141,7 @@ def _numbers(x: Tensor, schedule: BFNDiscrete) -> Tensor:
 
 def _checked(
     x: Tensor, t: float | Tensor, schedule: BFNDiscrete, seeds: Seeds | None, index: Tensor | None, row: int,
-    noise: Tensor | None, out_dtype: torch.dtype,
+    noise: Tensor | None, out_dtype: torch.dtype, *, fill: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     if not isinstance(schedule, BFNDiscrete):
         raise TypeError(f"schedule must be schedules.BFNDiscrete, got {type(schedule).__name__}")
@@ -149,7 +151,7 @@ def _checked(
     if out_dtype not in FLOATS64:
         raise TypeError(f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype}")
     at = _noising.times(t, schedule, x)
-    return at, *_noising.noise_arguments(_numbers(x, schedule), seeds, index, row, rng.ROWS, noise)
+    return at, *_noising.noise_arguments(_numbers(x, schedule), seeds, index, row, rng.ROWS, noise, fill=fill)
 
 
 def _launch(

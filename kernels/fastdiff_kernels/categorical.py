@@ -58,7 +58,10 @@ def logistic(i, MATH: tl.constexpr):
 def key_of(row, STREAM: tl.constexpr, seed_ptr, index_ptr, b):
     """The Philox key of sample b in a stream: 1 for normals, 2 for Gumbel numbers."""
     row = row.to(tl.int64)
-    return sample_key(row, tl.full((), STREAM, tl.int32), tl.load(index_ptr + b), tl.load(seed_ptr + b))
+    index = tl.full((), 0, tl.int64)
+    if index_ptr is not None:
+        index = tl.load(index_ptr + b)
+    return sample_key(row, tl.full((), STREAM, tl.int32), index, tl.load(seed_ptr + b))
 
 
 @triton.jit
