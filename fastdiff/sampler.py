@@ -100,8 +100,10 @@ class Sampler:
         request = resolve(self.model, self.plan, shape, o)
         if 0 in request.shape:
             return self._empty(request)
-        ordinary = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-        quiet = torch.no_grad() if torch.is_grad_enabled() else nullcontext()  # entering one takes longer than a row
+        # entering a mode takes longer than a row; leaving inference mode turns gradients on
+        inference = torch.is_inference_mode_enabled()
+        ordinary = torch.inference_mode(False) if inference else nullcontext()
+        quiet = torch.no_grad() if inference or torch.is_grad_enabled() else nullcontext()
         with self._alone(), ordinary, quiet:
             prepared = self._prepared(request)
             return self._loop(prepared, request)

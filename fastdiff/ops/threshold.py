@@ -73,7 +73,7 @@ def threshold_bound(
         model_out, table, row [1], uncond, guidance, scales: as `affine_step`; model_out, table and row go together.
     Returns: s [B], float32 (float64 for float64 x), for `affine_step(bound=...)`; NaN for a sample that holds one.
     Raises:  TypeError, ValueError: as `threshold`; a tensor of another shape, dtype or device.
-    Numerics, Source: as `threshold`; one kernel launch, six for a sample of more than 8192 elements.
+    Numerics, Source: as `threshold`; one kernel launch, six and a fill for a sample of more than 8192 elements.
     """
     _checked(x, quantile, maximum)
     _check_model(x, model_out, table, row, uncond, guidance, scales)
