@@ -380,25 +380,3 @@ def test_parameters_choose_dtype_and_device() -> None:
 
     assert fd.sample(Net(), PLANS["heun"], (2, 4)).dtype == torch.float32
     assert set(seen) == {torch.bfloat16}
-
-
-def test_a_model_runs_without_gradients_whatever_surrounds_the_sampler() -> None:
-    plan, seen = solvers.ddim(S.Betas(S.linear_betas(100)), 3), list[bool]()
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        seen.extend((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
-        return 0.1 * x
-
-    sampler = fd.Sampler(model, plan)
-    for around in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        with around():
-            fd.sample(model, plan, (2, 3))
-            sampler((2, 3))
-    assert len(seen) == 2 * 3 * 2 * 3 and not any(seen)
-
-
-def test_in_inference_mode_and_out() -> None:
-    sampler = fd.Sampler(elementwise, PLANS["heun"], mode="eager")
-    with torch.inference_mode():
-        a = sampler((2, 4), seed=1)
-    assert torch.equal(a, sampler((2, 4), seed=1)) and not a.requires_grad

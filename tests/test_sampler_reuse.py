@@ -110,3 +110,25 @@ def test_a_copy_of_a_used_sampler_has_buffers_of_its_own(way: Callable[[fd.Sampl
     assert torch.equal(other((2, 8)), want)
     assert not {id(run) for run in other._runs.values()} & {id(run) for run in sampler._runs.values()}
     assert torch.equal(sampler((2, 8)), want)
+
+
+def test_a_model_runs_without_gradients_whatever_surrounds_the_sampler() -> None:
+    seen: list[bool] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seen.extend((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return 0.1 * x
+
+    sampler = fd.Sampler(model, PLAN)
+    for around in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with around():
+            fd.sample(model, PLAN, (2, 3))
+            sampler((2, 3))
+    assert len(seen) == 2 * 3 * 2 * 3 and not any(seen)
+
+
+def test_in_inference_mode_and_out() -> None:
+    sampler = fd.Sampler(lambda x, t: 0.1 * x, PLAN, mode="eager")
+    with torch.inference_mode():
+        a = sampler((2, 4), seed=1)
+    assert torch.equal(a, sampler((2, 4), seed=1)) and not a.requires_grad

@@ -100,7 +100,7 @@ def compile_all(request: Request, model: Callable[..., Any] | None, *, say: Call
     settings = Settings(request.device, request.columns, model=model)
     for case, shape, dtype in request.work():
         say(f"compiling {case.schedule} {case.solver} {'x'.join(map(str, shape))} {dtype}")
-        compile_row(case, shape, dtype, request.dtypes[dtype], settings)
+        compile_row(case, shape, request.dtypes[dtype], settings)
 
 
 def pace(left: float, rest: float) -> float:

@@ -62,7 +62,7 @@ class Column(NamedTuple):
 
 
 def exact_fp32() -> None:
-    """fp32 means fp32 in convolutions too: on TF32 the columns of a loop through one model differ by 1e-4."""
+    """fp32 means fp32 in products and convolutions too, in every column."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -220,7 +220,7 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
     return row
 
 
-def compile_row(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dtype, set_: Settings) -> None:
+def compile_row(case: Case, shape: tuple[int, ...], dtype: torch.dtype, set_: Settings) -> None:
     """Makes a row's columns as `measure` does, and leaves what was compiled in the compilers' caches on disk."""
     plan = case.plan()
     shape = case.state_shape(plan, shape)
