@@ -1,6 +1,7 @@
 """The loss whose noise is drawn again: against textbook losses, its gradient, its memory, compiled, parallel."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdiff import ops, rng
+from fastdiff.ops.denoising_loss import loss_tile
 from fastdiff.schedules import EDM, VE, VP, Betas, Cosine, Flow, SubVP, linear_betas
 from fastdiff.weighting import WeightOptions, target_weight
 
@@ -74,6 +76,14 @@ def test_textbook(schedule, target, loss, device):
 def test_odd_shapes(shape, device):
     """1 element, part of a vector, more than one program of the kernel."""
     check(CHAIN, "v", device, shape)
+
+
+def test_programs_of_large_samples(kernel_device, monkeypatch):
+    """From 2^20 elements on a program reads four times as many."""
+    monkeypatch.setattr(sys.modules["fastdiff.ops.denoising_loss"], "LARGE", 4097)
+    for n, programs in ((4097, 5), (9001, 3)):
+        assert -(-n // loss_tile(n)["BLOCK"]) == programs
+        check(CHAIN, "v", kernel_device, (n,))
 
 
 @pytest.mark.parametrize("schedule", [CHAIN, VP(), SubVP(), EDM(sigma_data=0.7)], ids=repr)
