@@ -135,6 +135,19 @@ def test_zero_star_of_little(device):
     assert close(ops.guide(c.to(device), u.to(device), 5.0, rule="zero_star"), torch.from_numpy(want))
 
 
+@pytest.mark.parametrize("size", [300, 9000])
+def test_rescale_far_from_zero(size, device):
+    """The std of numbers 300 from 0, of numbers in two places, and beside an outlier: squares do not cancel."""
+    c, u = pair(3, size)
+    c[0], u[0] = c[0] + 300, u[0] + 300
+    c[1, size // 2 :] += 200
+    c[2, 0] += 50
+    d, g = c.double(), u.double() + 4 * (c.double() - u.double())
+    want = d.std(1) / g.std(1)
+    got = ops.guidance_scales(c.to(device), u.to(device), 4.0, rule="rescale", rescale=1.0)[:, 0]
+    assert torch.allclose(got.cpu().double(), want, rtol=5e-7, atol=0)
+
+
 def test_two_dtypes(device):
     """The output has the first one's."""
     c, u = (v.to(device) for v in pair(2, 300))

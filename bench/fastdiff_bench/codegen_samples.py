@@ -36,11 +36,12 @@ def _guide(dtype: str, tile: dict[str, Any], warps: int, lanes: int) -> Iterator
     types = {**both, "row_ptr": "*i32", "w_ptr": "*fp32", **dict.fromkeys(("w_row_stride", "w_batch_stride"), "i32")}
     types |= {"a": "fp32", "r": "fp32", "pieces": "i32", "piece": "i32"}
     for rule in RULES[1:]:
-        number = RULES.index(rule)
+        number, near = RULES.index(rule), 2 if rule == "rescale" else 0  # two numbers that its sums are taken about
         case = partial(_reduction, module="guide", kernel="scales_kernel", lanes=lanes, RULE=number)
-        yield case(f"guide/{rule}/{dtype}", types=types, dtypes=(dtype,) * 2, scalars=3, PHASE=0, WIDEST=1)
+        yield case(f"guide/{rule}/{dtype}", types=types, dtypes=(dtype,) * 2, scalars=3 + near, PHASE=0, WIDEST=1)
         parted = types | {"part_ptr": "*fp32"}
-        yield case(f"guide/{rule}/pieces/{dtype}", types=parted, dtypes=(dtype,) * 2, scalars=5, PHASE=1, WIDEST=1)
+        name = f"guide/{rule}/pieces/{dtype}"
+        yield case(name, types=parted, dtypes=(dtype,) * 2, scalars=5 + near, PHASE=1, WIDEST=1)
         if dtype == "fp32":
             yield case(f"guide/{rule}/finish/{dtype}", types=parted, dtypes=(), scalars=13, PHASE=2, WIDEST=1024)
     types = {**both, "out_ptr": f"*{dtype}", "stride": "i32"}

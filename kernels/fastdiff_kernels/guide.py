@@ -1,6 +1,6 @@
 """Guidance that looks at the whole sample: three numbers a sample from its sums, in one pass; and the combination.
 
-    m = k_c c + k_d (c - k_u u):  from sums over one sample of c, d = c - u, c^2, d^2, c d, u^2, c u
+    m = k_c c + k_d (c - k_u u):  from sums over one sample of c^2, d^2, c d, u^2, c u, d = c - u
 
 A small sample takes one program of one launch. A large one is cut into pieces, which depend on its size alone, as its
 sums do: a program sums a piece, and a second launch the pieces.
@@ -33,9 +33,19 @@ def load_again(ptr, mask):
 
 @triton.jit
 def sums(c_ptr, u_ptr, begin, end, lane, RULE: tl.constexpr, BLOCK: tl.constexpr):
-    """Over elements begin .. end: of c, d = c - u, c^2, d^2, c d; zero_star: of u^2 and c u in the last two."""
+    """Over elements begin .. end, with d = c - u: of c^2, d^2, c d in the last three; zero_star: of u^2 and c u in the
+    last two; rescale: means of c and d, and sums of the products of what differs from them."""
     zero = tl.zeros([BLOCK // 4, 4], tl.float32)
     sc, sd, scc, sdd, scd = zero, zero, zero, zero, zero
+    near_c = 0.0
+    near_d = 0.0
+    if RULE == RESCALE:  # squares far from 0 would cancel: they are taken about the means of 128 elements
+        first = tl.arange(0, 128)
+        held = first < end - begin
+        count = tl.minimum(end - begin, 128).to(tl.float32)
+        some = load_again(c_ptr + begin + first, held)
+        near_c = tl.sum(some, axis=0) / count
+        near_d = tl.sum(some - load_again(u_ptr + begin + first, held), axis=0) / count
     for start in range(begin, end, BLOCK):
         inside = lane < end - start
         c = load_again(c_ptr + start + lane, inside)
@@ -45,37 +55,57 @@ def sums(c_ptr, u_ptr, begin, end, lane, RULE: tl.constexpr, BLOCK: tl.constexpr
             scd = tl.fma(c, u, scd)
         else:
             d = c - u
+            if RULE == RESCALE:
+                c = tl.where(inside, c - near_c, 0.0)
+                d = tl.where(inside, d - near_d, 0.0)
+                sc += c
+                sd += d
             scc = tl.fma(c, c, scc)
             sdd = tl.fma(d, d, sdd)
             scd = tl.fma(c, d, scd)
-            if RULE == RESCALE:
-                sc += c
-                sd += d
-    return total(sc), total(sd), total(scc), total(sdd), total(scd)
-
-
-@triton.jit
-def pieces_summed(part_ptr, pieces, WIDEST: tl.constexpr):
-    """The five sums of a sample from those of its pieces, [5, pieces]."""
-    i = tl.arange(0, WIDEST)
-    inside = i < pieces
-    c = tl.sum(tl.load(part_ptr + i, mask=inside, other=0.0), axis=0)
-    d = tl.sum(tl.load(part_ptr + pieces + i, mask=inside, other=0.0), axis=0)
-    cc = tl.sum(tl.load(part_ptr + 2 * pieces + i, mask=inside, other=0.0), axis=0)
-    dd = tl.sum(tl.load(part_ptr + 3 * pieces + i, mask=inside, other=0.0), axis=0)
-    cd = tl.sum(tl.load(part_ptr + 4 * pieces + i, mask=inside, other=0.0), axis=0)
+    c, d, cc, dd, cd = total(sc), total(sd), total(scc), total(sdd), total(scd)
+    if RULE == RESCALE:
+        size = (end - begin).to(tl.float32)
+        cc -= c * c / size
+        dd -= d * d / size
+        cd -= c * d / size
+        c = near_c + c / size
+        d = near_d + d / size
     return c, d, cc, dd, cd
 
 
 @triton.jit
-def numbers(c, d, cc, dd, cd, n, w, a, r, RULE: tl.constexpr):
+def joined(part_ptr, n, piece, pieces, RULE: tl.constexpr, WIDEST: tl.constexpr):
+    """The five numbers of a sample from those of its pieces, [5, pieces]."""
+    i = tl.arange(0, WIDEST)
+    inside = i < pieces
+    c = tl.load(part_ptr + i, mask=inside, other=0.0)
+    d = tl.load(part_ptr + pieces + i, mask=inside, other=0.0)
+    cc = tl.sum(tl.load(part_ptr + 2 * pieces + i, mask=inside, other=0.0), axis=0)
+    dd = tl.sum(tl.load(part_ptr + 3 * pieces + i, mask=inside, other=0.0), axis=0)
+    cd = tl.sum(tl.load(part_ptr + 4 * pieces + i, mask=inside, other=0.0), axis=0)
+    mean_c = 0.0
+    mean_d = 0.0
+    if RULE == RESCALE:
+        size = n.to(tl.float32)
+        count = tl.where(inside, tl.minimum(n - i.to(tl.int64) * piece, piece), 0).to(tl.float32)
+        mean_c = tl.sum(count * c, axis=0) / size
+        mean_d = tl.sum(count * d, axis=0) / size
+        c -= mean_c
+        d -= mean_d
+        cc += tl.sum(count * c * c, axis=0)
+        dd += tl.sum(count * d * d, axis=0)
+        cd += tl.sum(count * c * d, axis=0)
+    return mean_c, mean_d, cc, dd, cd
+
+
+@triton.jit
+def numbers(cc, dd, cd, w, a, r, RULE: tl.constexpr):
     """k_c, k_d, k_u from a sample's sums."""
     k_u = 1.0
     if RULE == RESCALE:
-        size = n.to(tl.float32)
-        vc = cc - c * c / size
-        vg = vc + (w - 1) * (2 * (cd - c * d / size) + (w - 1) * (dd - d * d / size))
-        k_c = a * tl.sqrt(vc / vg) + (1 - a)
+        guided = cc + (w - 1) * (2 * cd + (w - 1) * dd)
+        k_c = a * tl.sqrt(cc / guided) + (1 - a)
         k_d = k_c * (w - 1)
     elif RULE == APG:
         k = tl.where(r > 0, tl.minimum(1.0, r / tl.sqrt(dd), propagate_nan=tl.PropagateNan.ALL), 1.0)
@@ -113,7 +143,7 @@ def scales_kernel(
     WIDE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """Grid (1, samples): k_c, k_d and k_u of one sample; SUMS: grid (pieces, samples), a piece's five sums."""
+    """Grid (1, samples): k_c, k_d and k_u of one sample; SUMS: grid (pieces, samples), a piece's five numbers."""
     b = (tl.program_id(1) + first).to(tl.int64)
     n = sample_size(n, ALIGNED)
     c_ptr += b * n
@@ -124,7 +154,7 @@ def scales_kernel(
     if PHASE == SUMS:
         begin, end = piece_of(n, piece, BLOCK, ALIGNED, WIDE)
     if PHASE == FINISH:
-        c, d, cc, dd, cd = pieces_summed(part_ptr + b * 5 * pieces, pieces, WIDEST)
+        c, d, cc, dd, cd = joined(part_ptr + b * 5 * pieces, n, piece, pieces, RULE, WIDEST)
     else:
         c, d, cc, dd, cd = sums(c_ptr, u_ptr, begin, end, lane, RULE, BLOCK)
     if PHASE == SUMS:
@@ -139,7 +169,7 @@ def scales_kernel(
         if row_ptr is not None:
             row = tl.load(row_ptr)
         w = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride)
-        k_c, k_d, k_u = numbers(c, d, cc, dd, cd, n, w, a, r, RULE)
+        k_c, k_d, k_u = numbers(cc, dd, cd, w, a, r, RULE)
         tl.store(scales_ptr + b * 3, k_c)
         tl.store(scales_ptr + b * 3 + 1, k_d)
         tl.store(scales_ptr + b * 3 + 2, k_u)
