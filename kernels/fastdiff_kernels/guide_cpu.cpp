@@ -9,50 +9,69 @@
 
 namespace {
 
-constexpr int BLOCK = 256, LANES = 8;
+constexpr int BLOCK = 256, LANES = 16;
+constexpr int64_t HELD = 1 << 17;  // elements that two passes find in a cache
 enum Rule { CFG, RESCALE, APG, ZERO_STAR };
 
-// of c and v, which is c - u, or u itself for ZERO_STAR
+// of c and v, which is c - u, or u itself for ZERO_STAR; the first two for RESCALE alone
 struct Sums {
   double c = 0, v = 0, cc = 0, vv = 0, cv = 0;
 };
 
-// in fp64, where products of fp32 numbers are exact: a variance is a difference of sums
-Sums sums_of(const float* c, const float* u, bool apart, int count) {
-  double lanes[5][LANES] = {};
+// the mean of the first few, which the sums of RESCALE are taken about: a variance is a difference of sums
+float near(const float* x, int count) {
+  float total = 0;
+  const int few = std::min(count, LANES);
+  for (int i = 0; i < few; i++) total += x[i];
+  return total / few;
+}
+
+// a block's, in fp32 about `near`; what that took away is put back in fp64
+template <Rule rule>
+Sums sums_of(const float* c, const float* u, int count) {
+  float x[LANES] = {}, y[LANES] = {}, xx[LANES] = {}, yy[LANES] = {}, xy[LANES] = {};
+  const float s = rule == RESCALE ? near(c, count) : 0, t = rule == RESCALE ? s - near(u, count) : 0;
   const auto add = [&](int i, int j) {
-    const double x = c[i + j], y = apart ? double(c[i + j] - u[i + j]) : double(u[i + j]);
-    lanes[0][j] += x;
-    lanes[1][j] += y;
-    lanes[2][j] += x * x;
-    lanes[3][j] += y * y;
-    lanes[4][j] += x * y;
+    float of_c = c[i + j], of_v = rule == ZERO_STAR ? u[i + j] : of_c - u[i + j];
+    if constexpr (rule == RESCALE) {
+      of_c -= s, of_v -= t;
+      x[j] += of_c, y[j] += of_v;
+    }
+    if constexpr (rule != ZERO_STAR) xx[j] += of_c * of_c;
+    yy[j] += of_v * of_v;
+    xy[j] += of_c * of_v;
   };
   int i = 0;
   for (; i + LANES <= count; i += LANES)
     for (int j = 0; j < LANES; j++) add(i, j);
   for (int j = 0; i + j < count; j++) add(i, j);
-  double all[5] = {};
-  for (int k = 0; k < 5; k++)
-    for (double lane : lanes[k]) all[k] += lane;
-  return {all[0], all[1], all[2], all[3], all[4]};
+  Sums all;
+  for (int j = 0; j < LANES; j++) all.c += x[j], all.v += y[j], all.cc += xx[j], all.vv += yy[j], all.cv += xy[j];
+  const double a = s, b = t;
+  all.cc += a * (2 * all.c + count * a);
+  all.vv += b * (2 * all.v + count * b);
+  all.cv += a * all.v + b * all.c + count * a * b;
+  all.c += count * a;
+  all.v += count * b;
+  return all;
 }
 
-// scales [batch, 3]: k_c, k_d, k_u of every sample, from lift [batch], the weight less 1
-void scales_of(const void* c, const void* u, int c_type, int u_type, const float* lift, float* scales, int64_t rule,
-               double a, double r, int64_t batch, int64_t n, int threads) {
-  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
-  std::vector<Sums> parts(batch * blocks);
+// scales [batch, 3]: k_c, k_d, k_u of samples first .. last, from lift [batch], the weight less 1
+template <Rule rule>
+void scales_of(const void* c, const void* u, int c_type, int u_type, const float* lift, float* scales, double a,
+               double r, int64_t first, int64_t last, int64_t n, int threads) {
+  const int64_t blocks = (n + BLOCK - 1) / BLOCK, begin = first * blocks, end = last * blocks;
+  std::vector<Sums> parts(end - begin);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t job = 0; job < batch * blocks; job++) {
+  for (int64_t job = begin; job < end; job++) {
     alignas(64) float held[BLOCK], other[BLOCK];
     const int64_t start = job % blocks * BLOCK, at = job / blocks * n + start;
     const int count = int(std::min<int64_t>(BLOCK, n - start));
-    parts[job] = sums_of(read(c, c_type, at, count, held), read(u, u_type, at, count, other), rule != ZERO_STAR, count);
+    parts[job - begin] = sums_of<rule>(read(c, c_type, at, count, held), read(u, u_type, at, count, other), count);
   }
-  for (int64_t b = 0; b < batch; b++) {
+  for (int64_t b = first; b < last; b++) {
     Sums s;
-    for (int64_t i = b * blocks; i < (b + 1) * blocks; i++) {
+    for (int64_t i = (b - first) * blocks; i < (b + 1 - first) * blocks; i++) {
       const Sums& part = parts[i];
       s = {s.c + part.c, s.v + part.v, s.cc + part.cc, s.vv + part.vv, s.cv + part.cv};
     }
@@ -77,26 +96,37 @@ void scales_of(const void* c, const void* u, int c_type, int u_type, const float
   }
 }
 
+// out = k_c c + k_d (c - k_u u) of samples first .. last
+void combine(const void* c, const void* u, int c_type, int u_type, const float* scales, void* out, int64_t first,
+             int64_t last, int64_t n, int threads) {
+  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t job = first * blocks; job < last * blocks; job++) {
+    alignas(64) float held[BLOCK], other[BLOCK], y[BLOCK];
+    const int64_t b = job / blocks, start = job % blocks * BLOCK, at = b * n + start;
+    const int count = int(std::min<int64_t>(BLOCK, n - start));
+    const float k_c = scales[3 * b], k_d = scales[3 * b + 1], k_u = scales[3 * b + 2];
+    const float *from = read(c, c_type, at, count, held), *less = read(u, u_type, at, count, other);
+    for (int i = 0; i < count; i++) y[i] = k_c * from[i] + k_d * (from[i] - k_u * less[i]);
+    write(y, 1.0f, out, c_type, at, count);
+  }
+}
+
 }  // namespace
 
 // scales [batch, 3]: k_c, k_d, k_u of every sample, from lift [batch], the weight less 1; and, unless it is null, out =
 // k_c c + k_d (c - k_u u), of c's type. a: rescale or eta; r: the largest norm of c - u, 0: none
 extern "C" void guide(const void* c, const void* u, const float* lift, float* scales, void* out, int64_t c_type,
                       int64_t u_type, int64_t rule, float a, float r, int64_t batch, int64_t n, int64_t threads) {
-  if (rule == CFG)
-    for (int64_t b = 0; b < batch; b++) scales[3 * b] = scales[3 * b + 2] = 1.0f, scales[3 * b + 1] = lift[b];
-  else
-    scales_of(c, u, int(c_type), int(u_type), lift, scales, rule, a, r, batch, n, int(threads));
-  if (!out) return;
-  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t job = 0; job < batch * blocks; job++) {
-    alignas(64) float held[BLOCK], other[BLOCK], y[BLOCK];
-    const int64_t b = job / blocks, start = job % blocks * BLOCK, at = b * n + start;
-    const int count = int(std::min<int64_t>(BLOCK, n - start));
-    const float k_c = scales[3 * b], k_d = scales[3 * b + 1], k_u = scales[3 * b + 2];
-    const float *from = read(c, int(c_type), at, count, held), *less = read(u, int(u_type), at, count, other);
-    for (int i = 0; i < count; i++) y[i] = k_c * from[i] + k_d * (from[i] - k_u * less[i]);
-    write(y, 1.0f, out, int(c_type), at, count);
+  const auto sums = rule == RESCALE ? scales_of<RESCALE> : rule == APG ? scales_of<APG> : scales_of<ZERO_STAR>;
+  // both passes over as many samples as a cache holds, one after the other
+  const int64_t group = rule == CFG || !out ? batch : std::max<int64_t>(1, HELD / std::max<int64_t>(n, 1));
+  for (int64_t first = 0; first < batch; first += group) {
+    const int64_t last = std::min(batch, first + group);
+    if (rule == CFG)
+      for (int64_t b = first; b < last; b++) scales[3 * b] = scales[3 * b + 2] = 1.0f, scales[3 * b + 1] = lift[b];
+    else
+      sums(c, u, int(c_type), int(u_type), lift, scales, a, r, first, last, n, int(threads));
+    if (out) combine(c, u, int(c_type), int(u_type), scales, out, first, last, n, int(threads));
   }
 }
