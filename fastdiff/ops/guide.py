@@ -58,7 +58,7 @@ def guide(
     if plain or not (on_kernel or _scales_on_cpu(cond, uncond, weight, None, **options, out=out) is not None):
         return guide_ref(cond, uncond, weight, **options)
     if on_kernel and out.numel():
-        scales = weight.to(torch.float32).contiguous()
+        scales = _tensor(weight, torch.float32, cond).contiguous()
         if rule != "cfg":
             scales = guidance_scales(cond, uncond, scales, **options)
         torch.ops.fastdiff.guide(cond, uncond, scales, RULES.index(rule), out)
@@ -99,30 +99,28 @@ def guidance_scales(
         found = _scales_on_cpu(cond, uncond, weight, row, **options)
         return guidance_scales_ref(cond, uncond, weight, **options, row=row) if found is None else found
     scales = torch.empty(cond.shape[0], 3, dtype=torch.float32, device=cond.device)
-    weight, a = weight.to(torch.float32).contiguous(), rescale if rule == "rescale" else eta
-    torch.ops.fastdiff.guidance_scales(cond, uncond, weight, row, RULES.index(rule), a, norm_threshold, scales)
+    w, a = _tensor(weight, torch.float32, cond).contiguous(), rescale if rule == "rescale" else eta
+    torch.ops.fastdiff.guidance_scales(cond, uncond, w, row, RULES.index(rule), a, norm_threshold, scales)
     return scales
 
 
-def _plain(cond: Tensor, uncond: Tensor, weight: Tensor) -> bool:
+def _plain(cond: Tensor, uncond: Tensor, weight: Weight) -> bool:
     """Is it for plain torch: float64, or something to differentiate?"""
     return _dispatch.graded(cond, uncond, weight) or torch.float64 in (cond.dtype, uncond.dtype)
 
 
 def _scales_on_cpu(
-    cond: Tensor, uncond: Tensor, weight: Tensor, row: Tensor | None, *, rule: str, rescale: float, eta: float,
+    cond: Tensor, uncond: Tensor, weight: Weight, row: Tensor | None, *, rule: str, rescale: float, eta: float,
     norm_threshold: float, out: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The scales by the C++ loop, which also combines into out; None where it cannot run."""
-    if not _fused.wanted(cond, uncond, weight):
+    if not _fused.wanted(cond, uncond, *((weight,) if isinstance(weight, Tensor) else ())):
         return None
-    scales, lift = (
-        torch.empty(cond.shape[0], 3, dtype=torch.float32, device=cond.device),
-        _lift(weight, row, cond.shape[0], torch.float32).contiguous(),
-    )
+    scales = torch.empty(cond.shape[0], 3, dtype=torch.float32, device=cond.device)
+    w = _of_row(_tensor(weight, torch.float32, cond), row).contiguous()
     given, a = (cond.contiguous(), uncond.contiguous()), rescale if rule == "rescale" else eta
     options = RULES.index(rule), float(a), float(norm_threshold), *native.layout(cond)
-    done = native.run("guide", "guide", *given, lift, scales, out, *native.types(*given), *options)
+    done = native.run("guide", "guide", *given, w, scales, out, int(len(w) > 1), *native.types(*given), *options)
     return scales if done else None
 
 
@@ -157,7 +155,7 @@ def guidance_scales_ref(
     """`guidance_scales` in plain torch: computes in float64 for float64 data, else in float32; differentiable."""
     weight = _checked(cond, uncond, w, rule, rescale, eta, norm_threshold, row)
     dtype = torch.float64 if torch.float64 in (cond.dtype, uncond.dtype) else torch.float32
-    lift = _lift(weight, row, cond.shape[0], dtype)
+    lift = _of_row(_tensor(weight, dtype, cond), row).expand(cond.shape[0]) - 1
     c, u = (v.to(dtype).reshape(v.shape[0], v.shape[1:].numel()) for v in (cond, uncond))
     d, one = c - u, torch.ones_like(lift)
 
@@ -177,11 +175,17 @@ def guidance_scales_ref(
     return torch.stack([one, lift, dot(c, u) / (dot(u, u) + ZERO_STAR_EPS)], 1)
 
 
-def _lift(weight: Tensor, row: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor:
-    """w - 1 of every sample."""
-    if weight.dim() == 2:
-        weight = weight[0] if row is None or weight.shape[0] == 1 else weight.index_select(0, row)[0]
-    return weight.to(dtype).reshape(-1).expand(batch) - 1
+def _tensor(weight: Weight, dtype: torch.dtype, like: Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    return torch.full((1,), float(weight), dtype=dtype, device=like.device)
+
+
+def _of_row(weight: Tensor, row: Tensor | None) -> Tensor:
+    """The weight, or one a sample, of one row."""
+    if weight.dim() < 2:
+        return weight
+    return weight[0] if row is None or weight.shape[0] == 1 else weight.index_select(0, row)[0]
 
 
 def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:
@@ -204,7 +208,7 @@ def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:
 def _checked(
     cond: Tensor, uncond: Tensor, w: Weight, rule: str, rescale: float, eta: float, norm_threshold: float,
     row: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Weight:  # fmt: skip
     check_tensor("cond", cond, dtypes=FLOATS64)
     batch, _ = check_batched("cond", cond)
     check_tensor("uncond", uncond, shape=cond.shape, dtypes=FLOATS64, like=cond)
@@ -227,8 +231,7 @@ def _checked(
         return w.reshape(-1)
     if not isinstance(w, (int, float)) or not math.isfinite(w):
         raise ValueError(f"w must be a finite number or a tensor, got {w!r}")
-    return torch.full((1,), float(w), dtype=torch.float64 if cond.dtype == torch.float64 else torch.float32,
-                      device=cond.device)  # fmt: skip
+    return w
 
 
 def _launch_scales(

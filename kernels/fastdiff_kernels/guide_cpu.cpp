@@ -56,10 +56,10 @@ Sums sums_of(const float* c, const float* u, int count) {
   return all;
 }
 
-// scales [batch, 3]: k_c, k_d, k_u of samples first .. last, from lift [batch], the weight less 1
+// scales [batch, 3]: k_c, k_d, k_u of samples first .. last, from w, a weight or one a sample (each: 1)
 template <Rule rule>
-void scales_of(const void* c, const void* u, int c_type, int u_type, const float* lift, float* scales, double a,
-               double r, int64_t first, int64_t last, int64_t n, int threads) {
+void scales_of(const void* c, const void* u, int c_type, int u_type, const float* w, int64_t each, float* scales,
+               double a, double r, int64_t first, int64_t last, int64_t n, int threads) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK, begin = first * blocks, end = last * blocks;
   std::vector<Sums> parts(end - begin);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -75,7 +75,7 @@ void scales_of(const void* c, const void* u, int c_type, int u_type, const float
       const Sums& part = parts[i];
       s = {s.c + part.c, s.v + part.v, s.cc + part.cc, s.vv + part.vv, s.cv + part.cv};
     }
-    const double up = lift[b], size = double(n);
+    const double up = w[each * b] - 1.0f, size = double(n);
     double k_c, k_d, k_u = 1;
     if (rule == RESCALE) {
       const double of_c = s.cc - s.c * s.c / size;
@@ -114,19 +114,21 @@ void combine(const void* c, const void* u, int c_type, int u_type, const float* 
 
 }  // namespace
 
-// scales [batch, 3]: k_c, k_d, k_u of every sample, from lift [batch], the weight less 1; and, unless it is null, out =
-// k_c c + k_d (c - k_u u), of c's type. a: rescale or eta; r: the largest norm of c - u, 0: none
-extern "C" void guide(const void* c, const void* u, const float* lift, float* scales, void* out, int64_t c_type,
-                      int64_t u_type, int64_t rule, float a, float r, int64_t batch, int64_t n, int64_t threads) {
+// scales [batch, 3]: k_c, k_d, k_u of every sample, from w, a weight or one a sample (each: 1); and, unless it is null,
+// out = k_c c + k_d (c - k_u u), of c's type. a: rescale or eta; r: the largest norm of c - u, 0: none
+extern "C" void guide(const void* c, const void* u, const float* w, float* scales, void* out, int64_t each,
+                      int64_t c_type, int64_t u_type, int64_t rule, float a, float r, int64_t batch, int64_t n,
+                      int64_t threads) {
   const auto sums = rule == RESCALE ? scales_of<RESCALE> : rule == APG ? scales_of<APG> : scales_of<ZERO_STAR>;
   // both passes over as many samples as a cache holds, one after the other
   const int64_t group = rule == CFG || !out ? batch : std::max<int64_t>(1, HELD / std::max<int64_t>(n, 1));
   for (int64_t first = 0; first < batch; first += group) {
     const int64_t last = std::min(batch, first + group);
     if (rule == CFG)
-      for (int64_t b = first; b < last; b++) scales[3 * b] = scales[3 * b + 2] = 1.0f, scales[3 * b + 1] = lift[b];
+      for (int64_t b = first; b < last; b++)
+        scales[3 * b] = scales[3 * b + 2] = 1.0f, scales[3 * b + 1] = w[each * b] - 1.0f;
     else
-      sums(c, u, int(c_type), int(u_type), lift, scales, a, r, first, last, n, int(threads));
+      sums(c, u, int(c_type), int(u_type), w, each, scales, a, r, first, last, n, int(threads));
     if (out) combine(c, u, int(c_type), int(u_type), scales, out, first, last, n, int(threads));
   }
 }
