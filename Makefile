@@ -48,7 +48,7 @@ demo: $(READY)-demo
 
 test: $(READY)-test
 	@echo "==> running the tests"
-	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 bench: $(READY)-bench,diffusers
 	@echo "==> what the kernels compile to"

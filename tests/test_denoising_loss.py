@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastdiff import ops, rng
 from fastdiff.ops.denoising_loss import loss_tile
-from fastdiff.schedules import EDM, VE, VP, Betas, Cosine, Flow, SubVP, linear_betas
+from fastdiff.schedules import EDM, VE, VP, Betas, Flow, SubVP, linear_betas
 from fastdiff.weighting import WeightOptions, target_weight
 
 CHAIN = Betas(linear_betas(1000))
@@ -191,11 +191,11 @@ def test_regenerated_noise_is_the_added_noise(device):
 
 
 def test_a_sample_is_the_same_alone(device):
-    shape = (64, 2000)
+    shape = (12, 2000)
     m = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    t, seeds = (torch.arange(64) * 15).to(device), (torch.arange(64) + 9).to(device)
+    t, seeds = (torch.arange(12) * 80).to(device), (torch.arange(12) + 9).to(device)
     whole = ops.denoising_loss(m, m, t, CHAIN, seeds, target="v", weighting="min_snr")
-    for pick in (slice(0, 1), slice(3, 9), torch.tensor([60, 2, 31], device=device)):
+    for pick in (slice(0, 1), slice(3, 9), torch.tensor([11, 2, 5], device=device)):
         part = ops.denoising_loss(m[pick], m[pick], t[pick], CHAIN, seeds[pick], target="v", weighting="min_snr")
         assert torch.equal(part, whole[pick])
 
@@ -263,7 +263,7 @@ def test_autocast():
 
 @pytest.mark.slow
 @pytest.mark.compiled
-@pytest.mark.parametrize(("schedule", "target"), [(CHAIN, "eps"), (VP(), "v"), (Cosine(), "x0")], ids=repr)
+@pytest.mark.parametrize(("schedule", "target"), [(CHAIN, "eps"), (VP(), "v")], ids=repr)
 def test_torch_compile_fullgraph(schedule, target):
     m, x0, t = data((40,)), data((40,), seed=1), times(schedule)
 
