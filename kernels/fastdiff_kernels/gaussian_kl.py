@@ -20,7 +20,7 @@ def precise_exp(x, MATH: tl.constexpr):
         e = tl.exp(x)
     else:
         y = x * LOG2E
-        rest = tl.fma(x, LOG2E, tl.fma(x, LOG2E_REST, -y))
+        rest = tl.fma(x, LOG2E_REST, tl.fma(x, LOG2E, -y))
         e = tl.exp2(y)
         e = tl.fma(e, tl.where(tl.abs(y) < 127, rest * LN2, 0.0), e)
     return e
