@@ -45,9 +45,9 @@ def guide(
     Returns: m [B, *sample] of cond's dtype.
     Raises:  TypeError, ValueError: a wrong shape, dtype or device, an unknown rule, rescale outside 0..1, a negative
         norm_threshold.
-    Numerics: sums in fp32 (float64 for float64 data and in the CPU's loop) in an order that depends on the sample's
-        size alone: a sample is the same in every batch. A constant g with rescale, or c = 0 with apg, divides by 0 and
-        gives NaN.
+    Numerics: sums in fp32 (float64 for float64 data, and between the CPU loop's blocks of 256) in an order that depends
+        on the sample's size alone: a sample is the same in every batch. Deviations are taken about the data's own mean,
+        wherever that lies. A constant g with rescale, or c = 0 with apg, divides by 0 and gives NaN.
     Source:  Ho and Salimans 2022, arXiv:2207.12598, eq. 6; Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16; Sadat et
         al. 2024, arXiv:2410.02416, section 4 (without momentum); Fan et al. 2025, arXiv:2503.18886, eq. 8.
     """
