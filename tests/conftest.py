@@ -13,6 +13,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # else the threads of one worker wait for the cores that another one's have
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernels-only", action="store_true", help="only what runs a kernel, not its references on a CPU")
 
