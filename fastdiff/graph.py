@@ -190,7 +190,7 @@ def build(run: Run, request: Request) -> StepGraph | LoopGraph | None:
         return graph
     except CaptureError as error:
         run.own_conditions(False)
-        warnings.warn(f"CUDA graph capture failed, sampling runs eagerly: {error}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"CUDA graph capture failed, sampling runs eagerly: {error}", RuntimeWarning, stacklevel=5)
         return None
     finally:
         run.noise = noise

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -75,17 +74,6 @@ class Sampler:
         self.__dict__.update(state)
         self._begin()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if self._thread == threading.get_ident():
-            raise RuntimeError("a Sampler was called by its own model or callback: give that a Sampler of its own")
-        with self._lock:
-            self._thread = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._thread = None
-
     @overload
     def __call__(
         self, shape: Sequence[int], *, trajectory: Literal[True], **options: Any
@@ -100,16 +88,24 @@ class Sampler:
         request = resolve(self.model, self.plan, shape, o)
         if 0 in request.shape:
             return self._empty(request)
-        # entering a mode takes longer than a row; leaving inference mode turns gradients on
-        inference = torch.is_inference_mode_enabled()
-        ordinary = torch.inference_mode(False) if inference else nullcontext()
-        quiet = torch.no_grad() if inference or torch.is_grad_enabled() else nullcontext()
-        with self._alone(), ordinary, quiet:
-            prepared = self._prepared(request)
-            return self._loop(prepared, request)
+        me = threading.get_ident()
+        if self._thread == me:
+            raise RuntimeError("a Sampler was called by its own model or callback: give that a Sampler of its own")
+        with self._lock:
+            self._thread = me
+            try:  # entering a mode takes longer than a row
+                if torch.is_inference_mode_enabled():  # leaving it turns gradients on
+                    with torch.inference_mode(False), torch.no_grad():
+                        return self._loop(request)
+                if torch.is_grad_enabled():
+                    with torch.no_grad():
+                        return self._loop(request)
+                return self._loop(request)
+            finally:
+                self._thread = None
 
-    def _loop(self, prepared: _Prepared, request: Request) -> Tensor | tuple[Tensor, Trajectory]:
-        run, graph = prepared
+    def _loop(self, request: Request) -> Tensor | tuple[Tensor, Trajectory]:
+        run, graph = self._prepared(request)
         o, plan = request.options, self.plan
         run.start(request)
         if graph is not None:
