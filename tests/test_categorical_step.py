@@ -148,7 +148,7 @@ def test_low_precision_logits(dtype, device):
     agree(got, reference(*args, readout="sample", **options), ulp=float(torch.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize(("K", "tokens", "readout"), [(20003, 2, "sample"), (16384, 1, "sample"), (16389, 2, "mean")])
+@pytest.mark.parametrize(("K", "tokens", "readout"), [(20003, 4, "sample"), (16384, 1, "sample"), (16389, 2, "mean")])
 def test_long_rows(K, tokens, readout, device):
     """Rows of several windows, dense and not, with guidance; one window just full."""
     state, m, u, options = random_case(K, tokens)
@@ -197,7 +197,7 @@ def test_nan_and_infinity(device):
         m[0, 1, -1] = math.nan
         if K > 2:
             m[0, 2, :-1] = -math.inf
-        for readout in ("sample", "argmax", "mean")[: 3 if K < 1000 else 2]:
+        for readout in ("sample", "argmax", "mean"):
             z, x, k = run(device, state[:1], m, plain_table(), torch.tensor([0]), readout=readout, **options)
             assert z[0, 0].isnan().all(-1).tolist() == x[0].isnan().all(-1).tolist() == [False, True, False, False]
             assert int(k[0, 1]) == 0 and (K == 2 or int(k[0, 2]) == K - 1)
@@ -225,7 +225,8 @@ def test_frequencies_are_categorical(K, device):
     """Classes of equal tokens against softmax: chi-square below its 0.9999 quantile (normal approximation)."""
     tokens = 1000
     g = torch.Generator().manual_seed(K)
-    logits = 0.5 * torch.randn(1, 1, width(K), generator=g).expand(1, tokens, width(K))
+    logits = torch.randn(1, 1, width(K), generator=g) * (0.5 if K == 100 else 1)  # two numbers of a class, or more
+    logits = logits.expand(1, tokens, width(K))
     state = torch.zeros(1, 1, tokens, width(K))
     args = (state, logits, plain_table(), torch.tensor([0]))
     _, _, k = run(device, *args, slots=1, readout="sample", seeds=torch.tensor([11]))
@@ -233,7 +234,8 @@ def test_frequencies_are_categorical(K, device):
     p = p if K > 2 else torch.tensor([1 - p, p], dtype=torch.float64)
     want = tokens * p
     chi2 = float(((torch.bincount(k.flatten(), minlength=K) - want) ** 2 / want).sum())
-    assert chi2 < K - 1 + 4.5 * math.sqrt(2 * (K - 1)) + 8
+    limit = K - 1 + 4.5 * math.sqrt(2 * (K - 1)) + 8
+    assert chi2 < limit < float((tokens / K - want).square().div(want).sum())  # what equal frequencies would give
 
 
 def test_extremes_of_the_maps():

@@ -7,7 +7,7 @@ import fastdiff as fd
 from fastdiff import native, ops, schedules, solvers
 
 pytestmark = pytest.mark.usefixtures("cpp_loops")
-SHAPE = (5, 3, 9001)  # more than one thread's worth, in blocks that no thread count divides
+SHAPE = (5, 3, 9001)  # more than one thread's worth, the last block of a sample a part of one
 SEEDS = torch.arange(5) + 3
 CHAIN = schedules.Betas(schedules.linear_betas(1000))
 T = torch.tensor([0, 10, 400, 700, 999])
