@@ -20,6 +20,8 @@ from fastdiff.run import Run
 
 __all__ = ["CategoricalRun", "make_run"]
 
+REFRESHED = 1 << 20  # logits that are turned into a model's input at once: what temporaries hold
+
 
 def make_run(model: Callable[..., Any], plan: Plan, request: Request, *, compiled: bool) -> Run:
     """The run of a plan: its readout decides which."""
@@ -76,9 +78,10 @@ class CategoricalRun(Run):
         return self.x0.clone()
 
     def refresh(self, k: int) -> None:
+        many = max(1, REFRESHED // max(1, self.x[:1].numel()))
         for half in self.halves:
-            for sample, z in zip(half, self.x, strict=True):  # one sample's worth of temporaries
-                sample.copy_(torch.tanh(0.5 * z) if z.shape[-1] == 1 else 2 * torch.softmax(z, -1) - 1)
+            for into, z in zip(half.split(many), self.x.split(many), strict=True):
+                into.copy_(torch.tanh(0.5 * z) if z.shape[-1] == 1 else 2 * torch.softmax(z, -1) - 1)
 
     def _finite(self, m: Tensor) -> Tensor:
         return ~(m.isnan() | m.isposinf()).any()  # -inf forbids a class

@@ -71,18 +71,48 @@ class _Still(Noise):
         return self.n if self.draws[k] else None
 
 
-class StepGraph:
+class _Graph:
+    """A run whose start, where the device draws it, is a graph of its own: one launch for five and more."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        run.own_conditions(True)
+        self.first = _capture(self._first, lambda: None, run.device) if run.noise_in_kernel else None
+
+    def _first(self) -> None:
+        self.run.draw(None, None)
+        self.rewind()
+
+    def start(self, request: Request) -> None:
+        """Before the first row, as Run.start."""
+        o = request.options
+        if self.first is None or o.x_T is not None or o.x_init is not None:
+            self.run.start(request)
+            self.rewind()
+        else:
+            self.run.prepare(request)
+            self.first.replay()
+
+    def rewind(self) -> None:
+        """Back to row 0."""
+        raise NotImplementedError
+
+    def advance(self, k: int) -> None:
+        """Row k. Rows must come in order after a start."""
+        raise NotImplementedError
+
+
+class StepGraph(_Graph):
     """Model + step of one row, captured once and replayed: 2 nodes beyond the model (the step, and the row's advance).
 
     The row index and the model's time live in device memory; a one-program node of their own moves them on.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run = run
         self.row = torch.zeros(1, dtype=torch.int32, device=run.device)
         self.t = run.t[0].clone()
         self.noise = torch.zeros_like(run.x) if run.outside() else None
-        run.own_conditions(True)
+        super().__init__(run)
         self.graph = _capture(self._row, self.rewind, run.device)
 
     def _row(self) -> None:
@@ -97,7 +127,7 @@ class StepGraph:
         self.t.copy_(self.run.t[0])
 
     def advance(self, k: int) -> None:
-        """Row k: one replay. Rows must come in order after rewind()."""
+        """Row k: one replay."""
         if not self.run.captured(k):
             self.run.advance(k)
             return
@@ -108,12 +138,11 @@ class StepGraph:
         self.graph.replay()
 
 
-class LoopGraph:
+class LoopGraph(_Graph):
     """All rows as one graph: 1 node a row beyond the model, no host work between rows."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
-        run.own_conditions(True)
+        super().__init__(run)
         self.graph = _capture(self._rows, self.rewind, run.device)
 
     def _rows(self) -> None:
@@ -141,12 +170,11 @@ def verify(graph: StepGraph | LoopGraph, request: Request) -> None:
     run = graph.run
     rows = min(2, run.plan.nfe) if isinstance(graph, StepGraph) else run.plan.nfe
     results = []
-    for advance in (run.advance, graph.advance):
+    for way in (run, graph):
         run.slab.fill_(torch.nan)
-        run.start(request)
-        graph.rewind()
+        way.start(request)
         for k in range(rows):
-            advance(k)
+            way.advance(k)
         results.append(run.x.clone())
     eager, replayed = results
     scale = eager.abs().max().clamp_min(1e-30)
@@ -160,13 +188,12 @@ def pays(graph: StepGraph, request: Request) -> bool:
     rows = min(TIMED_ROWS, run.plan.nfe)
     for _ in range(3):
         spent = []
-        for advance in (run.advance, graph.advance):
-            run.start(request)
-            graph.rewind()
+        for way in (run, graph):
+            way.start(request)
             torch.cuda.synchronize(run.device)
             begin = time.perf_counter()
             for k in range(rows):
-                advance(k)
+                way.advance(k)
             torch.cuda.synchronize(run.device)
             spent.append(time.perf_counter() - begin)
         ratios.append(spent[0] / spent[1])

@@ -144,8 +144,9 @@ def types(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(TYPES[v.dtype] for v in tensors)
 
 
+@functools.cache
 def _filler() -> Callable[..., None] | None:
-    return function("noise", "fill_noise", *[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 3)
+    return function("noise", "fill_noise", *[c_void_p] * 4, *[c_int64] * 5, *[c_int] * 3)
 
 
 def available() -> bool:
@@ -178,13 +179,13 @@ def threads(elements: int, *, heavy: bool = False) -> int:
 
 
 def fill(
-    out: Tensor, seeds: Tensor, index: Tensor, streams: Tensor, rows: Tensor, *, kind: str = "normal", first: int = 0,
+    out: Tensor, seeds: Tensor, index: Tensor, stream: int, rows: Tensor, *, kind: str = "normal", first: int = 0,
     paired: bool = False,
 ) -> None:  # fmt: skip
-    """out[i, b] = the noise of (seeds[b], index[b], streams[i], rows[i]), from Philox counter `first` on.
+    """out[i, b] = the noise of (seeds[b], index[b], stream, rows[i]), from Philox counter `first` on.
 
-    Args: out: fp32 [k, B, *sample]. seeds, index: int64 [B]. streams, rows: int64 [k]; paired: k = 1, rows [B], one a
-        sample. kind: "normal", "gumbel" or "logistic". out contiguous; all `usable`.
+    Args: out: fp32 [k, B, *sample]. seeds, index: int64 [B]. rows: int64 [k]; paired: k = 1, rows [B], one a sample.
+        kind: "normal", "gumbel" or "logistic". out contiguous; all `usable`.
     Numerics: the integers of rng.normal and fastdiff.gumbel; normals within 2e-6 of theirs, Gumbel and logistic numbers
         within 4e-6 (relative above 1), the same in any batch, position and thread count.
     """
@@ -192,11 +193,12 @@ def fill(
     assert filler is not None
     if out.numel() == 0:
         return
-    k, batch = streams.shape[0], seeds.shape[0]
-    held = (out, seeds.contiguous(), index.contiguous(), streams.contiguous(), rows.contiguous())
+    k, batch = 1 if paired else rows.shape[0], seeds.shape[0]
+    held = (out, seeds.contiguous(), index.contiguous(), rows.contiguous())
     n = out.numel() // (k * batch)
     pointers = (v.data_ptr() for v in held)
-    call(filler, *pointers, k, batch, n, first, KINDS.index(kind), int(paired), threads(out.numel(), heavy=True))
+    last = KINDS.index(kind), int(paired), threads(out.numel(), heavy=True)
+    call(filler, *pointers, stream, k, batch, n, first, *last)
 
 
 def draw(
@@ -206,6 +208,5 @@ def draw(
     if not usable(seeds, index, row):
         return None
     out = torch.empty(1, seeds.shape[0], n, dtype=torch.float32, device="cpu")
-    streams = torch.full((1,), stream, dtype=torch.int64, device="cpu")
-    fill(out, seeds, index, streams, row.long(), kind=kind, first=first, paired=row.shape[0] > 1)
+    fill(out, seeds, index, stream, row.long(), kind=kind, first=first, paired=row.shape[0] > 1)
     return out[0]

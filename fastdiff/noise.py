@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ class Noise:
         raise NotImplementedError
 
 
+class _Fill(NamedTuple):
+    """Rows of one stream that are drawn in one call, and where to: out [k, B, n]."""
+
+    out: Tensor
+    rows: Tensor
+    stream: int
+
+
 class PhiloxNoise(Noise):
     """n = normal(seed, sample, stream, row, element): in the step's kernel or loop, else some rows at a time.
 
@@ -40,20 +49,38 @@ class PhiloxNoise(Noise):
         self.shape = like.shape
         self.seeds = torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
         self.index = torch.zeros_like(self.seeds)
+        self.seeded: tuple[int, int] | None = None  # (seed, first), where one seed made the keys
         noisy = [] if in_kernel else [(rng.ROWS, k) for k in range(plan.nfe) if plan.s[k].any()]
         start = [(rng.START, 0), (rng.START, 1)][: 2 if plan.init_noise else 1] if compiled else []
         self.pairs = [*start, *noisy]  # (stream, row)
         self.position = {pair: i for i, pair in enumerate(self.pairs)}
         self.count = min(len(self.pairs), max(1, BLOCK_ELEMENTS // max(1, like.numel())))
-        self.buffer = (
-            torch.empty(self.count, *like.shape, dtype=torch.float32, device=like.device) if self.pairs else None
-        )
+        self.buffer = torch.empty(self.count, *like.shape, dtype=torch.float32, device=like.device)
+        self.flat = self.buffer.view(self.count, *self._flat)
+        self.start_rows = [self._rows([k]) for k in (0, 1)]
+        self.blocks: dict[int, list[_Fill]] = {}
         self.block = -1
+
+    @property
+    def _flat(self) -> tuple[int, int]:
+        return self.shape[0], self.shape[1:].numel()
+
+    def _rows(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.seeds.device)
 
     def reset(self, seeds: Tensor, index: Tensor) -> None:
         """New seeds [B] and sample indices [B], copied into the buffers a captured graph reads."""
         self.seeds.copy_(seeds)
         self.index.copy_(index)
+        self.seeded = None
+        self.rewind()
+
+    def seed(self, seed: int, first: int) -> None:
+        """`reset` to rng.keys(seed, first=first), which takes no work where they are the keys already."""
+        if self.seeded != (seed, first):
+            self.seeds.fill_(seed)
+            torch.arange(first, first + self.shape[0], out=self.index)
+            self.seeded = seed, first
         self.rewind()
 
     def rewind(self) -> None:
@@ -63,7 +90,8 @@ class PhiloxNoise(Noise):
     def start(self, row: int) -> Tensor:
         n = self._at((rng.START, row))
         if n is None:
-            n = rng.normal(self.seeds, self.shape[1:], row=row, stream=rng.START, index=self.index)
+            n = torch.empty(self.shape, dtype=torch.float32, device=self.seeds.device)
+            rng.fill(n.view(1, *self._flat), self.seeds, self.index, self.start_rows[row], rng.START)
         return n
 
     def row(self, k: int) -> Tensor | None:
@@ -71,21 +99,22 @@ class PhiloxNoise(Noise):
 
     def _at(self, pair: tuple[int, int]) -> Tensor | None:
         position = self.position.get(pair)
-        if position is None or self.buffer is None:
+        if position is None:
             return None
         block, offset = divmod(position, self.count)
         if block != self.block:
-            self._draw(self.pairs[block * self.count : (block + 1) * self.count])
+            for part in self.blocks.get(block) or self._parts(block):
+                rng.fill(part.out, self.seeds, self.index, part.rows, part.stream)
             self.block = block
         return self.buffer[offset]
 
-    def _draw(self, pairs: list[tuple[int, int]]) -> None:
-        assert self.buffer is not None
+    def _parts(self, block: int) -> list[_Fill]:
+        pairs = self.pairs[block * self.count : (block + 1) * self.count]
+        parts = self.blocks[block] = []
         for stream in dict.fromkeys(s for s, _ in pairs):
             at = [i for i, (s, _) in enumerate(pairs) if s == stream]
-            rows = torch.tensor([pairs[i][1] for i in at], device=self.buffer.device)
-            out = self.buffer[at[0] : at[-1] + 1]
-            rng.normal(self.seeds, self.shape[1:], row=rows, stream=stream, index=self.index, out=out)
+            parts.append(_Fill(self.flat[at[0] : at[-1] + 1], self._rows([pairs[i][1] for i in at]), stream))
+        return parts
 
 
 class TorchNoise(Noise):

@@ -210,20 +210,24 @@ def normal(
             f"out must be contiguous fp32 {size} on {where}, got {out.dtype} {tuple(out.shape)} on {out.device}"
             f"{'' if out.is_contiguous() else ', not contiguous'}"
         )
+    fill(out.view(rows.numel(), batch, n), keyed, which, rows, stream)
+    return out
+
+
+def fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, stream: int) -> None:
+    """Writes `normals` into out, contiguous fp32 [k, B, n], unchecked: what `normal` does once it has looked."""
     if out.numel() == 0:
-        return out
+        return
     from fastdiff.ops._dispatch import kernels_for
 
-    flat = out.view(rows.numel(), batch, n)
     if kernels_for(out):
-        torch.ops.fastdiff.normal(flat, keyed, which, rows, stream)
+        torch.ops.fastdiff.normal(out, seeds, index, rows, stream)
     elif torch.compiler.is_compiling():
-        flat.copy_(normals(keyed, which, rows, stream, n))
-    elif native.usable(flat, keyed, which, rows):
-        native.fill(flat, keyed, which, torch.full((rows.numel(),), stream, dtype=torch.int64, device=where), rows)
+        out.copy_(normals(seeds, index, rows, stream, out.shape[-1]))
+    elif native.usable(out, seeds, index, rows):
+        native.fill(out, seeds, index, stream, rows)
     else:
-        _fill(flat, keyed, which, rows, stream)
-    return out
+        _fill(out, seeds, index, rows, stream)
 
 
 def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:

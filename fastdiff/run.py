@@ -70,7 +70,6 @@ class Run:
         self.w_tensors: list[Tensor] = []
         self.relaunch = Relaunch()
         self.numbered = False  # do kernels get a row's number itself? Where each is launched, or captured, for one row
-        self.seeded: tuple[int, int] | None = None  # whose keys the noise holds
         self._prepare(compiled)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -131,30 +130,41 @@ class Run:
                 mine.update({name: v.clone() for name, v in mine.items() if isinstance(v, Tensor)})
 
     def start(self, request: Request) -> None:
-        """Writes the start into slot 0 and the model's first input."""
-        o, plan = request.options, self.plan
+        """Before the first row: what the host knows of the request, and the start."""
+        self.prepare(request)
+        self.draw(request.options.x_T, request.options.x_init)
+
+    def prepare(self, request: Request) -> None:
+        """Takes over the request's keys, generators and weights."""
         philox = self.noise.philox if isinstance(self.noise, CallableNoise) else self.noise
         if isinstance(philox, PhiloxNoise):
-            if request.seeded is None or request.seeded != self.seeded:
+            if request.seeded is None:
                 philox.reset(*request.keys())
-                self.seeded = request.seeded
-            philox.rewind()
+            else:
+                philox.seed(*request.seeded)
         if isinstance(self.noise, TorchNoise):
             self.noise.generators = request.generators
         if isinstance(self.noise, CallableNoise):
-            self.noise.function = o.noise  # type: ignore[assignment]
-        if o.x_T is not None:
-            self.x.copy_(o.x_T)
-        else:
-            self.x.copy_(self.noise.start(0)).mul_(plan.init_scale) if plan.init_scale else self.x.zero_()
-            if o.x_init is not None:
-                self._add_data(o.x_init, float(plan.alpha[0]))
-            if plan.init_noise:
-                self.x.add_(self._second(self.noise.start(1)), alpha=plan.init_noise)
+            self.noise.function = request.options.noise  # type: ignore[assignment]
         if self.weight is not None and request.weight is not None:
             self.weight.copy_(request.weight)
             if self.on_host:
                 self.w_eager = [float(w) if w.numel() == 1 else w for w in self.w_tensors]
+
+    def draw(self, x_T: Tensor | None, x_init: Tensor | None) -> None:
+        """Writes the start, given or drawn, into slot 0 and the model's first input."""
+        plan = self.plan
+        if x_T is not None:
+            self.x.copy_(x_T)
+        else:
+            if plan.init_scale:
+                torch.mul(self.noise.start(0), plan.init_scale, out=self.x)
+            else:
+                self.x.zero_()
+            if x_init is not None:
+                self._add_data(x_init, float(plan.alpha[0]))
+            if plan.init_noise:
+                self.x.add_(self._second(self.noise.start(1)), alpha=plan.init_noise)
         if self.bad is not None:
             self.bad.fill_(plan.nfe)
         self.refresh(0)

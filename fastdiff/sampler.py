@@ -107,10 +107,9 @@ class Sampler:
     def _loop(self, request: Request) -> Tensor | tuple[Tensor, Trajectory]:
         run, graph = self._prepared(request)
         o, plan = request.options, self.plan
-        run.start(request)
-        if graph is not None:
-            graph.rewind()
-        advance = run.advance if graph is None else graph.advance
+        way = run if graph is None else graph
+        way.start(request)
+        advance = way.advance
         kept = _allocate(run, plan) if o.trajectory else None
         if kept is not None:
             kept.x[0].copy_(run.x)

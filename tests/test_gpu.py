@@ -174,6 +174,21 @@ def test_new_seeds_and_conditions_reach_a_captured_graph() -> None:
         assert close(got, fd.sample(model, plan, SHAPE, seed=seed, cond=cond))
 
 
+@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
+def test_given_starts_between_drawn_ones(mode: str) -> None:
+    """The start is one launch where it is drawn, and copied where it is given; one capture serves both."""
+    plan = solvers.ddim(CHAIN, 12, start=4)
+    x = torch.linspace(-1, 1, 4 * 3 * 17 * 5).view(SHAPE)
+    calls: list[dict[str, Any]] = [{"seed": 3}, {"x_T": 2 * x}, {"x_init": x, "seed": 5}, {"seeds": [7, 8, 9, 2]},
+                                   {"seed": 3}, {"seed": 3, "first": 2}]  # fmt: skip
+    sampler = fd.Sampler(model, plan, mode=mode, device="cuda")
+    for given in calls:
+        moved = {name: v.cuda() if isinstance(v, Tensor) else v for name, v in given.items()}
+        assert close(sampler(SHAPE, **moved), fd.sample(model, plan, SHAPE, **given)), given
+    (prepared,) = sampler._runs.values()
+    assert prepared.graph is not None and prepared.graph.first is not None
+
+
 def test_noise_equals_the_cpus() -> None:
     for n in (1, 5, 4099, 1 << 20):
         want = rng.normal([3, 2**62 + 5], (n,), row=7, stream=1, index=[0, 9])

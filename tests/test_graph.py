@@ -98,6 +98,25 @@ def test_conditions_and_weights_are_filled_in(mode: str, batched: bool, request:
     assert len(sampler._runs) == 1  # one capture serves them all
 
 
+@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
+@pytest.mark.parametrize("shape", [SHAPE, (1, 2, 5)])
+def test_given_starts_between_drawn_ones(mode: str, shape: tuple[int, ...], request: pytest.FixtureRequest) -> None:
+    """A drawn start is replayed, a given one copied: one capture serves both, in any order."""
+    plan = solvers.ddim(CHAIN, 12, start=4)
+    x = torch.linspace(-1, 1, 30).view(3, 2, 5)[: shape[0]]
+    calls: list[dict[str, Any]] = [
+        {"seed": 3}, {"x_T": 2 * x}, {"x_init": x, "seed": 5}, {"seed": 3}, {"seed": 4, "first": 2},
+        {"seeds": list(range(7, 7 + shape[0]))}, {"seed": 4, "first": 2}, {"seed": 4},
+    ]  # fmt: skip
+    want = [fd.sample(model, plan, shape, **given) for given in calls]
+    request.getfixturevalue("device_path")
+    sampler = fd.Sampler(model, plan, mode=mode)
+    for given, expected in zip(calls, want, strict=True):
+        assert close(sampler(shape, **given), expected), given
+    (prepared,) = sampler._runs.values()
+    assert prepared.graph is not None and prepared.graph.first is not None
+
+
 @pytest.mark.parametrize("mode", ["eager", "step_graph"])
 def test_outside_noise(mode: str, request: pytest.FixtureRequest) -> None:
     plan = PLANS["ddpm"]
@@ -114,7 +133,10 @@ def test_outside_noise(mode: str, request: pytest.FixtureRequest) -> None:
     assert close(fd.Sampler(model, plan, mode=mode)(SHAPE, noise=noise), want)
     assert calls == list(range(11))  # capturing and checking did not call it
     generator = torch.Generator().manual_seed(5)
-    assert close(fd.Sampler(model, plan, mode=mode)(SHAPE, noise="torch", generator=generator), drawn)
+    sampler = fd.Sampler(model, plan, mode=mode)
+    assert close(sampler(SHAPE, noise="torch", generator=generator), drawn)
+    graph = next(iter(sampler._runs.values())).graph
+    assert graph is None or graph.first is None  # the start is the generator's
 
 
 @pytest.mark.parametrize("mode", ["eager", "step_graph"])

@@ -13,23 +13,23 @@ namespace {
 
 struct Draws {
   float* out;
-  const int64_t *seeds, *index, *streams, *rows;
-  int64_t pairs, batch, n, first;
+  const int64_t *seeds, *index, *rows;
+  int64_t stream, count, batch, n, first;
   bool paired;
 };
 
 template <Kind KIND>
 void fill(const Draws& v, int threads) {
   const int64_t shared = v.first ? 0 : samples_of_draw(v.n), blocks = shared ? 1 : (v.n + WIDTH - 1) / WIDTH;
-  const int64_t groups = shared ? (v.batch + shared - 1) / shared : v.batch, jobs = v.pairs * groups * blocks;
+  const int64_t groups = shared ? (v.batch + shared - 1) / shared : v.batch, jobs = v.count * groups * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs; job++) {
-    const int64_t start = job % blocks * WIDTH, pair = job / blocks / groups, group = job / blocks % groups;
+    const int64_t start = job % blocks * WIDTH, k = job / blocks / groups, group = job / blocks % groups;
     const int64_t b = shared ? group * shared : group, many = std::min(shared ? shared : 1, v.batch - b);
     const int64_t count = shared ? many * v.n : std::min<int64_t>(v.n - start, WIDTH);
-    const auto row = [&](int64_t i) { return uint32_t(v.rows[v.paired ? b + i : pair]); };
-    float *to = v.out + (pair * v.batch + b) * v.n + start, part[WIDTH], *made = count < WIDTH ? part : to;
-    const auto stream = uint32_t(v.streams[pair]);
+    const auto row = [&](int64_t i) { return uint32_t(v.rows[v.paired ? b + i : k]); };
+    float *to = v.out + (k * v.batch + b) * v.n + start, part[WIDTH], *made = count < WIDTH ? part : to;
+    const auto stream = uint32_t(v.stream);
     if (shared)
       draw_samples<KIND>(int(many), int(v.n), v.seeds + b, v.index + b, stream, row, made);
     else
@@ -105,12 +105,11 @@ inline double sum(const float* value) {
 
 }  // namespace
 
-// out [pairs, batch, n] = the noise of every (stream, row) pair and every (seed, index) pair from counter `first` on;
-// paired: pairs = 1 and a row each sample
-extern "C" void fill_noise(float* out, const int64_t* seeds, const int64_t* index, const int64_t* streams,
-                           const int64_t* rows, int64_t pairs, int64_t batch, int64_t n, int64_t first, int kind,
-                           int paired, int threads) {
-  const Draws draws{out, seeds, index, streams, rows, pairs, batch, n, first, paired != 0};
+// out [count, batch, n] = a stream's noise of every row and every (seed, index) pair from counter `first` on;
+// paired: count = 1 and a row each sample
+extern "C" void fill_noise(float* out, const int64_t* seeds, const int64_t* index, const int64_t* rows, int64_t stream,
+                           int64_t count, int64_t batch, int64_t n, int64_t first, int kind, int paired, int threads) {
+  const Draws draws{out, seeds, index, rows, stream, count, batch, n, first, paired != 0};
   if (kind == NORMAL) fill<NORMAL>(draws, threads);
   if (kind == GUMBEL) fill<GUMBEL>(draws, threads);
   if (kind == LOGISTIC) fill<LOGISTIC>(draws, threads);
