@@ -120,7 +120,7 @@ def points(
     sigma_data: float | None = None,
 ) -> Points:
     """The schedule at times t [N], with the conversion of `prediction` there."""
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    alpha, sigma = schedule.alpha_sigma(t)
     data = sigma_data if sigma_data is not None else getattr(schedule, "sigma_data", 0.5)
     convert = conversion(prediction, alpha, sigma, sigma_data=data, sign=sign)
     times = np.log(sigma / alpha) / 4 if prediction == "edm" else schedule.model_time(t)
@@ -165,8 +165,9 @@ def _betas_times(spacing: str, steps: int, top: float, low: float, final: str, o
 
 
 def _ratio(schedule: Schedule, t: Array) -> Array:
+    alpha, sigma = schedule.alpha_sigma(t)
     with np.errstate(divide="ignore"):
-        ratio: Array = schedule.sigma(t) / schedule.alpha(t)
+        ratio: Array = sigma / alpha
     return ratio
 
 
@@ -283,7 +284,7 @@ def make_grid(schedule: Schedule, steps: int, options: GridOptions) -> Grid:
     if final not in ("zero", "min"):
         raise ValueError(f"unknown final {final!r}; valid: zero, min")
     t = _times(schedule, steps, final, options)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    alpha, sigma = schedule.alpha_sigma(t)
     if not (np.all(np.isfinite(alpha)) and np.all(np.isfinite(sigma))):
         raise ValueError(f"the schedule {schedule} is not finite on the grid t = {t}")
     if final == "zero":

@@ -64,7 +64,7 @@ def target_weight(name: str | None, target: str, schedule: Schedule, t: Tensor, 
         return torch.ones_like(t, dtype=torch.float64)
     if isinstance(schedule, BFNContinuous | BFNDiscrete):
         t = t.double().clamp(max=NEXT_TO_ONE)
-    a, s = schedule.alpha(t), schedule.sigma(t)
+    a, s = schedule.alpha_sigma(t)
     a2, s2 = a * a, s * s
 
     def rate() -> Tensor:

@@ -48,6 +48,16 @@ def test_torch_and_numpy_agree(schedule: S.Schedule) -> None:
         np.testing.assert_allclose(got.numpy(), getattr(schedule, name)(t), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("schedule", ALL, ids=ids)
+def test_both_at_once_are_each_alone(schedule: S.Schedule) -> None:
+    """The same bits, ends included; of 41 times, of one, and of tensors."""
+    t = np.concatenate([[0.0], interior(schedule), [schedule.t_max]])
+    for at in (t, np.float64(t[7]), torch.from_numpy(t), torch.from_numpy(t).float()):
+        for got, want in zip(schedule.alpha_sigma(at), (schedule.alpha(at), schedule.sigma(at)), strict=True):
+            assert got.dtype == want.dtype and got.shape == want.shape
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
 def test_worked_values() -> None:
     vp = S.VP(0.1, 20.0)
     B = 0.1 * 0.5 + 19.9 * 0.125

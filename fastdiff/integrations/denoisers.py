@@ -28,7 +28,7 @@ class _At:
         values = tuple(level.detach().double().reshape(-1).tolist())
         if values not in self.known:
             t = np.clip(self.schedule.t_of(-2 * np.log(np.array(values))), 0, self.schedule.t_max)
-            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+            alpha, sigma = self.schedule.alpha_sigma(t)
             c = conversion(self.prediction, alpha, sigma, sigma_data=0.5, sign=self.sign)
             time = np.asarray(self.schedule.model_time(t))
             told = torch.from_numpy(time if np.issubdtype(time.dtype, np.integer) else time.astype(np.float32))
@@ -72,7 +72,7 @@ def from_denoiser(
 
     def model(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         times = t.detach().double().cpu().numpy()
-        alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+        alpha, sigma = schedule.alpha_sigma(times)
         if np.any(alpha == 0):
             raise ValueError(f"a denoiser has no level without signal (alpha = 0 at t = {times[alpha == 0][0]:g})")
         c = conversion(prediction, alpha, sigma, sigma_data=0.5, sign=sign)

@@ -17,7 +17,8 @@ from fastdiff.schedules import Betas, Schedule
 def _v(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Its limit (-1, 0) where alpha = sigma = 0: alpha goes first where a Bayesian flow knows nothing."""
     h = torch.hypot(a, s)
-    return torch.where(h == 0, -1.0, -s / h), torch.where(h == 0, 0.0, a / h)
+    nothing = h == 0
+    return torch.where(nothing, -1.0, -s / h), torch.where(nothing, 0.0, a / h)
 
 
 # target name -> its coefficients of x0 and eps, from float64 alpha, sigma
@@ -105,7 +106,7 @@ def add_noise_ref(
 
 
 def _columns(schedule: Schedule, t: Tensor, target: str | None) -> tuple[Tensor, ...]:
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    alpha, sigma = schedule.alpha_sigma(t)
     return alpha, sigma, *((alpha, sigma) if target is None else TARGETS[target](alpha, sigma))
 
 

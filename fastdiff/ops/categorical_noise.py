@@ -84,7 +84,7 @@ def categorical_noise_ref(
     wide = torch.float64 in (out_dtype, None if noise is None else noise.dtype)
     dtype = torch.float64 if wide else torch.float32
     n = _noising.noise_of(_numbers(x, schedule), keyed, which, row, rng.ROWS, noise, dtype)
-    alpha, sigma = (spread(c.to(dtype), n) for c in (schedule.alpha(at), schedule.sigma(at)))
+    alpha, sigma = (spread(c.to(dtype), n) for c in schedule.alpha_sigma(at))
     if schedule.num_classes == 2:
         e, sigma = (2 * x - 1).to(dtype)[..., None], SQRT2 * sigma
     else:

@@ -264,7 +264,7 @@ def _coefficients(
 def _columns(
     schedule: Schedule, t: Tensor, target: str, weighting: str | None, options: WeightOptions
 ) -> tuple[Tensor, ...]:
-    of_x0, of_eps = TARGETS[target](schedule.alpha(t), schedule.sigma(t))
+    of_x0, of_eps = TARGETS[target](*schedule.alpha_sigma(t))
     weight = target_weight(weighting, target, schedule, t, options)
     return of_x0, of_eps, weight, torch.zeros_like(weight)
 

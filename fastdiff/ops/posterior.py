@@ -84,7 +84,7 @@ def posterior_ref(
 def _columns(schedule: Betas, prediction: str) -> tuple[Tensor, ...]:
     """c_skip, c_ratio, k_x0, k_xt, variance, log_variance, 0, 0: float64 [T] each."""
     steps = np.arange(len(schedule.betas))
-    alpha, sigma = schedule.alpha(steps), schedule.sigma(steps)
+    alpha, sigma = schedule.alpha_sigma(steps)
     convert = conversion(prediction, alpha, sigma)
     c_skip, c_ratio = factored(convert.c_skip, convert.c_out)
     beta = schedule.betas

@@ -72,6 +72,10 @@ class Schedule(ABC):
     def sigma(self, t: Array) -> Array:
         """Noise standard deviation sigma(t)."""
 
+    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        """alpha(t) and sigma(t) at once: schedules whose formulas share a part compute that part once."""
+        return self.alpha(t), self.sigma(t)
+
     @abstractmethod
     def drift(self, t: Array) -> Array:
         """f(t) = d ln(alpha) / dt: the forward drift is f x."""
@@ -86,7 +90,7 @@ class Schedule(ABC):
 
     def logsnr(self, t: Array) -> Array:
         """2 ln(alpha / sigma): +inf where sigma = 0, -inf where alpha = 0."""
-        a, s = self.alpha(t), self.sigma(t)
+        a, s = self.alpha_sigma(t)
         xp = xp_of(a)
         with quiet(a):
             return 2.0 * (xp.log(a) - xp.log(s))

@@ -84,6 +84,9 @@ class Betas(Schedule):
     def sigma(self, t: Array) -> Array:
         return self._lookup(t)[1]
 
+    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        return self._lookup(t)
+
     def drift(self, t: Array) -> Array:
         return -0.5 * self.diffusion2(t)
 

@@ -64,8 +64,11 @@ class BFNContinuous(Schedule):
         return self.gamma(t)
 
     def sigma(self, t: Array) -> Array:
-        rest = self._rest(t)
-        return xp_of(rest).sqrt(self.gamma(t) * rest)
+        return self.alpha_sigma(t)[1]
+
+    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        gamma, rest = self.gamma(t), self._rest(t)
+        return gamma, xp_of(rest).sqrt(gamma * rest)
 
     def logsnr(self, t: Array) -> Array:
         gamma, t = self.gamma(t), self._time(t)
@@ -131,6 +134,10 @@ class BFNDiscrete(Schedule):
 
     def sigma(self, t: Array) -> Array:
         return math.sqrt(self.scale) * (1.0 - self._time(t))
+
+    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        u = 1.0 - self._time(t)
+        return self.scale * u**2, math.sqrt(self.scale) * u
 
     def logsnr(self, t: Array) -> Array:
         t = self._time(t)

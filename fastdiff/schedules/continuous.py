@@ -26,16 +26,24 @@ class Flow(Schedule):
     def __post_init__(self) -> None:
         positive(shift=self.shift)
 
+    def _shifted(self, t: Array) -> Array:
+        return 1.0 + (self.shift - 1.0) * t
+
     def alpha(self, t: Array) -> Array:
         t = self._time(t)
-        return (1.0 - t) / (1.0 + (self.shift - 1.0) * t)
+        return (1.0 - t) / self._shifted(t)
 
     def sigma(self, t: Array) -> Array:
         t = self._time(t)
-        return self.shift * t / (1.0 + (self.shift - 1.0) * t)
+        return self.shift * t / self._shifted(t)
+
+    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        t = self._time(t)
+        by = self._shifted(t)
+        return (1.0 - t) / by, self.shift * t / by
 
     def _dsigma(self, t: Array) -> Array:
-        return self.shift / (1.0 + (self.shift - 1.0) * self._time(t)) ** 2
+        return self.shift / self._shifted(self._time(t)) ** 2
 
     def drift(self, t: Array) -> Array:
         with quiet(t):
@@ -88,6 +96,10 @@ class EDM(Schedule):
     def sigma(self, t: Array) -> Array:
         low, span = self._ramp
         return (low + self._time(t) * span) ** self.rho
+
+    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        sigma = self.sigma(t)
+        return xp_of(sigma).ones_like(sigma), sigma
 
     def drift(self, t: Array) -> Array:
         return 0.0 * self._time(t)

@@ -41,11 +41,19 @@ class VP(Schedule):
         return 2.0 * B / (self.beta_min + np.sqrt(self.beta_min**2 + 2.0 * slope * B))
 
     def alpha(self, t: Array) -> Array:
-        B = self._integral(t)
-        return xp_of(B).exp(-0.5 * B)
+        return self._alpha_of(self._integral(t))
 
     def sigma(self, t: Array) -> Array:
+        return self._sigma_of(self._integral(t))
+
+    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
         B = self._integral(t)
+        return self._alpha_of(B), self._sigma_of(B)
+
+    def _alpha_of(self, B: Array) -> Array:
+        return xp_of(B).exp(-0.5 * B)
+
+    def _sigma_of(self, B: Array) -> Array:
         return xp_of(B).sqrt(-xp_of(B).expm1(-B))
 
     def drift(self, t: Array) -> Array:
@@ -70,8 +78,7 @@ class SubVP(VP):
     Source: Song et al. 2021, arXiv:2011.13456, appendix B, eq. 29.
     """
 
-    def sigma(self, t: Array) -> Array:
-        B = self._integral(t)
+    def _sigma_of(self, B: Array) -> Array:
         return -xp_of(B).expm1(-B)
 
     def diffusion2(self, t: Array) -> Array:
@@ -113,6 +120,10 @@ class VE(Schedule):
     def sigma(self, t: Array) -> Array:
         t = self._time(t)
         return self.sigma_min * xp_of(t).exp(t * self._log_ratio)
+
+    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        sigma = self.sigma(t)
+        return xp_of(sigma).ones_like(sigma), sigma
 
     def drift(self, t: Array) -> Array:
         return 0.0 * self._time(t)

@@ -144,7 +144,7 @@ def _levels(schedule: Schedule, t: float | Tensor, x: Tensor) -> tuple[Tensor, T
     at = torch.as_tensor(t, dtype=torch.float64, device=x.device).reshape(-1)
     if at.numel() not in (1, len(x)):
         raise ValueError(f"t must be a number or have shape ({len(x)},), got {tuple(at.shape)}")
-    alpha, sigma = (v.expand(len(x)) for v in (schedule.alpha(at), schedule.sigma(at)))
+    alpha, sigma = (v.expand(len(x)) for v in schedule.alpha_sigma(at))
     if not bool((sigma > 0).all()):
         raise ValueError("the density of the data itself (sigma = 0) is a sum of points; give a t with noise")
     return alpha, sigma
@@ -161,4 +161,4 @@ def _model_levels(schedule: Schedule, t: Tensor, prediction: Prediction) -> tupl
         return torch.ones_like(at), at
     backwards = float(np.asarray(schedule.model_time(0.0))) == 1.0  # Bayesian flow networks count from noise to data
     at = (1 - at if backwards else at).clamp(0, schedule.t_max)
-    return schedule.alpha(at), schedule.sigma(at)
+    return schedule.alpha_sigma(at)
