@@ -20,7 +20,7 @@ nvidia-smi > "$out/nvidia-smi.txt" 2>&1 || true
 failed=0
 loop=(--device cuda --quick --model unet1d --steps 100 --schedules scaled_linear_betas --solvers ddpm)
 kernels=(affine_step add_noise posterior categorical_step denoising_loss categorical_noise categorical_loss guide
-    threshold gaussian_kl binned binned_mean)
+    threshold gaussian_kl binned binned_mean add_noise_flow)
 plots=()
 $PYTHON -c "import matplotlib" 2> /dev/null && plots=(--plot "$out")
 
@@ -56,7 +56,7 @@ warm fastdiff_bench.suite "${loop[@]}" --compile-only
 mkdir -p "$out/tests"
 rm -f "$out/tests.txt"
 files=(gpu gpu_bfn gpu_dropin affine_step add_noise posterior denoising_loss denoising_loss_limits rng times threshold
-    guide guidance forward_step outer_step binned bound categorical_step categorical_loss categorical_noise
+    guide guidance forward_step outer_step binned bound categorical_step categorical_loss categorical_noise levels
     learned_variance sums registration accelerate_steps accelerate_threshold bfn_sampling bfn_discretised process_modes)
 pids=()
 for file in "${files[@]}"; do

@@ -79,7 +79,7 @@ class PhiloxNoise(Noise):
         """`reset` to rng.keys(seed, first=first), which takes no work where they are the keys already."""
         if self.seeded != (seed, first):
             self.seeds.fill_(seed)
-            torch.arange(first, first + self.shape[0], out=self.index)
+            torch.arange(first, first + self.shape[0], out=self.index, device=self.index.device)
             self.seeded = seed, first
         self.rewind()
 

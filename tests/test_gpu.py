@@ -196,6 +196,20 @@ def test_noise_equals_the_cpus() -> None:
         assert (got.cpu() - want).abs().max() <= 2e-6
 
 
+@pytest.mark.parametrize("schedule", [S.VP(), S.Flow(3.0), S.EDM(), S.Cosine(), S.BFNContinuous(0.02)], ids=str)
+def test_noising_is_two_launches(schedule: S.Schedule) -> None:
+    """One makes the schedule's coefficients of the times, one all the rest; a chain's coefficients are a table."""
+    x, t = torch.ones(5, 3, 17, device="cuda"), torch.linspace(0.05, 0.95, 5, device="cuda")
+    seeds = torch.arange(5, device="cuda")
+    got = ops.add_noise(x, t, schedule, seeds=seeds, target="v")
+    want = ops.add_noise(x.cpu(), t.cpu(), schedule, seeds=seeds.cpu(), target="v")
+    assert all(close(a, b) for a, b in zip(got, want, strict=True))
+    assert kernels(lambda: ops.add_noise(x, t, schedule, seeds=seeds, target="v")) == 2
+    assert kernels(lambda: ops.add_noise(x, (1000 * t).long(), CHAIN, seeds=seeds, target="v")) == 1
+    loss = ops.denoising_loss(x, x, t, schedule, seeds, target="v")
+    assert close(loss, ops.denoising_loss(x.cpu(), x.cpu(), t.cpu(), schedule, seeds.cpu(), target="v"))
+
+
 @pytest.mark.slow
 def test_times_out_of_range_are_nan() -> None:
     """A continuous schedule's, where looking would wait for the device."""

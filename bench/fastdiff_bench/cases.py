@@ -36,8 +36,8 @@ GPU_PEERS = ("torch graph",)
 GRAPHS = ("step_graph", "loop_graph")
 COLUMNS = (*PEERS, *(f"fastdiff {mode}" for mode in ("eager", "compiled", *GRAPHS)))
 KERNELS = (
-    "affine_step", "add_noise", "posterior", "categorical_step", "denoising_loss", "categorical_noise",
-    "categorical_loss", "guide", "threshold", "gaussian_kl", "binned", "binned_mean",
+    "affine_step", "add_noise", "add_noise_flow", "posterior", "categorical_step", "denoising_loss",
+    "categorical_noise", "categorical_loss", "guide", "threshold", "gaussian_kl", "binned", "binned_mean",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"policy": (1, 16, 7), "latent": (1, 4, 64, 64), "batch": (16, 4, 128, 128)}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from fastdiff_bench.codegen import Case, _step, tile_of
 
 
 def training_cases(lanes: int) -> Iterator[Case]:
     """The kernels of training, and the step with a second output plane."""
+    yield from _levels(lanes)
     for dtype in ("fp32", "bf16"):
         yield from _sums(dtype, lanes)
         tile, warps = tile_of(lanes=lanes)
@@ -21,6 +23,21 @@ def training_cases(lanes: int) -> Iterator[Case]:
         yield replace(
             plain, name=f"affine_step/r1/noise+guidance+variance/{dtype}",
             types=plain.types | {"variance_ptr": f"*{dtype}"}, loads=(*plain.loads, dtype),
+        )  # fmt: skip
+
+
+def _levels(lanes: int) -> Iterator[Case]:
+    """A continuous schedule's coefficients: float64 arithmetic on one time a thread, what a batch needs once."""
+    from fastdiff.ops._levels import BLOCK, KINDS
+
+    types = {"t_ptr": "*fp32", "p_ptr": "*fp64", "out_ptr": "*fp32", "count": "i32"}
+    for kind in KINDS:
+        classes = kind.__name__ == "BFNDiscrete"
+        constants: dict[str, Any] = {"KIND": kind.__name__, "BLOCK": BLOCK}
+        constants |= {"GIVES": "classes", "TARGET": None} if classes else {"GIVES": "noise", "TARGET": "v"}
+        yield Case(
+            f"levels/{kind.__name__}/fp32", "levels", "levels_kernel", types, constants, (), (), scalars=5,
+            num_warps=BLOCK // lanes, lanes=lanes,
         )  # fmt: skip
 
 

@@ -123,6 +123,30 @@ def add_noise(schedule: str, elements: int, dtype: torch.dtype, device: torch.de
                    compiles=True)  # fmt: skip
 
 
+def add_noise_flow(
+    schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str]
+) -> Work:
+    """The same of a continuous schedule, whose levels are made of the times in the call: x_t = (1 - t) x0 + t n."""
+    flow, (batch, n) = fd.schedules.Flow(), shape(elements)
+    t = torch.linspace(0.05, 0.95, batch, device=device)
+    seeds = torch.arange(batch, device=device)
+    size = torch.finfo(dtype).bits // 8
+    sets = [(randn((batch, n), device, dtype, i),) for i in range(rotation(2 * size * elements, device))]
+    work = Work("add_noise_flow", schedule, elements, str(dtype), 2 * size, sets, {})
+
+    def textbook(x0: Tensor, noise: Tensor | None = None) -> Tensor:
+        noise = torch.randn_like(x0) if noise is None else noise
+        level = t[:, None]
+        return ((1 - level) * x0 + level * noise).to(x0.dtype)
+
+    def ours(x0: Tensor) -> object:
+        return ops.add_noise(x0, t, flow, seeds=seeds)
+
+    found: dict[str, Column] = {"torch": textbook, "torch.compile": compiled(textbook, elements)}
+    return finish(work, names, found, ours, device, lambda x0, n: ops.add_noise(x0, t, flow, noise=n), textbook,
+                   compiles=True)  # fmt: skip
+
+
 def posterior(schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str]) -> Work:
     """Mean and x0 of the DDPM posterior, clamped; reads x_t and the model's output, writes two tensors."""
     chain, (batch, n) = chain_of(schedule), shape(elements)
@@ -197,6 +221,7 @@ def denoising_loss(
 MAKERS: dict[str, Callable[..., Work]] = {
     "affine_step": affine_step,
     "add_noise": add_noise,
+    "add_noise_flow": add_noise_flow,
     "posterior": posterior,
     **{name: getattr(kernels_categorical, name) for name in kernels_categorical.__all__},
     "denoising_loss": denoising_loss,

@@ -17,9 +17,10 @@ from fastdiff.schedules.base import outside, traced_constant
 Seeds = Sequence[int] | Tensor
 
 
-def times(t: object, schedule: object, x: Tensor) -> Tensor:
+def times(t: object, schedule: object, x: Tensor, *, raw: bool = False) -> Tensor:
     """t as a tensor [B] or [1] on x's device: int64 for Betas, floating for a continuous schedule.
 
+    raw: what is outside on a device stays as it is, for a kernel that marks it itself.
     Raises: TypeError for a schedule that is none and for the other kind of time; ValueError for another shape, and for
         a number or a CPU tensor outside the schedule's range (on CUDA, where looking would wait for the device, and in
         compiled code, a tensor's gives NaN).
@@ -49,7 +50,7 @@ def times(t: object, schedule: object, x: Tensor) -> Tensor:
         wrong = not 0 <= t <= schedule.t_max
     elif wrong := out.is_cpu and not torch.compiler.is_compiling() and outside(out, schedule.t_max):
         low, high = out.min().item(), out.max().item()
-    elif out.dtype.is_floating_point and (not out.is_cpu or torch.compiler.is_compiling()):
+    elif not raw and out.dtype.is_floating_point and (not out.is_cpu or torch.compiler.is_compiling()):
         out = torch.where(out.clamp(0, schedule.t_max) == out, out, torch.nan)
     if wrong:
         raise ValueError(f"t must be in 0..{schedule.t_max:g} for {schedule}, got {low:g}..{high:g}")

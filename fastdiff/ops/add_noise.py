@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
-from fastdiff.ops import _noising
+from fastdiff.ops import _levels, _noising
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._noising import Seeds
 from fastdiff.schedules import Betas, Schedule
@@ -64,7 +64,8 @@ def add_noise(
         nothing of full size is saved. On a CPU a C++ loop does it in one pass: `fastdiff.ops.cpu_compiler`.
     Source:  Ho et al. 2020, arXiv:2006.11239, eq. 4; v: Salimans and Ho 2022, arXiv:2202.00512.
     """
-    at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise)
+    by_kernel = _levels.usable(schedule, x0)
+    at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise, raw=by_kernel)
     dtype = _noising.out_type(x0, out_dtype)
     on_kernel = _noising.on_kernel(x0, dtype, noise)
     if not on_kernel and not _noising.on_loop(x0, dtype, noise):
@@ -75,6 +76,8 @@ def add_noise(
     which_row: Tensor | None = at
     if isinstance(schedule, Betas):
         coef = _noising.table_of(schedule, _table, (target,), x0.device)
+    elif by_kernel:
+        coef, which_row = _levels.coefficients(schedule, at, "noise", target), None
     else:
         coef, which_row = torch.stack(_columns(schedule, at, target), 1).float(), None
     out = _noising.noised(
@@ -116,11 +119,11 @@ def _table(schedule: Betas, target: str | None) -> tuple[Tensor, ...]:
 
 def _checked(
     x0: Tensor, t: int | float | Tensor, schedule: Schedule, seeds: Seeds | None, index: Tensor | None, row: int,
-    stream: int, target: str | None, noise: Tensor | None,
+    stream: int, target: str | None, noise: Tensor | None, *, raw: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     check_tensor("x0", x0, dtypes=FLOATS64)
     check_batched("x0", x0)
     if target is not None and target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; valid: {', '.join(TARGETS)}, or None")
-    at = _noising.times(t, schedule, x0)
+    at = _noising.times(t, schedule, x0, raw=raw)
     return at, *_noising.noise_arguments(x0, seeds, index, row, stream, noise, fill=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff import rng
 from fastdiff.categorical_cpu import belief_, chunks, drawn, noise_into
-from fastdiff.ops import _dispatch, _fused, _noising
+from fastdiff.ops import _dispatch, _fused, _levels, _noising
 from fastdiff.ops._categorical import belief, channels, check_classes, rows_of, vectors
 from fastdiff.ops._dispatch import FLOATS64, spread
 from fastdiff.ops._noising import Seeds
@@ -49,14 +49,13 @@ def categorical_noise(
     """
     wide = torch.float64 in (out_dtype, getattr(noise, "dtype", None))
     kernel = isinstance(x, Tensor) and _dispatch.kernels_for(x) and not wide
-    at, keyed, which = _checked(x, t, schedule, seeds, index, row, noise, out_dtype, fill=not kernel)
+    by_kernel = kernel and _levels.usable(schedule, x)
+    at, keyed, which = _checked(x, t, schedule, seeds, index, row, noise, out_dtype, fill=not kernel, raw=by_kernel)
     if kernel:
         out = torch.empty(*_numbers(x, schedule).shape, dtype=out_dtype, device=x.device)
         logits = torch.empty_like(out) if return_logits else None
         if x.numel():
-            sigma = schedule.sigma(at)
-            columns = sigma * sigma, SQRT2 * sigma if schedule.num_classes == 2 else sigma
-            coef = torch.stack(columns * 2, 1).float()  # rows of 16 bytes, of which the kernel uses the first half
+            coef = _rows(schedule, at, by_kernel)
             torch.ops.fastdiff.categorical_noise(x, noise, coef, keyed, which, row, out, logits)
         return out if logits is None else (out, logits)
     if not torch.compiler.is_compiling() and x.is_cpu and x.numel():
@@ -134,6 +133,15 @@ def _on_cpu(
     return out if logits is None else (out, logits)
 
 
+def _rows(schedule: BFNDiscrete, t: Tensor, by_kernel: bool) -> Tensor:
+    """alpha and sigma of the logits in rows of 16 bytes, of which the kernel uses the first half."""
+    if by_kernel:
+        return _levels.coefficients(schedule, t, "classes")
+    sigma = schedule.sigma(t)
+    columns = sigma * sigma, SQRT2 * sigma if schedule.num_classes == 2 else sigma
+    return torch.stack(columns * 2, 1).float()
+
+
 def _numbers(x: Tensor, schedule: BFNDiscrete) -> Tensor:
     """x with the shape [B, *D, K'] of its logits (a view)."""
     return x[..., None].expand(*x.shape, channels(schedule.num_classes))
@@ -141,7 +149,7 @@ def _numbers(x: Tensor, schedule: BFNDiscrete) -> Tensor:
 
 def _checked(
     x: Tensor, t: float | Tensor, schedule: BFNDiscrete, seeds: Seeds | None, index: Tensor | None, row: int,
-    noise: Tensor | None, out_dtype: torch.dtype, *, fill: bool = True,
+    noise: Tensor | None, out_dtype: torch.dtype, *, fill: bool = True, raw: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     if not isinstance(schedule, BFNDiscrete):
         raise TypeError(f"schedule must be schedules.BFNDiscrete, got {type(schedule).__name__}")
@@ -150,7 +158,7 @@ def _checked(
         raise ValueError("x must have a batch axis, [B, *D], got a 0-d tensor")
     if out_dtype not in FLOATS64:
         raise TypeError(f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype}")
-    at = _noising.times(t, schedule, x)
+    at = _noising.times(t, schedule, x, raw=raw)
     return at, *_noising.noise_arguments(_numbers(x, schedule), seeds, index, row, rng.ROWS, noise, fill=fill)
 
 

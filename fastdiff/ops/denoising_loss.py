@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
-from fastdiff.ops import _dispatch, _fused, _noising
+from fastdiff.ops import _dispatch, _fused, _levels, _noising
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._noising import Seeds
 from fastdiff.ops._scaled import scaled
@@ -70,14 +70,19 @@ def denoising_loss(
         Karras et al. 2022, arXiv:2206.00364 (edm); Vincent 2011 (sigma2); Song et al. 2021, arXiv:2101.09258
         (likelihood); Choi et al. 2022, arXiv:2204.00227 (p2).
     """
-    at, keyed, which, options = _checked(
-        model_out, x0, t, schedule, seeds, target, weighting, loss, delta, gamma, p2, sigma_data, index, row, stream
-    )
     named = weighting if isinstance(weighting, str) else None
+    by_kernel = named is None and _levels.usable(schedule, model_out, x0)
+    at, keyed, which, options = _checked(
+        model_out, x0, t, schedule, seeds, target, weighting, loss, delta, gamma, p2, sigma_data, index, row, stream,
+        raw=by_kernel,
+    )  # fmt: skip
     x0 = None if target in NOISE_TARGETS else x0
     wide = torch.float64 if torch.float64 in (model_out.dtype, x0.dtype if x0 is not None else None) else torch.float32
     on_kernel = _dispatch.kernels_for(model_out) and wide == torch.float32
-    coef, rows = _coefficients(schedule, at, target, named, options, wide)
+    if by_kernel:
+        coef, rows = _levels.coefficients(schedule, at, "loss", target), None
+    else:
+        coef, rows = _coefficients(schedule, at, target, named, options, wide)
     given = coef, rows, keyed, which, row, stream, LOSSES.index(loss), float(delta), on_kernel
     if _dispatch.transformed():
         out: Tensor = _DenoisingLoss.apply(model_out, x0, *given)[0]
@@ -276,7 +281,7 @@ def _table(schedule: Betas, target: str, weighting: str | None, options: WeightO
 def _checked(
     model_out: Tensor, x0: Tensor | None, t: int | float | Tensor, schedule: Schedule, seeds: Seeds, target: str,
     weighting: str | Tensor | None, loss: str, delta: float, gamma: float, p2: tuple[float, float],
-    sigma_data: float | None, index: Tensor | None, row: int, stream: int,
+    sigma_data: float | None, index: Tensor | None, row: int, stream: int, *, raw: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, WeightOptions]:  # fmt: skip
     check_tensor("model_out", model_out, dtypes=FLOATS64)
     check_batched("model_out", model_out)
@@ -299,7 +304,7 @@ def _checked(
             raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
     if not isinstance(p2, tuple | list) or len(p2) != 2 or not all(0 <= v < math.inf for v in p2):
         raise ValueError(f"p2 must be (k, p), two finite numbers >= 0, got {p2!r}")
-    at = _noising.times(t, schedule, model_out)
+    at = _noising.times(t, schedule, model_out, raw=raw)
     keyed, which = _noising.noise_arguments(model_out, seeds, index, row, stream, None, fill=False)
     assert keyed is not None
     return at, keyed, which, WeightOptions(float(gamma), float(p2[0]), float(p2[1]), float(sigma_data))
