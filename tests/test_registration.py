@@ -19,7 +19,15 @@ def cases(d):
     return {
         "guide": (x, y, scales, 1, out),
         "guidance_scales": (x, y, w, row, 2, 0.3, 0.0, torch.empty(3, 3, device=d)),
-        "scaled": (x, bound, out),
+        "scaled": (x, bound, bound.clone(), 0.5, out),
+        "levels": (
+            torch.linspace(0, 1, 3, device=d),
+            torch.ones(2, dtype=torch.float64, device=d),
+            "VP",
+            "noise",
+            "v",
+            torch.empty(3, 4, device=d),
+        ),
         "threshold": (x, bound, out),
         "threshold_bound": (x, y, table, row, out, scales, True, 8, 0.5, 3.0, torch.empty(3, device=d)),
         "normal": (torch.empty(2, 3, 10, device=d), seeds, index, torch.tensor([0, 7], device=d), 1),
@@ -45,3 +53,16 @@ def test_samples_scaled(n, dtypes, device):
     cut = 1 if got.dtype == torch.float32 or device.type == "cuda" else 2
     assert got.dtype == (to or dtype)
     assert ((got.double() - want).abs() <= cut * torch.finfo(got.dtype).eps / 2 * want.abs()).all()
+
+
+def test_samples_scaled_by_products(device):
+    """factor g by, g one number a sample or the same for all (a sum's gradient is an expanded number), three roundings
+    more; in powers of 2 there are none."""
+    x, by = torch.randn(3, 257, generator=torch.Generator().manual_seed(0)), torch.tensor([0.25, -8.0, 2.0])
+    for g in (torch.tensor([4.0, 0.5, -2.0]), torch.tensor(4.0).expand(3)):
+        got = scaled(x.to(device), g.to(device), by=by.to(device), factor=0.125).cpu()
+        assert torch.equal(got, 0.125 * (g * by)[:, None] * x)
+    g = torch.tensor([0.3, 0.7, 1e-3])
+    got = scaled(x.to(device), g.to(device), by=by.to(device), factor=1 / 3).cpu()
+    want = (g.double() * by.double() / 3)[:, None] * x.double()
+    assert ((got.double() - want).abs() <= 4 * 2.0**-24 * want.abs()).all()

@@ -15,7 +15,8 @@ def training_cases(lanes: int) -> Iterator[Case]:
     for dtype in ("fp32", "bf16"):
         yield from _sums(dtype, lanes)
         tile, warps = tile_of(lanes=lanes)
-        types = dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}") | {"g_ptr": "*fp32", "n": "i32", "first": "i32"}
+        types = dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(("g_ptr", "by_ptr"), "*fp32")
+        types |= dict.fromkeys(("n", "first", "g_stride"), "i32") | {"factor": "fp32"}
         yield Case(
             f"scaled/{dtype}", "scaled", "scaled_kernel", types, tile, (dtype,), (dtype,), num_warps=warps, lanes=lanes
         )

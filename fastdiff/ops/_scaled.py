@@ -12,17 +12,21 @@ from fastdiff.ops import _dispatch, _fused
 __all__ = ["scaled"]
 
 
-def scaled(x: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """g[b] x[b] of x's dtype (or another), rounded once; x [B, *] contiguous, g [B]."""
+def scaled(
+    x: Tensor, g: Tensor, dtype: torch.dtype | None = None, *, by: Tensor | None = None, factor: float = 1.0
+) -> Tensor:
+    """(factor g[b] by[b]) x[b] of x's dtype (or another), rounded once; x [B, *] contiguous, g and by [B]."""
     dtype = dtype or x.dtype
-    if _dispatch.transformed():
-        return (x * _dispatch.spread(g, x)).to(dtype)
     known = g.dtype == torch.float32 and x.dtype in TYPES and dtype in TYPES
-    if known and _dispatch.kernels_for(x):
+    if known and _dispatch.kernels_for(x) and not _dispatch.transformed():
         out = torch.empty_like(x, dtype=dtype)
         if x.numel():
-            torch.ops.fastdiff.scaled(x, g.contiguous(), out)
+            torch.ops.fastdiff.scaled(x, g, by, factor, out)
         return out
+    g = g if by is None else g * by
+    g = g if factor == 1 else g * factor
+    if _dispatch.transformed():
+        return (x * _dispatch.spread(g, x)).to(dtype)
     if dtype != x.dtype:
         return (x * _dispatch.spread(g, x)).to(dtype)
     out = torch.empty_like(x)
@@ -32,9 +36,10 @@ def scaled(x: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.mul(x, _dispatch.spread(g, x), out=out)
 
 
-def _launch(x: Tensor, g: Tensor, out: Tensor) -> None:
-    n = x.shape[1:].numel()
-    _dispatch.launch(_dispatch.kernels("scaled").scaled_kernel, (x, g, out, n, _dispatch.FIRST), n, x.shape[0])
+def _launch(x: Tensor, g: Tensor, by: Tensor | None, factor: float, out: Tensor) -> None:
+    n, by = x.shape[1:].numel(), None if by is None else by.contiguous()
+    args = (x, g, by, out, n, _dispatch.FIRST, g.stride(0), factor)  # of a sum's gradient the stride is 0
+    _dispatch.launch(_dispatch.kernels("scaled").scaled_kernel, args, n, x.shape[0])
 
 
-_dispatch.register("scaled(Tensor x, Tensor g, Tensor(a!) out) -> ()", _launch)
+_dispatch.register("scaled(Tensor x, Tensor g, Tensor? by, float factor, Tensor(a!) out) -> ()", _launch)

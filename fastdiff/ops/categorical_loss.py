@@ -73,8 +73,7 @@ class _Error(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors
-        scale = upstream[0] / grad.shape[1:-1].numel()
-        return scaled(grad, scale), None
+        return scaled(grad, upstream[0], factor=1.0 / grad.shape[1:-1].numel()), None
 
 
 def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:

@@ -246,11 +246,10 @@ def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]: 
     of_model = of_x0 = None
     if g is not None:
         slope, scale, column = ctx.saved_tensors
-        scale = g * scale  # a loss scale is in g: before anything is rounded to the model's dtype
-        if ctx.needs_input_grad[0]:
-            of_model = scaled(slope, scale)
+        if ctx.needs_input_grad[0]:  # a loss scale is in g: before anything is rounded to the model's dtype
+            of_model = scaled(slope, g, by=scale)
         if ctx.needs_input_grad[1]:
-            of_x0 = scaled(slope, -scale * column, ctx.x0_dtype)
+            of_x0 = scaled(slope, -(g * scale) * column, ctx.x0_dtype)
     return of_model, of_x0
 
 
