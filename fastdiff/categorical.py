@@ -115,4 +115,5 @@ class CategoricalRun(Run):
             self.relaunch(f"fastdiff::categorical_step {readout}", run, (m, u, row, noise, gumbel, w))
         elif self.compiled is None or not self.compiled(readout, row, m, **given):
             run()
-        self.watch(row, m)
+        if self.bad is not None:
+            self.watch(row, m)

@@ -26,9 +26,9 @@ class LearnedVarianceRun(Run):
     output_says = "two planes, the prediction and v, on axis 1"
 
     def __init__(self, model: Callable[..., Any], plan: Plan, request: Request, *, compiled: bool) -> None:
+        if len(request.state) < 2:
+            raise ValueError(f"a learned variance needs a channel axis, shape (B, C, ...), got {request.state}")
         super().__init__(model, plan, request, compiled=compiled)
-        if len(self.shape) < 2:
-            raise ValueError(f"a learned variance needs a channel axis, shape (B, C, ...), got {tuple(self.shape)}")
         self.v = torch.zeros_like(self.x)
         self.scaled: Tensor | None = None
 

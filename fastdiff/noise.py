@@ -53,7 +53,9 @@ class PhiloxNoise(Noise):
         noisy = [] if in_kernel else [(rng.ROWS, k) for k in range(plan.nfe) if plan.s[k].any()]
         start = [(rng.START, 0), (rng.START, 1)][: 2 if plan.init_noise else 1] if compiled else []
         self.pairs = [*start, *noisy]  # (stream, row)
-        self.position = {pair: i for i, pair in enumerate(self.pairs)}
+        self.starts, self.rows = (
+            {k: i for i, (s, k) in enumerate(self.pairs) if s == stream} for stream in (rng.START, rng.ROWS)
+        )
         self.count = min(len(self.pairs), max(1, BLOCK_ELEMENTS // max(1, like.numel())))
         self.buffer = torch.empty(self.count, *like.shape, dtype=torch.float32, device=like.device)
         self.flat = self.buffer.view(self.count, *self._flat)
@@ -88,19 +90,17 @@ class PhiloxNoise(Noise):
         self.block = -1
 
     def start(self, row: int) -> Tensor:
-        n = self._at((rng.START, row))
-        if n is None:
-            n = torch.empty(self.shape, dtype=torch.float32, device=self.seeds.device)
-            rng.fill(n.view(1, *self._flat), self.seeds, self.index, self.start_rows[row], rng.START)
+        if row in self.starts:
+            return self._at(self.starts[row])
+        n = torch.empty(self.shape, dtype=torch.float32, device=self.seeds.device)
+        rng.fill(n.view(1, *self._flat), self.seeds, self.index, self.start_rows[row], rng.START)
         return n
 
     def row(self, k: int) -> Tensor | None:
-        return self._at((rng.ROWS, k))
+        position = self.rows.get(k)
+        return None if position is None else self._at(position)
 
-    def _at(self, pair: tuple[int, int]) -> Tensor | None:
-        position = self.position.get(pair)
-        if position is None:
-            return None
+    def _at(self, position: int) -> Tensor:
         block, offset = divmod(position, self.count)
         if block != self.block:
             for part in self.blocks.get(block) or self._parts(block):

@@ -70,6 +70,8 @@ class Run:
         self.w_tensors: list[Tensor] = []
         self.relaunch = Relaunch()
         self.numbered = False  # do kernels get a row's number itself? Where each is launched, or captured, for one row
+        self.adjusts = self.on_host and (self.threshold is not None or (self.guided and bool(self.rule)))
+        self.expected = torch.Size(self.output_shape())  # of the model's output
         self._prepare(compiled)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -227,10 +229,8 @@ class Run:
             raise TypeError(
                 f"the model must return a Tensor, got {type(m).__name__}; wrap it: lambda x, t: model(x, t)[0], say"
             )
-        if m.shape != self.output_shape():
-            raise ValueError(
-                f"the model must return {self.output_says}, {tuple(self.output_shape())}, got {tuple(m.shape)}"
-            )
+        if m.shape != self.expected:
+            raise ValueError(f"the model must return {self.output_says}, {tuple(self.expected)}, got {tuple(m.shape)}")
         if m.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"the model must return float32, bfloat16 or float16, got {m.dtype}")
         if m.device != self.device:
@@ -245,7 +245,7 @@ class Run:
         if m.data_ptr() == self.x.data_ptr():
             m = m.clone()  # a model that returns its input: the step would overwrite what it still reads
         bound = None
-        if self.on_host:
+        if self.adjusts:
             m, u, bound = self.adjust(k, row, m, u)
         if not self.on_host:
             reduced = self.reduce(row, m, u)
@@ -261,7 +261,8 @@ class Run:
         ):
             self.eager(k, m, u, self.w_eager[k] if self.guided else None, noise, self.x0, bound)
             self.refresh(k + 1)
-        self.watch(row, m)
+        if self.bad is not None:
+            self.watch(row, m)
 
     def _launch(
         self, row: Tensor | int, m: Tensor, u: Tensor | None, noise: Tensor | None, reduced: dict[str, Any]
@@ -275,9 +276,9 @@ class Run:
 
     def watch(self, row: Tensor, m: Tensor) -> None:
         """Keeps the first row whose state or model output is not finite."""
-        if self.bad is not None:
-            finite = torch.isfinite(self.x).all() & self._finite(m)
-            self.bad.copy_(torch.minimum(self.bad, torch.where(finite, self.plan.nfe, row[0])))
+        assert self.bad is not None
+        finite = torch.isfinite(self.x).all() & self._finite(m)
+        self.bad.copy_(torch.minimum(self.bad, torch.where(finite, self.plan.nfe, row[0])))
 
     def _finite(self, m: Tensor) -> Tensor:
         return torch.isfinite(m).all()
