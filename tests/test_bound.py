@@ -85,6 +85,29 @@ def test_kl_far_apart(device_of_loops):
             assert got.isinf().all() if want > 3.4e38 else ((got - want).abs() <= 2e-6 * want + slack).all()
 
 
+@pytest.mark.parametrize("far", [79.5, 80.5, 95.0, -78.0, math.inf, math.nan])
+def test_a_far_element_leaves_its_neighbours_their_bits(far, device_of_loops):
+    """A block whose exponents are all near 0 takes shorter exponentials; one log-variance that is not changes no other
+    element's gradient, and nothing of another block's or sample's."""
+    means = [torch.randn(2, 600, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    log1, log2 = (20 * torch.rand(2, 600, generator=torch.Generator().manual_seed(k)) - 10 for k in (2, 3))
+    changed = log2.clone()
+    changed[0, 301] = far
+
+    def slopes(logs):
+        m2, l2 = (v.clone().to(device_of_loops).requires_grad_() for v in (means[1], logs))
+        kl = ops.gaussian_kl(means[0].to(device_of_loops), log1.to(device_of_loops), m2, l2)
+        return [v.cpu() for v in (kl, *torch.autograd.grad(kl.sum(), (m2, l2)))]
+
+    others = torch.ones(2, 600, dtype=torch.bool)
+    others[0, 301] = False
+    (kl, *was), (kl_now, *now) = slopes(log2), slopes(changed)
+    assert kl[1] == kl_now[1]
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(was, now, strict=True))
+    want = ops.gaussian_kl_ref(means[0].double(), log1.double(), means[1].double(), changed.double())
+    torch.testing.assert_close(kl_now.double(), want, rtol=2e-6, atol=0, equal_nan=True)
+
+
 def test_kl_opcheck(kernel_device):
     x = torch.randn(3, 5, device=kernel_device)
     given, zero = (x, x[:, 0].contiguous(), x + 1, x), torch.zeros(3, device=kernel_device)

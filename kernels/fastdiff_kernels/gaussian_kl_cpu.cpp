@@ -13,12 +13,29 @@ namespace {
 constexpr int BLOCK = 256, LANES = 8;
 
 // (e^d - 1 - d, e^d - 1), by the series where they cancel
+template <bool TAME>
 inline void exp_minus_line(float d, float& bend, float& grown) {
   const float near = d * ((((d * (1.0f / 720) + 1.0f / 120) * d + 1.0f / 24) * d + 1.0f / 6) * d + 0.5f);
   const bool small = std::fabs(d) < 0.25f;
-  const float all = expm1_of(d);
+  const float all = expm1_of<TAME>(d);
   bend = pick(small, near * d, all - d);
   grown = pick(small, near * d + d, all);
+}
+
+// are all exponents of a block within 80 of 0, where an exponential is a normal number? NaN is not
+inline bool tame(const float* l1, const float* l2, int count) {
+  uint32_t worst = 0;
+  for (int i = 0; i < count; i++) {
+    const float d = l1[i] - l2[i];
+    uint32_t a, b;
+    std::memcpy(&a, &d, 4);
+    std::memcpy(&b, &l2[i], 4);
+    a &= 0x7FFFFFFF;
+    b &= 0x7FFFFFFF;
+    a = a > b ? a : b;
+    worst = worst > a ? worst : a;
+  }
+  return worst < 0x42A00000;  // the bits of 80
 }
 
 // a mean's or a log-variance's numbers: [batch, n], or one a sample
@@ -66,12 +83,15 @@ extern "C" void gaussian_kl(const void* mean1, const void* log1, const void* mea
   each_block(values, batch, n, threads, [&](int64_t job, const Block& block) {
     alignas(64) float value[BLOCK];
     const float *m1 = block.v[0], *l1 = block.v[1], *m2 = block.v[2], *l2 = block.v[3];
-    for (int i = 0; i < block.count; i++) {
-      float bend, grown;
-      exp_minus_line(l1[i] - l2[i], bend, grown);
-      const float apart = m2[i] - m1[i];
-      value[i] = bend + apart * exp_of(-l2[i]) * apart;
-    }
+    const auto fill = [&]<bool TAME>() {
+      for (int i = 0; i < block.count; i++) {
+        float bend, grown;
+        exp_minus_line<TAME>(l1[i] - l2[i], bend, grown);
+        const float apart = m2[i] - m1[i];
+        value[i] = bend + apart * exp_of<TAME>(-l2[i]) * apart;
+      }
+    };
+    tame(l1, l2, block.count) ? fill.template operator()<true>() : fill.template operator()<false>();
     std::fill(value + block.count, value + BLOCK, 0.0f);
     double lanes[LANES] = {}, all = 0;
     for (int i = 0; i < BLOCK; i += LANES)
@@ -96,13 +116,16 @@ extern "C" void gaussian_kl_slopes(const void* mean1, const void* log1, const vo
   each_block(values, batch, n, threads, [&](int64_t, const Block& block) {
     alignas(64) float pulls[BLOCK], slope[BLOCK];
     const float *m1 = block.v[0], *l1 = block.v[1], *m2 = block.v[2], *l2 = block.v[3], scale = g[block.b] / float(n);
-    for (int i = 0; i < block.count; i++) {
-      float bend, grown;
-      exp_minus_line(l1[i] - l2[i], bend, grown);
-      const float apart = m2[i] - m1[i];
-      pulls[i] = apart * exp_of(-l2[i]);
-      slope[i] = grown + pulls[i] * apart;
-    }
+    const auto fill = [&]<bool TAME>() {
+      for (int i = 0; i < block.count; i++) {
+        float bend, grown;
+        exp_minus_line<TAME>(l1[i] - l2[i], bend, grown);
+        const float apart = m2[i] - m1[i];
+        pulls[i] = apart * exp_of<TAME>(-l2[i]);
+        slope[i] = grown + pulls[i] * apart;
+      }
+    };
+    tame(l1, l2, block.count) ? fill.template operator()<true>() : fill.template operator()<false>();
     if (of_mean) write(pulls, scale, of_mean, int(mean2_type), block.at, block.count);
     if (of_log) write(slope, -0.5f * scale, of_log, int(of_log_type), block.at, block.count);
   });
