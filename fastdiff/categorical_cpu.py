@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdiff import native, rng
 from fastdiff.cpu import COPIES, SLOTS, HostRow
 from fastdiff.gumbel import SCALE, logistic_of
-from fastdiff.native import TYPES, call, function, plain, run, threads, types
+from fastdiff.native import TYPES, call, coef_rows, function, plain, run, threads, types
 from fastdiff.plan import ROW_HEADER
 from fastdiff.readout import CATEGORICAL as READOUTS
 
@@ -258,13 +258,16 @@ def noise_into(
 ) -> bool:  # fmt: skip
     """z = coef[:, 0] onehot(x) + coef[:, 1] n, out = 2 softmax(z) - 1 by the C++ loop; False where there is none.
 
-    Args: x int64 [B, *D]; noise [B, *D, K'] of a float dtype, or seeds and index; coef fp32 [B, 2] (K = 2: of 2 x - 1);
-        out, logits: outputs [B, *D, K'], contiguous, of one float dtype but float64.
+    Args: x int64 [B, *D]; noise [B, *D, K'] of a float dtype, or seeds and index; coef fp32 [B or 1, 4] (K = 2: of
+        2 x - 1); out, logits: outputs [B, *D, K'], contiguous, of one float dtype but float64.
     """
-    noise = None if noise is None else noise.float()
-    given = [None if v is None else v.contiguous() for v in (x, noise, coef, seeds, index)]
+    noise, seeds, index = (None if v is None else v.contiguous() for v in (noise, seeds, index))
+    x, noise = x.contiguous(), None if noise is None else noise.float()
+    rows, _table = coef_rows(coef, None)
     options = *types(out), threads(out.numel(), heavy=True)
-    return run("categorical", "categorical_noise", _shape(out), *given, row, out, logits, *options)
+    return run(
+        "categorical", "categorical_noise", _shape(out), x, noise, rows, seeds, index, row, out, logits, *options
+    )
 
 
 def loss_into(logits: Tensor, x: Tensor, error: Tensor, grad: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""Coefficient rows of a continuous schedule on a device, by one kernel instead of some twenty launches of torch."""
+"""Coefficient rows of a continuous schedule, by one kernel or C++ loop instead of some twenty operations of torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import native
 from fastdiff import schedules as S
-from fastdiff.ops import _dispatch
+from fastdiff.ops import _dispatch, _fused
 
 __all__ = ["KINDS", "coefficients", "usable"]
 
 BLOCK = 128
+GIVES = ("noise", "loss", "classes")
+TARGETS = ("eps", "v", "x0", "score", "flow")
 
-# schedule -> the numbers its closed form in fastdiff_kernels/levels.py reads; a subclass has formulas of its own
+# schedule -> the numbers its closed form in fastdiff_kernels/levels.py and levels_cpu.hpp reads, in the latter's order;
+# a subclass has formulas of its own
 KINDS: dict[type, Callable[[Any], tuple[float, ...]]] = {
     S.VP: lambda s: (s.beta_min, 0.5 * (s.beta_max - s.beta_min)),
     S.SubVP: lambda s: (s.beta_min, 0.5 * (s.beta_max - s.beta_min)),
@@ -31,14 +35,16 @@ KINDS: dict[type, Callable[[Any], tuple[float, ...]]] = {
 
 
 def usable(schedule: object, *tensors: object) -> bool:
-    """Does the kernel have this schedule's formula, and are these tensors an operation's that runs as a kernel?
+    """Is this schedule's formula known, and are these an operation's tensors that runs as a kernel or a C++ loop?
 
     Not in code that is compiled, transformed or watched, which fuses or takes apart the plain formulas.
     """
     if type(schedule) not in KINDS or _dispatch.transformed() or torch._C._len_torch_dispatch_stack():
         return False
     given = [x for x in tensors if isinstance(x, Tensor)]
-    return bool(given) and _dispatch.kernels_for(given[0]) and all(x.dtype != torch.float64 for x in given)
+    if not given or any(x.dtype == torch.float64 for x in given):
+        return False
+    return _dispatch.kernels_for(given[0]) or (_fused.wanted(*given) and native.available())
 
 
 def coefficients(schedule: S.Schedule, t: Tensor, gives: str, target: str | None = None) -> Tensor:
@@ -50,9 +56,14 @@ def coefficients(schedule: S.Schedule, t: Tensor, gives: str, target: str | None
     Numerics: float64, rounded once.
     """
     out = torch.empty(t.shape[0], 4, dtype=torch.float32, device=t.device)
-    if len(out):
-        kind = type(schedule).__name__
-        torch.ops.fastdiff.levels(t, _parameters(schedule, t.device), kind, gives, target, out)
+    if not len(out):
+        return out
+    kind, numbers = type(schedule), _parameters(schedule, t.device)
+    if _dispatch.kernels_for(t):
+        torch.ops.fastdiff.levels(t, numbers, kind.__name__, gives, target, out)
+    else:
+        which = list(KINDS).index(kind), GIVES.index(gives), -1 if target is None else TARGETS.index(target)
+        assert native.run("noise", "levels", t.detach().double().contiguous(), numbers, out, *which, len(out))
     return out
 
 

@@ -64,8 +64,8 @@ def add_noise(
         nothing of full size is saved. On a CPU a C++ loop does it in one pass: `fastdiff.ops.cpu_compiler`.
     Source:  Ho et al. 2020, arXiv:2006.11239, eq. 4; v: Salimans and Ho 2022, arXiv:2202.00512.
     """
-    by_kernel = _levels.usable(schedule, x0)
-    at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise, raw=by_kernel)
+    known = _levels.usable(schedule, x0)
+    at, keyed, which = _checked(x0, t, schedule, seeds, index, row, stream, target, noise, raw=known)
     dtype = _noising.out_type(x0, out_dtype)
     on_kernel = _noising.on_kernel(x0, dtype, noise)
     if not on_kernel and not _noising.on_loop(x0, dtype, noise):
@@ -76,7 +76,7 @@ def add_noise(
     which_row: Tensor | None = at
     if isinstance(schedule, Betas):
         coef = _noising.table_of(schedule, _table, (target,), x0.device)
-    elif by_kernel:
+    elif known:
         coef, which_row = _levels.coefficients(schedule, at, "noise", target), None
     else:
         coef, which_row = torch.stack(_columns(schedule, at, target), 1).float(), None

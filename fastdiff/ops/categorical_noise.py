@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import rng
+from fastdiff import native, rng
 from fastdiff.categorical_cpu import belief_, chunks, drawn, noise_into
 from fastdiff.ops import _dispatch, _fused, _levels, _noising
 from fastdiff.ops._categorical import belief, channels, check_classes, rows_of, vectors
@@ -49,17 +49,17 @@ def categorical_noise(
     """
     wide = torch.float64 in (out_dtype, getattr(noise, "dtype", None))
     kernel = isinstance(x, Tensor) and _dispatch.kernels_for(x) and not wide
-    by_kernel = kernel and _levels.usable(schedule, x)
-    at, keyed, which = _checked(x, t, schedule, seeds, index, row, noise, out_dtype, fill=not kernel, raw=by_kernel)
+    known = not wide and _levels.usable(schedule, x)
+    at, keyed, which = _checked(x, t, schedule, seeds, index, row, noise, out_dtype, fill=not kernel, raw=known)
     if kernel:
         out = torch.empty(*_numbers(x, schedule).shape, dtype=out_dtype, device=x.device)
         logits = torch.empty_like(out) if return_logits else None
         if x.numel():
-            coef = _rows(schedule, at, by_kernel)
+            coef = _rows(schedule, at, known)
             torch.ops.fastdiff.categorical_noise(x, noise, coef, keyed, which, row, out, logits)
         return out if logits is None else (out, logits)
     if not torch.compiler.is_compiling() and x.is_cpu and x.numel():
-        return _on_cpu(x, at, schedule, keyed, which, row, noise, out_dtype, return_logits)
+        return _on_cpu(x, at, schedule, keyed, which, row, noise, out_dtype, return_logits, known)
     return categorical_noise_ref(
         x, at, schedule, seeds=keyed, index=which, row=row, noise=noise, out_dtype=out_dtype,
         return_logits=return_logits,
@@ -96,7 +96,7 @@ def categorical_noise_ref(
 @torch.no_grad()
 def _on_cpu(
     x: Tensor, at: Tensor, schedule: BFNDiscrete, seeds: Tensor | None, index: Tensor | None, row: int,
-    noise: Tensor | None, out_dtype: torch.dtype, return_logits: bool,
+    noise: Tensor | None, out_dtype: torch.dtype, return_logits: bool, known: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """A chunk at a time: no temporary of the result's size."""
     shape, batch = _numbers(x, schedule).shape, x.shape[0]
@@ -104,12 +104,10 @@ def _on_cpu(
     out = torch.empty(*shape, dtype=out_dtype, device=x.device)
     logits = torch.empty_like(out) if return_logits else None
     wide = torch.float64 in (out_dtype, None if noise is None else noise.dtype)
-    sigma = schedule.sigma(at)  # alpha is its square: a small batch spends most of its time on such numbers
-    alpha, sigma = (v.to(torch.float64 if wide else torch.float32).expand(batch) for v in (sigma * sigma, sigma))
-    if not wide:
-        coef = torch.stack([alpha, SQRT2 * sigma if width == 1 else sigma], 1)
-        if _fused.wanted(x, coef) and noise_into(x, noise, coef, seeds, index, row, out, logits):
+    if not wide and _fused.wanted(x) and native.available():
+        if noise_into(x, noise, _rows(schedule, at, known), seeds, index, row, out, logits):
             return out if logits is None else (out, logits)
+    alpha, sigma = (v.to(torch.float64 if wide else torch.float32).expand(batch) for v in schedule.alpha_sigma(at))
     which = torch.full((1,), row, dtype=torch.int64, device=x.device)
     flat = [None if v is None else v.view(batch, -1, width) for v in (out, logits)]
     x, noise = x.reshape(batch, -1, 1), None if noise is None else noise.reshape(batch, -1, width)
@@ -133,9 +131,9 @@ def _on_cpu(
     return out if logits is None else (out, logits)
 
 
-def _rows(schedule: BFNDiscrete, t: Tensor, by_kernel: bool) -> Tensor:
-    """alpha and sigma of the logits in rows of 16 bytes, of which the kernel uses the first half."""
-    if by_kernel:
+def _rows(schedule: BFNDiscrete, t: Tensor, known: bool) -> Tensor:
+    """alpha and sigma of the logits in rows of 16 bytes, of which the first half is used."""
+    if known:
         return _levels.coefficients(schedule, t, "classes")
     sigma = schedule.sigma(t)
     columns = sigma * sigma, SQRT2 * sigma if schedule.num_classes == 2 else sigma

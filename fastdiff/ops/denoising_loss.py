@@ -71,15 +71,15 @@ def denoising_loss(
         (likelihood); Choi et al. 2022, arXiv:2204.00227 (p2).
     """
     named = weighting if isinstance(weighting, str) else None
-    by_kernel = named is None and _levels.usable(schedule, model_out, x0)
+    known = named is None and _levels.usable(schedule, model_out, x0)
     at, keyed, which, options = _checked(
         model_out, x0, t, schedule, seeds, target, weighting, loss, delta, gamma, p2, sigma_data, index, row, stream,
-        raw=by_kernel,
+        raw=known,
     )  # fmt: skip
     x0 = None if target in NOISE_TARGETS else x0
     wide = torch.float64 if torch.float64 in (model_out.dtype, x0.dtype if x0 is not None else None) else torch.float32
     on_kernel = _dispatch.kernels_for(model_out) and wide == torch.float32
-    if by_kernel:
+    if known:
         coef, rows = _levels.coefficients(schedule, at, "loss", target), None
     else:
         coef, rows = _coefficients(schedule, at, target, named, options, wide)

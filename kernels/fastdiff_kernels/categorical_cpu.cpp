@@ -246,8 +246,8 @@ extern "C" void categorical_row(const Call* call) {
            [&](const Job& job, Room& room, int64_t) { run(*call, job, room); });
 }
 
-// z = coef[b][0] onehot(x) (two classes: 2 x - 1) + coef[b][1] n, stored unless null; out = 2 softmax(z) - 1
-extern "C" void categorical_noise(const Shape* shape, const int64_t* x, const float* noise, const float* coef,
+// z = c[0] onehot(x) (two classes: 2 x - 1) + c[1] n, c the sample's row of four, stored unless null; out = 2 softmax(z) - 1
+extern "C" void categorical_noise(const Shape* shape, const int64_t* x, const float* noise, const Rows* rows,
                                   const int64_t* seeds, const int64_t* index, int64_t row, void* out, void* logits,
                                   int64_t out_type, int64_t threads) {
   const int64_t together = noise ? 1 : samples_of_draw(shape->tokens * shape->width);
@@ -256,7 +256,7 @@ extern "C" void categorical_noise(const Shape* shape, const int64_t* x, const fl
     const int64_t* classes = x + job.token;
     float *z = room.part(V), *y = room.part(P);
     for (int k = 0, each = job.each(), tokens = job.tokens / job.samples; k < job.samples; k++) {
-      const float alpha = coef[2 * (job.b + k)], sigma = coef[2 * (job.b + k) + 1];
+      const float alpha = rows->of(job.b + k, 4)[0], sigma = rows->of(job.b + k, 4)[1];
       for (int i = k * each; i < (k + 1) * each; i++) z[i] = sigma * n[i];
       for (int t = k * tokens; t < (k + 1) * tokens; t++) {
         if (job.width == 1)

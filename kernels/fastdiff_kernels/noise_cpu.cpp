@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "levels_cpu.hpp"
 #include "philox_cpu.hpp"
 #include "types_cpu.hpp"
 
