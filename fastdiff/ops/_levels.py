@@ -33,6 +33,8 @@ KINDS: dict[type, Callable[[Any], tuple[float, ...]]] = {
     S.BFNDiscrete: lambda s: (s.scale, math.sqrt(s.scale), math.sqrt(2.0) if s.num_classes == 2 else 1.0),
 }
 
+NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+
 
 def usable(schedule: object, *tensors: object) -> bool:
     """Is this schedule's formula known, and are these an operation's tensors that runs as a kernel or a C++ loop?
@@ -62,8 +64,8 @@ def coefficients(schedule: S.Schedule, t: Tensor, gives: str, target: str | None
     if _dispatch.kernels_for(t):
         torch.ops.fastdiff.levels(t, numbers, kind.__name__, gives, target, out)
     else:
-        which = list(KINDS).index(kind), GIVES.index(gives), -1 if target is None else TARGETS.index(target)
-        assert native.run("noise", "levels", t.detach().double().contiguous(), numbers, out, *which, len(out))
+        which = NUMBERS[kind], GIVES.index(gives), -1 if target is None else TARGETS.index(target)
+        assert native.run("noise", "levels", t.double().contiguous(), numbers, out, *which, len(out))
     return out
 
 
