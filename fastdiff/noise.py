@@ -27,6 +27,10 @@ class Noise:
     def start(self, row: int) -> Tensor:
         raise NotImplementedError
 
+    def begin(self, x: Tensor, scale: float) -> None:
+        """x = scale start(0)."""
+        torch.mul(self.start(0), scale, out=x)
+
     def row(self, k: int) -> Tensor | None:
         raise NotImplementedError
 
@@ -95,6 +99,14 @@ class PhiloxNoise(Noise):
         n = torch.empty(self.shape, dtype=torch.float32, device=self.seeds.device)
         rng.fill(n.view(1, *self._flat), self.seeds, self.index, self.start_rows[row], rng.START)
         return n
+
+    def begin(self, x: Tensor, scale: float) -> None:
+        if 0 in self.starts or not x.is_contiguous():
+            super().begin(x, scale)
+            return
+        rng.fill(x.view(1, *self._flat), self.seeds, self.index, self.start_rows[0], rng.START)
+        if scale != 1:
+            x.mul_(scale)
 
     def row(self, k: int) -> Tensor | None:
         position = self.rows.get(k)
@@ -179,6 +191,9 @@ class CallableNoise(Noise):
 
     def start(self, row: int) -> Tensor:
         return self.philox.start(row)
+
+    def begin(self, x: Tensor, scale: float) -> None:
+        self.philox.begin(x, scale)
 
     def row(self, k: int) -> Tensor | None:
         n = None

@@ -160,7 +160,7 @@ class Run:
             self.x.copy_(x_T)
         else:
             if plan.init_scale:
-                torch.mul(self.noise.start(0), plan.init_scale, out=self.x)
+                self.noise.begin(self.x, plan.init_scale)
             else:
                 self.x.zero_()
             if x_init is not None:
