@@ -35,7 +35,7 @@ def alpha_sigma(t, p, KIND: tl.constexpr):
         first, scale = tl.load(p + 3), tl.load(p + 4)
         theta = (t + p0) / tl.load(p + 1) * tl.load(p + 2)
         sigma = tl.sqrt(tl.sin(theta - first) * tl.sin(theta + first)) / scale
-        return tl.where(t == 1.0, 0.0, tl.cos(theta) / scale), tl.where(t == 1.0, 1.0, sigma)
+        return tl.where(t == 1.0, 0.0, tl.cos(theta) / scale), sigma
     elif KIND == "BFNContinuous":
         B = p0 * (1.0 - t)
         gamma = one_minus_exp(B)
