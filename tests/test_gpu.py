@@ -200,12 +200,12 @@ def test_noise_equals_the_cpus() -> None:
 def test_noising_is_two_launches(schedule: S.Schedule) -> None:
     """One makes the schedule's coefficients of the times, one all the rest; a chain's coefficients are a table."""
     x, t = torch.ones(5, 3, 17, device="cuda"), torch.linspace(0.05, 0.95, 5, device="cuda")
-    seeds = torch.arange(5, device="cuda")
+    seeds, step = torch.arange(5, device="cuda"), (1000 * t).long()
     got = ops.add_noise(x, t, schedule, seeds=seeds, target="v")
     want = ops.add_noise(x.cpu(), t.cpu(), schedule, seeds=seeds.cpu(), target="v")
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
     assert kernels(lambda: ops.add_noise(x, t, schedule, seeds=seeds, target="v")) == 2
-    assert kernels(lambda: ops.add_noise(x, (1000 * t).long(), CHAIN, seeds=seeds, target="v")) == 1
+    assert kernels(lambda: ops.add_noise(x, step, CHAIN, seeds=seeds, target="v")) == 1
     loss = ops.denoising_loss(x, x, t, schedule, seeds, target="v")
     assert close(loss, ops.denoising_loss(x.cpu(), x.cpu(), t.cpu(), schedule, seeds.cpu(), target="v"))
 
