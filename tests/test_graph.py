@@ -114,7 +114,13 @@ def test_given_starts_between_drawn_ones(mode: str, shape: tuple[int, ...], requ
     for given, expected in zip(calls, want, strict=True):
         assert close(sampler(shape, **given), expected), given
     (prepared,) = sampler._runs.values()
-    assert prepared.graph is not None and prepared.graph.first is not None
+    first = prepared.graph.first if prepared.graph is not None else None
+    assert first is not None
+    replays, replay = [], first.replay
+    first.replay = lambda: (replays.append(0), replay())[1]  # type: ignore[method-assign, func-returns-value]
+    for given in calls:
+        sampler(shape, **given)
+    assert len(replays) == 6  # all but x_T's and x_init's
 
 
 @pytest.mark.parametrize("mode", ["eager", "step_graph"])

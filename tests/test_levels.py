@@ -96,9 +96,6 @@ class Twice(S.Flow):
     def sigma(self, t: Any) -> Any:
         return 2.0 * super().sigma(t)
 
-    def alpha_sigma(self, t: Any) -> tuple[Any, Any]:
-        return self.alpha(t), self.sigma(t)
-
 
 def test_what_runs_it(device: Any) -> None:
     """Known schedules by exact type, where kernels or loops run; not float64, not a subclass, not under a transform."""

@@ -58,6 +58,22 @@ def test_both_at_once_are_each_alone(schedule: S.Schedule) -> None:
             np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
+@pytest.mark.parametrize("schedule", ALL, ids=ids)
+@pytest.mark.parametrize("changed", ["alpha", "sigma"])
+def test_a_subclass_changes_one_formula(schedule: S.Schedule, changed: str) -> None:
+    """A person's schedule that overrides alpha or sigma alone has its own there, and everywhere both are asked for."""
+    kind = type(schedule)
+    own = type("Own", (kind,), {changed: lambda self, t: 0.5 * getattr(kind, changed)(self, t)})
+    mine = object.__new__(own)
+    mine.__dict__.update(schedule.__dict__)
+    t = interior(schedule)
+    alpha, sigma = schedule.alpha(t) * (0.5 if changed == "alpha" else 1), schedule.sigma(t)
+    sigma = sigma * (0.5 if changed == "sigma" else 1)
+    got = mine.alpha_sigma(t)
+    np.testing.assert_array_equal(got[0], alpha)
+    np.testing.assert_array_equal(got[1], sigma)
+
+
 def test_worked_values() -> None:
     vp = S.VP(0.1, 20.0)
     B = 0.1 * 0.5 + 19.9 * 0.125

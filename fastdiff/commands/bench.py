@@ -13,10 +13,8 @@ from fastdiff.commands.options import INTERRUPTED
 
 __all__ = ["add_bench", "run_bench"]
 
-COMPILED_AS = {
-    "binned_mean": "binned/mean",
-    "add_noise_flow": "levels/Flow",
-}  # a case of codegen where it is not the kernel's own name
+# a case of codegen where it is not the kernel's own name
+COMPILED_AS = {"binned_mean": "binned/mean", "add_noise_flow": "levels/Flow"}
 QUICK_TARGETS = ("--arch", "90")
 TARGETS = ("--arch", "80", "89", "90", "100", "--hip", "gfx942")
 

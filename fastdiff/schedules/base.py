@@ -51,6 +51,12 @@ class Schedule(ABC):
 
     t_max: float = 1.0
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if ("alpha" in own or "sigma" in own) and "alpha_sigma" not in own:  # an inherited one knows other formulas
+            cls.alpha_sigma = Schedule.alpha_sigma  # type: ignore[method-assign]
+
     def _time(self, t: Array) -> Array:
         """float64 time, refused outside [0, t_max] wherever looking at it costs no device sync."""
         if isinstance(t, torch.Tensor):

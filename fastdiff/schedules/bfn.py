@@ -64,7 +64,8 @@ class BFNContinuous(Schedule):
         return self.gamma(t)
 
     def sigma(self, t: Array) -> Array:
-        return self.alpha_sigma(t)[1]
+        rest = self._rest(t)
+        return xp_of(rest).sqrt(self.gamma(t) * rest)
 
     def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
         gamma, rest = self.gamma(t), self._rest(t)

@@ -43,7 +43,7 @@ inline float power(int32_t n) {
   return s;
 }
 
-// TAME: x is within 80 of 0, which gives the same bits in a third less
+// TAME: x is within 80 of 0, where the same bits need no clamps and one power of 2
 template <bool TAME = false>
 inline float exp_of(float x) {
   int32_t n;
