@@ -5,21 +5,25 @@ What a CUDA graph does is checked on a GPU (test_gpu.py); what fastdiff puts int
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastdiff as fd
 from fastdiff import graph as graphs
+from fastdiff import ops, solvers
 from fastdiff import request as requests
 from fastdiff import run as runs
 from fastdiff import schedules as S
-from fastdiff import solvers
 
 CHAIN = S.Betas(S.scaled_linear_betas(1000))
 SHAPE = (3, 2, 5)
@@ -37,11 +41,34 @@ def model(x: Tensor, t: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     return torch.tanh(1.3 * x + time) + (shift.view(-1, 1, 1) if isinstance(shift, Tensor) else shift)
 
 
-class Replay:
-    """A stand-in for a captured graph: replaying runs the captured body."""
+class Replay(TorchDispatchMode):
+    """A stand-in for a captured graph: replaying makes torch's operations again on the same memory, and no Python.
 
-    def __init__(self, body: Callable[[], None]) -> None:
-        self.replay = body
+    As in a capture, the host may not read a tensor.
+    """
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__ in self.REFUSED:
+            raise graphs.CaptureError(f"{func} is not permitted when stream is capturing")
+        made = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, [v for v in tree_leaves(made) if isinstance(v, Tensor)]))
+        return made
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, results in self.calls:
+                made = [v for v in tree_leaves(func(*args, **kwargs)) if isinstance(v, Tensor)]
+                for old, new in zip(results, made, strict=True):
+                    if old.data_ptr() != new.data_ptr():  # neither in place nor a view
+                        old.copy_(new)
 
 
 @pytest.fixture
@@ -52,13 +79,19 @@ def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(graphs.WARM_UPS):
             rewind()
             body()
-        return Replay(body)
+        rewind()
+        with Replay() as recorded:
+            body()
+        return recorded
 
     monkeypatch.setattr(runs, "HOST_DEVICES", ())
     monkeypatch.setattr(requests, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(graphs, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(graphs, "_capture", capture)
     monkeypatch.setattr(graphs, "pays", lambda *args: True)
+    for op in ("affine_step", "categorical_step"):  # on a device nobody looks at a row's number
+        module = importlib.import_module(f"fastdiff.ops.{op}")
+        monkeypatch.setattr(module, "check_row", lambda *args: None)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -77,6 +110,44 @@ def test_modes(plan: fd.Plan, mode: str, request: pytest.FixtureRequest) -> None
     graph = next(iter(sampler._runs.values())).graph
     assert type(graph) is {"loop_graph": graphs.LoopGraph, "eager": type(None)}.get(mode, graphs.StepGraph)
     assert close(got[0], want[0]) and close(got[1], want[1]) and torch.equal(got[0], got[2])
+
+
+def classes(x: Tensor, t: Tensor) -> Tensor:
+    ramp = torch.arange(x.shape[-1]) / x.shape[-1]
+    return 3 * torch.sin(2 * x + t.view(-1, 1, 1) + 4 * ramp)
+
+
+def two_channels(x: Tensor, t: Tensor) -> Tensor:
+    return torch.cat([model(x, t), -0.5 + 0.3 * torch.cos(x)], 1)
+
+
+CONDITIONS = {"cond": {"shift": torch.full((3,), 0.5)}, "uncond": {"shift": torch.zeros(3)}, "guidance": 3.0}
+RUNS: dict[str, tuple[Callable[..., Tensor], fd.Plan, tuple[int, ...], dict[str, Any]]] = {
+    "classes": (classes, solvers.bfn_discrete(S.BFNDiscrete(2.0, 5), 3), (2, 3), {}),
+    "two classes": (classes, solvers.bfn_discrete(S.BFNDiscrete(2.0, 2), 3), (2, 3), {}),
+    "bins": (two_channels, solvers.bfn_discretised(S.BFNContinuous(0.05), 6, bins=16, readout="binned"), SHAPE, {}),
+    "learned variance": (two_channels, solvers.ddpm(CHAIN, 6, variance="learned_range"), SHAPE, {}),
+    "restarted": (model, solvers.restart(S.EDM(), 6, prediction="edm"), SHAPE, {}),
+    "guided": (model, PLANS["dpmpp_2m"], SHAPE, {**CONDITIONS, "guide": "apg", "threshold": (0.9, 1.5)}),
+    "two passes": (model, PLANS["ddpm"], SHAPE, {**CONDITIONS, "batched_guidance": False, "check_finite": "raise"}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
+def test_every_run_replays(name: str, mode: str, request: pytest.FixtureRequest) -> None:
+    network, plan, shape, options = RUNS[name]
+    want = [fd.sample(network, plan, shape, seed=s, **options).float() for s in (3, 4)]
+    assert not torch.equal(*want)
+    request.getfixturevalue("device_path")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        sampler = fd.Sampler(network, plan, mode=mode, **options)
+        with ops.use_kernels() if plan.classes and plan.readout == "sample" else nullcontext():  # torch's row is read
+            got = [sampler(shape, seed=s).float() for s in (3, 4, 3)]
+    assert next(iter(sampler._runs.values())).graph is not None
+    for one, expected in zip(got, (*want, want[0]), strict=True):
+        assert close(one, expected)
 
 
 @pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
