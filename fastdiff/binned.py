@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.noise import CallableNoise, Noise, PhiloxNoise, ReadoutNoise
+from fastdiff.noise import Noise, PhiloxNoise, ReadoutNoise
 from fastdiff.ops.binned import bin_of
 from fastdiff.request import Request
 from fastdiff.run import Run
@@ -17,7 +17,7 @@ __all__ = ["BinnedRun", "seeds_of"]
 
 def seeds_of(noise: Noise) -> PhiloxNoise:
     """The seeds and indices of a run that does not draw from torch's generators."""
-    source = noise.philox if isinstance(noise, CallableNoise) else noise
+    source = getattr(noise, "philox", noise)
     assert isinstance(source, PhiloxNoise)
     return source
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -29,13 +31,16 @@ class CaptureError(RuntimeError):
 def _capture(body: Callable[[], None], rewind: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """Warms `body` up on a side stream, each time after `rewind`, and captures it there.
 
-    Nothing is freed by the garbage collector meanwhile.
+    Nothing is freed by the garbage collector meanwhile, and autocast keeps no weights it has cast: it would free them
+    at its end, and every replay would read them. Other threads may allocate and wait.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    graph = torch.cuda.CUDAGraph()
-    collecting = gc.isenabled()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    collecting, caching = gc.isenabled(), torch.is_autocast_cache_enabled()
     try:
+        torch.set_autocast_cache_enabled(False)
+        torch.clear_autocast_cache()
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 rewind()
@@ -43,17 +48,29 @@ def _capture(body: Callable[[], None], rewind: Callable[[], None], device: torch
         torch.cuda.synchronize(device)
         gc.collect()
         gc.disable()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             body()
     except Exception as error:
         graph.reset()
         torch.cuda.synchronize(device)
-        raise CaptureError(str(error)) from error
+        _recover(device, pool)
+        raise CaptureError(str(error) or type(error).__name__) from error
     finally:
+        torch.set_autocast_cache_enabled(caching)
         if collecting:
             gc.enable()
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph
+
+
+def _recover(device: torch.device, pool: Any) -> None:  # noqa: ANN401 - a pool's handle
+    """Ends what a failed capture leaves open before torch 2.13: its pool, and the default generator, which draws no
+    more until a capture has succeeded."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError):  # it was not open
+        torch._C._cuda_endAllocateToPool(index, pool)
+    with torch.cuda.device(index), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)
 
 
 class _Still(Noise):
@@ -61,6 +78,7 @@ class _Still(Noise):
 
     def __init__(self, run: Run) -> None:
         self.draws = run.plan.draws.tolist()
+        self.philox = getattr(run.noise, "philox", None)  # which still draws a readout's classes
         seeds = torch.zeros(run.shape[0], dtype=torch.int64, device=run.device)
         self.n = rng.normal(seeds, run.shape[1:])
 
@@ -76,7 +94,7 @@ class _Graph:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        run.own_conditions(True)
+        run.own_conditions()
         self.first = _capture(self._first, lambda: None, run.device) if run.noise_in_kernel else None
 
     def _first(self) -> None:
@@ -212,11 +230,11 @@ def build(run: Run, request: Request) -> StepGraph | LoopGraph | None:
         graph = LoopGraph(run) if mode == "loop_graph" else StepGraph(run)
         verify(graph, request)
         if mode == "auto" and isinstance(graph, StepGraph) and not pays(graph, request):
-            run.own_conditions(False)
+            run.release_conditions(request)
             return None
         return graph
     except CaptureError as error:
-        run.own_conditions(False)
+        run.release_conditions(request)
         warnings.warn(f"CUDA graph capture failed, sampling runs eagerly: {error}", RuntimeWarning, stacklevel=5)
         return None
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdiff import ops
 from fastdiff.cpu import CompiledStep, EagerStep
@@ -118,18 +119,26 @@ class Run:
             for name in mine.keys() - new.keys():
                 del mine[name]
             for name, value in new.items():
-                old = mine.get(name)
-                if self.owns_conditions and isinstance(old, Tensor) and isinstance(value, Tensor):
-                    old.copy_(value)
+                if self.owns_conditions:
+                    for old, given in zip(tree_leaves(mine[name]), tree_leaves(value), strict=True):
+                        if isinstance(old, Tensor):
+                            old.copy_(given)
                 else:
                     mine[name] = value
 
-    def own_conditions(self, own: bool) -> None:
-        """Before a capture: the graph reads buffers of its own, which later calls fill (never the caller's tensors)."""
-        self.owns_conditions = own
-        if own:
-            for mine in (self.cond, self.uncond):
-                mine.update({name: v.clone() for name, v in mine.items() if isinstance(v, Tensor)})
+    def own_conditions(self) -> None:
+        """Before a capture: the graph reads buffers of its own, which later calls fill (never the caller's tensors).
+
+        All are on the device: a number that a kernel takes from the host would stay what it was.
+        """
+        self.owns_conditions = True
+        for mine in (self.cond, self.uncond):
+            mine.update(tree_map_only(Tensor, lambda v: v.to(self.device, copy=True), dict(mine)))
+
+    def release_conditions(self, request: Request) -> None:
+        """Where no graph reads them after all: the caller's own again."""
+        self.owns_conditions = False
+        self.bind(self.model, request.options.cond, request.options.uncond)
 
     def start(self, request: Request) -> None:
         """Before the first row: what the host knows of the request, and the start."""
@@ -317,7 +326,12 @@ class Run:
 
 
 def _joined(name: str, uncond: Any, cond: Any, batch: int) -> Any:  # noqa: ANN401 - any model argument
-    """[uncond; cond] of one model argument."""
+    """[uncond; cond] of one model argument, which may be a dictionary or a sequence of such."""
+    if isinstance(cond, Mapping) and isinstance(uncond, Mapping) and cond.keys() == uncond.keys():
+        return {key: _joined(f"{name}[{key!r}]", uncond[key], value, batch) for key, value in cond.items()}
+    if type(cond) in (list, tuple) and type(uncond) is type(cond) and len(cond) == len(uncond):
+        pairs = enumerate(zip(uncond, cond, strict=True))
+        return type(cond)(_joined(f"{name}[{i}]", u, c, batch) for i, (u, c) in pairs)
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         if cond.ndim and uncond.ndim and cond.shape[1:] == uncond.shape[1:]:
             sizes = [batch if v.shape[0] == 1 else v.shape[0] for v in (uncond, cond)]

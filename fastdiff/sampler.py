@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from fastdiff import graph as graphs
 from fastdiff import run as runs
@@ -66,6 +67,7 @@ class Sampler:
         self._compiled_model: Callable[..., Any] | None = None
         self._lock = threading.Lock()
         self._thread: int | None = None  # that samples
+        self._stream: torch.cuda.Stream | None = None  # of the last call
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("model", "plan", "options", "_one_shot")}
@@ -105,6 +107,8 @@ class Sampler:
                 self._thread = None
 
     def _loop(self, request: Request) -> Tensor | tuple[Tensor, Trajectory]:
+        if request.device.type == "cuda":
+            self._follow(torch.cuda.current_stream(request.device))
         run, graph = self._prepared(request)
         o, plan = request.options, self.plan
         way = run if graph is None else graph
@@ -126,6 +130,12 @@ class Sampler:
             _report(int(run.bad), plan, o.check_finite)
         x = run.result(request.out_dtype)
         return (x, kept) if kept is not None else x
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        """What the call before left to do on another stream comes first: the buffers are one set."""
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def _empty(self, request: Request) -> Tensor | tuple[Tensor, Trajectory]:
         x = torch.empty(request.shape, device=request.device, dtype=request.out_dtype)
@@ -171,8 +181,9 @@ def _signature(request: Request) -> tuple[Any, ...]:
     cond: list[Any] = []
     if request.device.type not in runs.HOST_DEVICES:
         for values in (o.cond, o.uncond):
-            for name, v in (values or {}).items():
-                cond.append((name, v.shape, v.dtype) if isinstance(v, Tensor) else (name, _key(v)))
+            leaves, structure = tree_flatten(dict(values)) if values else ((), None)
+            cond.append((str(structure), *map(_key, leaves)))
+        cond.append(torch.is_autocast_enabled(request.device.type) and torch.get_autocast_dtype(request.device.type))
     generator = request.generators[0].device if request.generators else None
     rule = (o.guide, tuple((o.guide_options or {}).items()), o.threshold)
     watched = (o.trajectory or o.callback is not None, o.check_finite != "off")
@@ -180,7 +191,9 @@ def _signature(request: Request) -> tuple[Any, ...]:
 
 
 def _key(value: object) -> object:
-    """The value itself where it can be a dictionary key, else its identity."""
+    """What a graph depends on: of a tensor all but its numbers, of another value itself, or its identity."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
     try:
         hash(value)
     except TypeError:

@@ -123,6 +123,15 @@ def test_batch_invariance(device):
         assert torch.equal(ops.categorical_loss(logits[pick], x[pick], w[pick]), whole[pick])
 
 
+def test_the_loss_may_be_changed_in_place(device):
+    logits, x, _ = (v.to(device) for v in case(5, 4))
+    logits.requires_grad_()
+    once, twice = (ops.categorical_loss(logits, x) for _ in range(2))
+    twice *= 2
+    (want,), (got,) = (torch.autograd.grad(loss.sum(), logits) for loss in (2 * once, twice))
+    assert torch.equal(got, want) and torch.equal(twice, 2 * once)
+
+
 def test_gradcheck():
     for K in (2, 5):
         logits, x, w = case(K, 3, torch.float64)

@@ -99,6 +99,68 @@ def test_guidance(mode: str, batched: bool) -> None:
     assert close(outputs[2], outputs[0]) and close(outputs[3], outputs[1])
 
 
+@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
+def test_a_number_on_the_host_as_a_condition(mode: str) -> None:
+    """A kernel would take it as an argument, which a graph keeps."""
+    plan = PLANS["dpmpp_2m"]
+    sampler = fd.Sampler(lambda x, t, by: by * model(x, t), plan, mode=mode, device="cuda")
+    for by in (0.5, 0.7, 0.5):
+        want = fd.sample(lambda x, t, by=by: by * model(x, t), plan, SHAPE, seed=1)
+        assert close(sampler(SHAPE, seed=1, cond={"by": torch.tensor(by)}), want)
+    assert len(sampler._runs) == 1
+
+
+@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
+def test_under_autocast_a_graph_keeps_no_weights_of_its_cache(mode: str) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(17, 17, device="cuda")
+    plan, sampler = PLANS["heun"], fd.Sampler(lambda x, t: layer(x).float(), PLANS["heun"], mode=mode, device="cuda")
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cuda", dtype):
+            want = fd.sample(lambda x, t: layer(x).float(), plan, SHAPE, seed=1, mode="eager", device="cuda")
+        with torch.autocast("cuda", dtype):  # another one: the first one's casts are gone
+            held = [torch.full_like(layer.weight, torch.nan, dtype=dtype) for _ in range(64)]
+            assert close(sampler(SHAPE, seed=1), want)
+            del held
+    plain = fd.sample(lambda x, t: layer(x).float(), plan, SHAPE, seed=1, mode="eager", device="cuda")
+    assert close(sampler(SHAPE, seed=1), plain) and len(sampler._runs) == 3
+
+
+def test_after_a_failed_capture_everyone_still_draws() -> None:
+    """torch before 2.13 leaves the default generator in the capture."""
+
+    def reads(x: Tensor, t: Tensor) -> Tensor:
+        if bool(x.isnan().any()):
+            return x
+        return model(x, t) + 0 * torch.randn_like(x)
+
+    for mode in ("step_graph", "loop_graph"):
+        with pytest.warns(RuntimeWarning, match="sampling runs eagerly"):
+            got = fd.Sampler(reads, PLANS["ddpm"], mode=mode, device="cuda")(SHAPE, seed=1)
+        assert close(got, fd.sample(model, PLANS["ddpm"], SHAPE, seed=1))
+        assert torch.randn(8, device="cuda").isfinite().all()
+        held = [torch.full((1 << 20,), float(k), device="cuda") for k in range(8)]  # not in the pool of a lost capture
+        assert [float(v.mean()) for v in held] == list(range(8))
+        assert close(
+            fd.Sampler(model, PLANS["ddpm"], mode=mode, device="cuda")(SHAPE, seed=1),
+            fd.sample(model, PLANS["ddpm"], SHAPE, seed=1),
+        )
+
+
+@pytest.mark.parametrize("mode", ["eager", "step_graph", "loop_graph"])
+def test_calls_on_two_streams_wait_for_each_other(mode: str) -> None:
+    plan, shape = PLANS["ddpm"], (64, 3, 64, 64)
+    sampler = fd.Sampler(lambda x, t: 0.1 * x, plan, mode=mode, device="cuda")
+    want = [sampler(shape, seed=s) for s in range(8)]
+    streams, got = [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for s in range(8):
+        with torch.cuda.stream(streams[s % 2]):
+            got.append(sampler(shape, seed=s))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("mode", ["eager", "step_graph"])
 def test_callbacks_and_trajectories(mode: str) -> None:
     plan = PLANS["heun"]
@@ -210,7 +272,6 @@ def test_noising_is_two_launches(schedule: S.Schedule) -> None:
     assert close(loss, ops.denoising_loss(x.cpu(), x.cpu(), t.cpu(), schedule, seeds.cpu(), target="v"))
 
 
-@pytest.mark.slow
 def test_times_out_of_range_are_nan() -> None:
     """A continuous schedule's, where looking would wait for the device."""
     t, x, seeds = torch.tensor([-0.1, 0.5, 1.1], device="cuda"), torch.zeros(3, 8, device="cuda"), [1, 2, 3]
@@ -220,6 +281,7 @@ def test_times_out_of_range_are_nan() -> None:
         assert y.isnan().all(1).tolist() == y.isnan().any(1).tolist() == [True, False, True]
 
 
+@pytest.mark.slow
 def test_more_than_2_31_elements() -> None:
     n = 2**31 + 4100
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:

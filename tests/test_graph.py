@@ -169,6 +169,52 @@ def test_conditions_and_weights_are_filled_in(mode: str, batched: bool, request:
     assert len(sampler._runs) == 1  # one capture serves them all
 
 
+def nested(x: Tensor, t: Tensor, added: dict[str, Any]) -> Tensor:
+    return model(x, t, added["shift"] * added["by"][0])
+
+
+@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
+@pytest.mark.parametrize("batched", [True, False])
+def test_tensors_inside_conditions_are_filled_in(mode: str, batched: bool, request: pytest.FixtureRequest) -> None:
+    plan = PLANS["dpmpp_2m"]
+
+    def options(c: float) -> dict[str, Any]:
+        shifts = torch.full((3,), c), torch.full((3,), 0.5)
+        cond, uncond = ({"added": {"shift": shift, "by": [2.0]}} for shift in shifts)
+        return {"cond": cond, "uncond": uncond, "guidance": 2.0, "batched_guidance": batched}
+
+    want = [fd.sample(nested, plan, SHAPE, seed=1, **options(c)) for c in (0.0, 1.0)]
+    assert not close(want[0], want[1])
+    request.getfixturevalue("device_path")
+    sampler = fd.Sampler(nested, plan, mode=mode)
+    given = options(0.0)
+    got = [sampler(SHAPE, seed=1, **given)]
+    given["cond"]["added"]["shift"] = torch.full((3,), 1.0)
+    got.append(sampler(SHAPE, seed=1, **given))
+    assert close(got[0], want[0]) and close(got[1], want[1]) and len(sampler._runs) == 1
+
+
+def test_a_condition_changes_sides(request: pytest.FixtureRequest) -> None:
+    plan, shift = PLANS["dpmpp_2m"], {"shift": torch.full((3,), 0.5)}
+    calls: list[dict[str, Any]] = [{"cond": shift, "uncond": {"shift": 0.0}}, {"cond": {}, "uncond": shift}]
+    want = [fd.sample(model, plan, SHAPE, guidance=2.0, batched_guidance=False, **c) for c in calls]
+    request.getfixturevalue("device_path")
+    sampler = fd.Sampler(model, plan, mode="step_graph", guidance=2.0, batched_guidance=False)
+    assert all(close(sampler(SHAPE, **c), w) for c, w in zip(calls, want, strict=True))
+
+
+@pytest.mark.parametrize("name", ["bins", "two classes"])
+def test_given_noise_beside_a_readout_that_draws(name: str, request: pytest.FixtureRequest) -> None:
+    network, plan, shape, _ = RUNS[name]
+    want = fd.sample(network, plan, shape, seed=3, noise=lambda row, like: torch.full_like(like, 0.1 * row)).float()
+    request.getfixturevalue("device_path")
+    sampler = fd.Sampler(network, plan, mode="step_graph", noise=lambda row, like: torch.full_like(like, 0.1 * row))
+    with warnings.catch_warnings(), ops.use_kernels() if name == "two classes" else nullcontext():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert close(sampler(shape, seed=3).float(), want)
+    assert next(iter(sampler._runs.values())).graph is not None
+
+
 @pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
 @pytest.mark.parametrize("shape", [SHAPE, (1, 2, 5)])
 def test_given_starts_between_drawn_ones(mode: str, shape: tuple[int, ...], request: pytest.FixtureRequest) -> None:

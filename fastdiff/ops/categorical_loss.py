@@ -82,9 +82,10 @@ def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
     tokens = logits.shape[1:-1].numel()
     if _dispatch.kernels_for(logits) and logits.dtype != torch.float64:
         programs = _programs(width, tokens)
-        errors = torch.empty(batch, programs, dtype=torch.float32, device=logits.device)
-        torch.ops.fastdiff.categorical_loss(logits, x, errors, grad)
-        return errors[:, 0] if programs == 1 else errors.sum(1)
+        errors = torch.empty(batch * programs, dtype=torch.float32, device=logits.device)
+        parts = errors.view(batch, programs)
+        torch.ops.fastdiff.categorical_loss(logits, x, parts, grad)
+        return errors if programs == 1 else parts.sum(1)
     found = torch.empty(batch, dtype=torch.float32, device=logits.device)
     if _fused.wanted(logits, x) and loss_into(logits, x, found, grad):
         return found

@@ -22,7 +22,7 @@ def precise_exp(x, MATH: tl.constexpr):
         y = x * LOG2E
         rest = tl.fma(x, LOG2E_REST, tl.fma(x, LOG2E, -y))
         e = tl.exp2(y)
-        e = tl.fma(e, tl.where(tl.abs(y) < 127, rest * LN2, 0.0), e)
+        e = tl.where(tl.abs(y) < 127, tl.fma(e, rest * LN2, e), e)  # infinity times 0 is NaN
     return e
 
 
