@@ -10,10 +10,5 @@ COLUMNS = ("torch", "torch.compile", "diffusers", "fastdiff eager", "fastdiff co
 
 @pytest.mark.parametrize("schedule", CHAINS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_add_noise(timed, device, schedule, dtype, exponent, column):
-    with torch.no_grad():
-        work = add_noise(schedule, 1 << exponent, dtype, device, (column, "fastdiff eager"))
-        assert column in work.columns, work.skipped
-        units = len(work.sets) * work.units
-        group = f"add_noise {schedule} 2^{exponent} {str(dtype)[6:]}"
-        timed(work.run(column), group=group, units=units, moved=work.bytes_per_element * work.elements)
+def test_add_noise(kernel, schedule):
+    kernel(add_noise, schedule)

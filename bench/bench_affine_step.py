@@ -11,10 +11,5 @@ COLUMNS = ("torch", "torch.compile", "diffusers", "fastdiff eager", "fastdiff co
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp_2m"])
 @pytest.mark.parametrize("schedule", ["scaled_linear_betas"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_affine_step(timed, device, schedule, dtype, exponent, column, solver):
-    with torch.no_grad():
-        work = affine_step(schedule, 1 << exponent, dtype, device, (column, "fastdiff eager"), solver=solver)
-        assert column in work.columns, work.skipped
-        units = len(work.sets) * work.units
-        group = f"affine_step {schedule} 2^{exponent} {str(dtype)[6:]}"
-        timed(work.run(column), group=group, units=units, moved=work.bytes_per_element * work.elements)
+def test_affine_step(kernel, schedule, solver):
+    kernel(affine_step, schedule, solver=solver)

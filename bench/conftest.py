@@ -6,7 +6,8 @@ import torch
 from fastdiff_bench.energy import Meter, throttled
 from fastdiff_bench.environment import environment
 from fastdiff_bench.stock import INSTALL, installed, offers
-from fastdiff_bench.timing import copy_bandwidth, malloc_is_set
+from fastdiff_bench.throughput import TOLERANCE
+from fastdiff_bench.timing import captured, copy_bandwidth, malloc_is_set
 
 NO_STEP = ("diffusers", "bench_affine_step")
 
@@ -29,7 +30,7 @@ def device():
 @pytest.fixture(scope="session")
 def facts(device):
     """Where this is measured, and what a copy reaches."""
-    return {**environment(), "copy_gb_s": copy_bandwidth(device), "malloc_thresholds": malloc_is_set()}
+    return {**environment(device), "copy_gb_s": copy_bandwidth(device), "malloc_thresholds": malloc_is_set()}
 
 
 @pytest.fixture
@@ -42,10 +43,11 @@ def timed(benchmark, device, facts):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def measure(run, *, group, units=1, moved=None):
+    def measure(run, *, group, units=1, moved=None, prepare=lambda: None):
         benchmark.group = group
+        prepare()
         call(run)  # compiled, captured, allocated
-        benchmark.pedantic(call, (run,), rounds=5, warmup_rounds=1, iterations=1)
+        benchmark.pedantic(call, (run,), setup=prepare, rounds=5, warmup_rounds=1, iterations=1)
         benchmark.extra_info |= {**facts, **meter.state()}
         benchmark.extra_info["throttled"] = throttled(meter.state())
         if benchmark.stats is not None:
@@ -54,6 +56,29 @@ def timed(benchmark, device, facts):
             if moved is not None:
                 benchmark.extra_info["gb_s"] = moved / seconds / 1e9
                 benchmark.extra_info["of_copy"] = moved / seconds / 1e9 / facts["copy_gb_s"]
+
+    return measure
+
+
+@pytest.fixture
+def kernel(timed, device, exponent, dtype, column):
+    """kernel(make, schedule, **options): benchmarks a column of a kernel's work; on a GPU as replays of a graph."""
+
+    def measure(make, schedule, **options):
+        with torch.no_grad():
+            work = make(schedule, 1 << exponent, dtype, device, (column, "fastdiff eager"), **options)
+            assert column in work.columns, work.skipped
+            assert all(off <= TOLERANCE[dtype] for off in work.differs.values()), work.differs
+            run = work.run(column)
+            if device.type == "cuda":
+                try:
+                    run = captured([run]).replay
+                except RuntimeError as error:
+                    print(f"{column} is timed by the clock, it cannot be captured: {error}")
+            timed(
+                run, group=f"{work.kernel} {schedule} 2^{exponent} {str(dtype)[6:]}", units=len(work.sets) * work.units,
+                moved=work.bytes_per_element * work.elements, prepare=work.prepare.get(column, lambda: None),
+            )  # fmt: skip
 
     return measure
 

@@ -87,7 +87,7 @@ cat "$out/kernels.txt"
 run 15 profile $PYTHON -m fastdiff profile --device cuda --solver ddpm --schedule scaled_linear_betas --steps 50 \
     --model unet1d --mode step_graph --trace "$out/profile-trace.json"
 cat "$out/profile.txt"
-run 40 loops $PYTHON -m fastdiff_bench.dropin_gpu --json "$out/loops.json"
+run 45 loops $PYTHON -m fastdiff_bench.dropin_gpu --json "$out/loops.json"
 cat "$out/loops.txt"
 run 35 loop-unet1d $PYTHON -m fastdiff_bench.suite "${loop[@]}" --json "$out/loop-unet1d.json"
 cat "$out/loop-unet1d.txt"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,22 +21,22 @@ import fastdiff as fd
 from fastdiff.commands.bench import add_bench
 from fastdiff.commands.options import (
     BAD_INPUT,
-    INTERRUPTED,
     MODEL_FAILED,
     ModelError,
     UsageError,
     add_plan_options,
     device,
+    failed,
     guarded,
     load_model,
     make_plan,
     make_schedule,
-    numbers,
     print_json,
     schedule_names,
     shape,
     solver_names,
 )
+from fastdiff.commands.plan import add_plan
 from fastdiff.commands.profile import add_profile
 from fastdiff.demo import PARTS
 from fastdiff.files import write_atomic
@@ -49,25 +49,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(BAD_INPUT)
-
-
-def run_plan(args: argparse.Namespace) -> int:
-    """fastdiff plan."""
-    plan = make_plan(args)
-    if args.plot is not None:
-        from fastdiff_bench.plan_plot import plot_plan
-
-        plot_plan(plan, Path(args.plot))
-    if not args.json:
-        print(plan)
-        return 0
-    columns = ("times", "t", "alpha", "sigma", "c_in", "c_skip", "c_out", "lo", "hi", "A", "b", "d", "s", "draws")
-    content: dict[str, Any] = {"name": plan.name, "nfe": plan.nfe, "slots": plan.slots, "stochastic": plan.stochastic}
-    content |= {"readout": plan.readout, "classes": plan.classes, "last_readout": plan.last_readout}
-    content |= {"init_scale": plan.init_scale, "init_noise": plan.init_noise, "end": plan.end}
-    content |= {"bytes_per_element": plan.bytes_per_element().tolist(), "entry_rows": plan.entry_rows}
-    print_json(content | {name: numbers(getattr(plan, name)) for name in columns})
-    return 0
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -148,12 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of training and sampling; default 0")
     demo.set_defaults(run=run_demo)
 
-    plan = commands.add_parser("plan", help="print a solver's table", description="Print a solver's table.")
-    plan.add_argument("solver", metavar="NAME", help=", ".join(solver_names()))
-    add_plan_options(plan, required=False)
-    plan.add_argument("--plot", metavar="FILE.png", help="draw it too: noise levels, coefficients, times")
-    plan.set_defaults(run=run_plan)
-
+    add_plan(commands)
     sample = commands.add_parser("sample", help="sample a model of your own", description="Sample your own model.")
     sample.add_argument("--model", required=True, metavar="FILE.py:NAME", help="a callable model(x, t) -> Tensor")
     sample.add_argument("--solver", required=True, metavar="NAME", help=", ".join(solver_names()))
@@ -170,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=run_doctor)
     add_bench(commands)
     add_profile(commands)
-    for command in (demo, plan, sample, doctor):
+    for command in (demo, sample, doctor):
         command.add_argument("--json", action="store_true", help="report as JSON on stdout")
     return parser
 
@@ -190,10 +166,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModelError as error:
         traceback.print_exception(error.__cause__)
         return MODEL_FAILED
-    except (UsageError, ValueError, TypeError, OSError) as error:
-        line = " ".join(str(error).split()) or type(error).__name__
-        print(f"fastdiff {args.command}: error: {line}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"fastdiff {args.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except (UsageError, ValueError, TypeError, OSError, KeyboardInterrupt) as error:
+        return failed(args.command, error)

@@ -13,6 +13,7 @@ from fastdiff.cli import main
 from fastdiff.reference import reference_sample
 from fastdiff_bench import cases, options, page, stock, suite, tables, throughput, timing
 from fastdiff_bench.cases import Case
+from fastdiff_bench.counts import counted
 from fastdiff_bench.textbook import Textbook
 
 CPU = torch.device("cpu")
@@ -82,6 +83,31 @@ def test_the_compiled_textbook_is_the_eager_one():
     assert len(Textbook.cache) == before <= 6  # first, middle, last but one, last; noisy and not
 
 
+@pytest.mark.parametrize(("schedule", "solver", "operations"), [
+    ("scaled_linear_betas", "ddim", 2),  # A x + d m, p multiplied out
+    ("flow", "euler", 1),  # x + d m
+    ("scaled_linear_betas", "ddpm", 6),  # p, clamped: 3; A x + b p + s n, drawn outside: 3
+    ("scaled_linear_betas", "dpmpp_2m", 5),  # p is kept: 2; A x + b p + b' p'
+])  # fmt: skip
+def test_the_textbook_does_the_least_work(schedule, solver, operations):
+    plan = Case(schedule, solver, 8).plan()
+    out = torch.randn(1, 64)
+    loop, x = Textbook(plan, lambda x, t: out), start(plan, (1, 64))
+    loop(x)
+    rows = [counted(lambda k=k: loop.row(k, [x] * plan.slots, out, out), CPU)["launches"] for k in range(2, 6)]
+    assert rows == [operations] * 4
+
+
+def test_large_numbers_that_cancel_are_not_multiplied_out():
+    plan = Case("cosine_betas", "ddim", 20).plan()
+    loop = Textbook(plan, probe)
+    kept = [("p", 0) in row.slots[0] for row in loop.rows]
+    assert kept[0] and not any(kept[2:])
+    x = start(plan)
+    want = reference_sample(probe, plan, x.double(), lambda k, like: torch.zeros(SHAPE).double())
+    assert gap(loop(x), want) < 2e-6
+
+
 def test_classes_of_the_textbook_agree_without_noise():
     plan = fd.solvers.bfn_discrete(fd.schedules.BFNDiscrete(3.0, 5), 6, readout="argmax")
     x = torch.randn(4, 9, 5, generator=generator(0))
@@ -115,9 +141,12 @@ def test_rotated_sets_exceed_the_cache_several_times():
     assert timing.rotation(10**12, CPU) == 2
 
 
-def test_a_copy_moves_each_byte_twice():
-    rate = timing.copy_bandwidth(CPU, 1 << 20)
-    assert 0.05 < rate < 10_000  # GB/s of any machine
+def test_a_copy_moves_each_byte_twice(monkeypatch):
+    def interleave(runs, **kwargs):
+        return {name: [2.0] * 21 for name in runs}  # seconds of two copies
+
+    monkeypatch.setattr(timing, "interleave", interleave)
+    assert timing.copy_bandwidth(CPU, 1 << 20) == pytest.approx(2 * 4 * 2**20 / 1e9)  # fp32, read and written
 
 
 def options_of(*argv):
@@ -133,7 +162,7 @@ def test_a_row_says_what_was_measured():
     assert row["steps_per_s"]["torch"] == pytest.approx(1e6 / row["us"]["torch"]["median"])
     assert row["differs"]["torch"] < 1e-5 and row["differs"]["diffusers"] < 1e-5
     assert row["launches"]["diffusers"] > row["launches"]["fastdiff eager"] > 0
-    assert row["names"] == {"diffusers": "DDIMScheduler"} and row["against"] == "torch"
+    assert row["names"] == {"diffusers": "DDIMScheduler"} and row["against"] == "torch, diffusers"
 
 
 def test_a_column_that_computes_something_else_is_not_timed(monkeypatch):
@@ -211,11 +240,9 @@ def test_a_run_prints_writes_compares_and_draws(small, tmp_path, capsys):
     data = json.loads(stored.read_text())
     assert data["complete"] is True and len(data["rows"]) == 1
     assert data["environment"]["torch"] == torch.__version__ and data["method"]["malloc_thresholds"] in (True, False)
+    assert data["seconds"] > 0 and out.splitlines()[-1] == f"it took {data['seconds']:.0f} s"
     assert "| scaled_linear_betas | ddim" in out and "CUDA graphs need a GPU" in out and "joules, clocks: energy" in out
-    # the same numbers against themselves: nothing moved
-    code = suite.main([*SMALL, "--shapes", "1x32", "--compare", str(stored), "--plot", str(plots)])
-    assert code in (0, 1)  # a real second measurement
-    assert "compared 1 columns" in capsys.readouterr().out
+    assert suite.main([*SMALL, "--shapes", "1x32", "--json", str(stored), "--plot", str(plots)]) == 0
     html = (plots / "report.html").read_text()
     assert html.count("data:image/png;base64,") == len(list(plots.glob("*.png"))) == 1
     assert not re.search(r"(src|href)=.?https?:", html) and "<script" not in html
@@ -225,35 +252,6 @@ def test_html_escapes_and_says_when_it_was_interrupted():
     environment = {"cpu": "<b>cpu", "cores": 2, "python": "3", "commit": "abc"}
     text = page.page({"environment": environment, "method": {"model": "x"}, "rows": [], "complete": False}, [])
     assert "&lt;b&gt;cpu" in text and "<b>cpu" not in text and "interrupted" in text
-
-
-MODEL = """
-def picky(x, t):
-    if x.shape[-1] == 32:
-        raise RuntimeError("out of\\nluck")
-    return 0 * x
-
-def wide(x, t):
-    return x.new_zeros(len(x), 3, 5)
-
-def nothing(x, t):
-    return None
-
-def pair(x, t):
-    return x, t
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [("wide", "the model must return the shape of its input, (1, 16), got (1, 3, 5)"),
-     ("nothing", "the model must return a Tensor, got NoneType"), ("pair", "must return a Tensor, got tuple")],
-)  # fmt: skip
-def test_a_model_that_returns_something_else_is_one_line(name, says, small, tmp_path, capsys):
-    (tmp_path / "m.py").write_text(MODEL)
-    assert suite.main([*SMALL, "--peers", "torch", "--shapes", "1x16", "--model", f"{tmp_path}/m.py:{name}"]) == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert says in error
 
 
 def test_a_given_network_is_moved_and_put_into_evaluation():
@@ -288,30 +286,6 @@ def test_a_peer_that_raises_is_a_note_of_its_row(stochastic, monkeypatch):
     assert row["skipped"] == {"diffusers": "it failed: UnboundLocalError: no h"}
 
 
-def test_a_failing_model_keeps_the_rows_before_it(small, tmp_path, capsys):
-    (tmp_path / "m.py").write_text(MODEL)
-    out = tmp_path / "a.json"
-    argv = [
-        *SMALL,
-        "--peers",
-        "torch",
-        "--shapes",
-        "1x16",
-        "1x32",
-        "--model",
-        f"{tmp_path}/m.py:picky",
-        "--json",
-        str(out),
-    ]
-    assert suite.main(argv) == 2
-    text, err = capsys.readouterr()
-    error = [line for line in err.splitlines() if "error" in line]
-    assert "interrupted: 1 rows" in text and "| scaled_linear_betas | ddim   |  1x16 |" in text
-    assert len(error) == 1 and "the model failed: RuntimeError: out of luck" in error[0] and str(out) in error[0]
-    data = json.loads(out.read_text())
-    assert [r["shape"] for r in data["rows"]] == [[1, 16]] and data["complete"] is False
-
-
 def test_names_are_separated_by_spaces_or_commas():
     request = options_of("--schedules", "edm:sigma_min=0.1,rho=3,vp", "--solvers", "euler,heun", "--dtype", "fp32,bf16")
     assert [(c.schedule, c.solver) for c in request.cases] == [
@@ -328,39 +302,6 @@ def test_a_pair_the_solver_refuses_is_said_in_its_words():
     assert [r.case.schedule for r in request.refused] == ["vp"] and request.refused[0].why
 
 
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        (["--schedules", "vpp"], "unknown schedule 'vpp'; valid: bfncontinuous"),
-        (["--schedules", "vp:beta=1"], "valid: beta_min, beta_max"),
-        (["--solvers", "dimm"], "unknown solver 'dimm'; valid: ancestral"),
-        (["--peers", "stable"], "unknown peer 'stable'; valid: torch, torch.compile, diffusers, k-diffusion"),
-        (["--dtype", "fp8"], "unknown dtype 'fp8'; valid: fp32, bf16, fp16"),
-        (["--shapes", "1x0"], "unknown shape '1x0'; valid: policy, latent, batch"),
-        (["--shapes", "big"], "unknown shape 'big'"),
-        (["--kernels", "gemm"], "unknown kernel 'gemm'; valid: affine_step"),
-        (["--largest", "0"], "--largest must be in 10 .. 30, got 0"),
-        (["--steps", "0"], "--steps must be >= 1, got 0"),
-        (["--device", "cuda"], "no CUDA device"),
-        (["--device", "banana"], "--device: 'banana' is not a device this measures; write cpu, cuda or cuda:0"),
-        (["--device", "meta"], "--device: 'meta' is not a device this measures"),
-        (["--json", "/proc/x/a.json"], "--json: '/proc/x/a.json' cannot be written"),
-        (["--plot", "/proc/x"], "--plot: '/proc/x' is not a folder"),
-        (["--compare", "nowhere.json"], "--compare: 'nowhere.json' cannot be read"),
-        (["--compare", __file__], "is not JSON"),
-        (["--schedules", "vp", "--solvers", "bfn_continuous"], "no case is left to run"),
-        (["--frobnicate"], "unrecognized arguments"),
-    ],
-    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
-)
-def test_bad_input_is_one_line_and_exit_code_2(argv, says, capsys):
-    if argv == ["--device", "cuda"] and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    assert main(["bench", *argv]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1 and says in err
-
-
 def test_losing_rows_are_printed_and_marked():
     timed = {"median": 2.0, "p10": 2.0, "p90": 2.0}
     row = {"schedule": "vp", "solver": "ddim", "shape": [1, 2], "dtype": "fp32", "steps_per_s": {"fastdiff eager": 5e5},
@@ -373,12 +314,6 @@ def test_command_runs_in_a_process_of_its_own(tmp_path, capfd, monkeypatch):
     assert main(["bench", *SMALL, "--shapes", "1x8", "--peers", "torch", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["method"]["malloc_thresholds"] is True
     assert "fastdiff eager" in capfd.readouterr().out
-
-
-def test_pictures_without_matplotlib_are_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
-    assert main(["bench", "--quick", "--plot", str(tmp_path / "p")]) == 2
-    assert "--plot: pictures need matplotlib: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.compiled

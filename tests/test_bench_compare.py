@@ -46,11 +46,50 @@ def test_repeatability_is_the_median_change_and_the_share_within_15_percent():
     assert "unstable" in text and "2.00 (1.90 to 2.10) times faster, now 3.00 (1.90 to 3.10)" in text
 
 
-def test_rows_that_differ_in_size_or_peer_are_not_compared():
+def test_rows_that_differ_in_size_or_peers_are_not_compared():
     old, new = result(("ddim", 2, 2, 2)), result(("ddim", 1, 1, 1))
     new["rows"][0]["shape"] = [1, 8]
     found = compare(old, new)
-    assert found["columns"] == 0 and "no row in common" in comparison_text(found)
+    assert found["columns"] == 0 and "no column in common" in comparison_text(found)
+    both = ("ddim", 2, 2, 2), ("euler", 2, 2, 2)
+    old, new = result(*both), result(*both)
+    for row in new["rows"]:
+        row["against"] = "torch, diffusers"
+        row["us"]["diffusers"] = row["us"]["torch"]
+    found = compare(old, new)
+    assert found["columns"] == 0 and found["missing"] == []
+    assert comparison_text(found).endswith("not compared:\n  2 rows: against torch, now torch, diffusers")
+
+
+def test_what_is_gone_is_listed_and_not_slower():
+    old, new = result(("ddim", 2, 2, 2), ("euler", 2, 2, 2), ("heun", 2, 2, 2)), result(("ddim", 2, 2, 2))
+    new["rows"] += result(("euler", 2, 2, 2))["rows"]
+    del new["rows"][1]["us"]["fastdiff eager"], new["rows"][1]["times_faster"]["fastdiff eager"]
+    found = compare(old, new)
+    assert found["columns"] == 1 and found["slower"] == []
+    assert "not measured now:\n  vp heun 1x4 fp32\n  vp euler 1x4 fp32: fastdiff eager\n" in comparison_text(found)
+    assert compare(new, old)["missing"] == []
+
+
+def test_the_quiet_change_is_against_the_geometric_mean_of_the_others():
+    old, new = (result(("ddim", m, m, m)) for m in (3.0, 6.0))
+    for data, theirs in ((old, (4.0, 9.0)), (new, (16.0, 9.0))):  # means 6 and 12, against ours of 2
+        row = data["rows"][0]
+        row["against"] = "torch, diffusers"
+        row["us"] = {"fastdiff eager": {"median": 2.5, "p10": 2.0}}
+        row["us"] |= {n: {"median": 2 * v, "p10": v} for n, v in zip(("torch", "diffusers"), theirs, strict=True)}
+    found = compare(old, new)
+    assert found["quiet_median_change"] == pytest.approx(1.0)  # from 3 times faster to 6
+    assert found["unstable"][0]["others_us"] == pytest.approx([12.0, 24.0])
+    assert "+100 % (2.5 us, 2.5 us; the others 12.0 us, 24.0 us)" in comparison_text(found)
+
+
+def test_a_stored_comparison_without_what_is_kept_now_still_reads():
+    found = compare(result(("ddim", 2.0, 1.95, 2.05)), result(("ddim", 1.5, 1.45, 1.55)))
+    line = "  vp ddim 1x4 fp32, fastdiff eager: 2.00 (1.95 to 2.05) times faster, now 1.50 (1.45 to 1.55): -25 % (10.0"
+    assert f"{line} us, 10.0 us; the others 20.0 us, 20.0 us)" in comparison_text(found)
+    del found["missing"], found["other_peers"], found["slower"][0]["others_us"]
+    assert f"{line} us, 10.0 us)" in comparison_text(found)
 
 
 def test_what_neighbours_add_is_not_in_the_quiet_change():
@@ -72,8 +111,8 @@ METHOD = {"model": options.NO_MODEL, "device": "cpu", "steps": 5}
         ({}, ["--model", "mlp", "--solvers", "ddim"], "is of model 'returns a fixed tensor', this run of 'mlp'"),
         ({"device": "cuda:0"}, [], "is of device 'cuda', this run of 'cpu'"),
         ({"steps": 50}, [], "is of steps 50, this run of 5"),
-        ({}, ["--roofline"], "--compare compares rows of the main table; --roofline has none"),
-        ({}, ["--codegen"], "--compare compares rows of the main table; --codegen has none"),
+        ({}, ["--roofline"], "--roofline does not read --steps, --compare: leave them out"),
+        ({}, ["--codegen"], "--compare: leave them out"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_measured(method, more, says, tmp_path, capsys):

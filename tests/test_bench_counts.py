@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 
+import fastdiff as fd
 from fastdiff_bench import energy, suite, tables, throughput
 from fastdiff_bench.cases import Case
-from fastdiff_bench.counts import counted, peak_bytes
+from fastdiff_bench.counts import counted, held_bytes, peak_bytes
 from fastdiff_bench.energy import Meter, reasons, throttled
 
 CPU = torch.device("cpu")
@@ -34,6 +35,23 @@ def test_peak_is_what_was_held_at_once():
         return b, c
 
     assert peak_bytes(run, CPU) == 2 * 4 << 20
+
+
+def test_what_a_sampler_keeps_is_counted_once():
+    plan = fd.solvers.ddim(fd.schedules.VP(), 4)
+    sampler = fd.Sampler(lambda x, t: x, plan, mode="eager")
+    sampler((2, 1 << 16))
+    small = 1 << 14  # times, tables, row numbers
+    state = 4 * 2 << 16
+    assert state <= held_bytes(sampler) - held_bytes(next(iter(sampler._runs.values())).run.noise) <= 3 * state + small
+    slab = torch.zeros(3, 8)
+    holder = types.SimpleNamespace(slab=slab, x=slab[0], network=torch.nn.Linear(99, 99))
+    assert held_bytes([holder.slab, holder.x, holder.network]) == 3 * 8 * 4
+
+
+def test_a_cast_that_changes_nothing_is_no_launch():
+    x = torch.ones(8)
+    assert counted(lambda: x.to(torch.float32).to(torch.bfloat16), CPU)["launches"] == 1
 
 
 def test_without_a_gpu_columns_are_empty_and_say_why():
@@ -135,7 +153,7 @@ class Log:
     def __init__(self, refuses=False, throttle_bits=0):
         self.refuses, self.bits, self.asked = refuses, throttle_bits, []
 
-    def energy(self, run, seconds=5.0):
+    def energy(self, run, seconds=5.0, prepare=lambda: None):
         self.asked.append("energy")
         if self.refuses:
             raise Refusal("Not\nSupported")

@@ -5,13 +5,15 @@ import os
 import re
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastdiff as fd
-from fastdiff_bench import gpu, gpu_categorical, options, suite, textbook_graph
+from fastdiff.graph import CaptureError
+from fastdiff_bench import energy, environment, gpu, gpu_categorical, options, suite, textbook_graph
 from fastdiff_bench.kernels_categorical import textbook_step
 from fastdiff_bench.textbook import Textbook
 from fastdiff_bench.timing import MALLOC
@@ -75,7 +77,7 @@ def test_a_suite_that_stops_prints_and_keeps_the_rows_before(error, code, says, 
     assert suite.main([*argv, "--json", str(path)]) == code
     out, err = capsys.readouterr()
     assert out.startswith("interrupted: 1 rows") and "| vp       | ddim   |   1x8 |" in out
-    assert err.splitlines()[-1] == f"{says}; the rows before it are in {path}"
+    assert err.splitlines()[-1] == f"{says}; what was measured before is in {path}"
     data = json.loads(path.read_text())
     assert data["complete"] is False and [r["solver"] for r in data["rows"]] == ["ddim"]
 
@@ -115,22 +117,73 @@ def test_the_textbook_draws_two_classes_as_often_as_their_logit_says():
 def test_kernels_of_a_gpu_are_written_as_they_come(monkeypatch, tmp_path):
     def two(copy, quick):
         yield {"what": "copy", "gb_s": copy, "of_copy": 1.0, "elements": 1}
+        yield {"what": "step", "gb_s": 6.0, "of_copy": 0.9, "elements": 1}
         raise KeyboardInterrupt
 
+    states = iter([{"throttle_bits": 0x1}, {"throttle_bits": 0x4}])  # idle, then held down by the power cap
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "environment", lambda: {"gpu": "a card"})
+    monkeypatch.setattr(gpu, "environment", lambda device: {"gpu": "a card"})
+    monkeypatch.setattr(gpu, "Meter", lambda device: types.SimpleNamespace(state=lambda: next(states)))
     monkeypatch.setattr(gpu.timing, "copy_bandwidth", lambda device: 7.0)
     monkeypatch.setattr(gpu, "rows", two)
     with pytest.raises(KeyboardInterrupt):
         gpu.main(["--out", str(tmp_path / "a")])
-    assert [r["gb_s"] for r in json.loads((tmp_path / "a" / "gpu.json").read_text())["rows"]] == [7.0]
+    rows = json.loads((tmp_path / "a" / "gpu.json").read_text())["rows"]
+    assert [(r["gb_s"], r["throttled"]) for r in rows] == [(7.0, False), (6.0, True)]
+
+
+def test_the_environment_is_of_the_device_that_is_measured(monkeypatch):
+    def properties(device):
+        name = f"card {torch.device(device).index or 0}"
+        return types.SimpleNamespace(name=name, multi_processor_count=2, total_memory=3 << 30, uuid="u")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert "gpu" not in environment.environment("cpu")
+    found = environment.environment(torch.device("cuda", 1))
+    assert (found["gpu"], found["sms"], found["memory_gib"]) == ("card 1", 2, 3)
+    line = environment.describe({**environment.environment("cpu"), "k-diffusion": "0.1", "scipy": "1.2"})
+    assert ", k-diffusion 0.1, scipy 1.2; commit" in line
+
+
+class Clock:
+    """time, of a board whose counter grows by 100 W and by 40 J a call of half a second."""
+
+    def __init__(self):
+        self.now, self.calls, self.slept = 0.0, 0, []
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def run(self):
+        self.calls += 1
+        self.now += 0.5
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        return int(1000 * (100 * self.now + 40 * self.calls))
+
+
+def test_energy_is_counted_over_windows_of_5_seconds_and_the_idle_power_once(monkeypatch):
+    clock, prepared = Clock(), []
+    monkeypatch.setattr(energy, "time", clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    meter = energy.Meter(torch.device("cpu"))
+    meter.nvml, meter.handle = clock, None
+    readings = [meter.energy(clock.run, prepare=lambda: prepared.append(clock.calls)) for _ in range(2)]
+    assert readings == [energy.Reading(pytest.approx(40), 180, 100, 10, 5)] * 2  # 100 W idle and 80 W of the calls
+    assert clock.slept == [5.0] and clock.now == 2 * 0.5 + 2 * 5.0 + 5.0
+    assert prepared == list(range(22))  # before every call, the one that warms up included
 
 
 def request(*argv):
     return options.Request(options.parser().parse_args(list(argv)))
 
 
-def test_plain_torch_in_a_graph_is_a_column_of_gpus_only(monkeypatch):
+def test_plain_torch_in_a_graph_is_a_column_of_gpus_only(monkeypatch, capsys):
     assert "torch graph" not in request("--device", "cpu").columns
     with pytest.raises(ValueError, match="unknown peer 'torch graph'; valid: torch, torch.compile, diffusers, k-diff"):
         request("--device", "cpu", "--peers", "torch graph")
@@ -140,8 +193,9 @@ def test_plain_torch_in_a_graph_is_a_column_of_gpus_only(monkeypatch):
     assert request("--device", "cuda", "--peers", "torch graph", "torch").columns[:2] == ("torch", "torch graph")
     with pytest.raises(ValueError, match="unknown peer 'graph'; valid: torch, torch.compile, torch graph, diffusers"):
         request("--device", "cuda", "--peers", "torch", "graph")
-    with pytest.raises(ValueError, match="--device cuda:1: no such CUDA device was found"):
+    with pytest.raises(SystemExit):
         request("--device", "cuda:1")
+    assert "--device: 'cuda:1' is not here: 1 CUDA devices were found" in capsys.readouterr().err
 
 
 def test_a_graphed_loop_is_captured_once_and_replays_from_its_own_input(monkeypatch):
@@ -159,9 +213,29 @@ def test_a_graphed_loop_is_captured_once_and_replays_from_its_own_input(monkeypa
     monkeypatch.setattr(textbook_graph, "_capture", capture)
     plan = fd.solvers.ddim(fd.schedules.VP(), 4)
     loop = Textbook(plan, lambda x, t: 0.2 * x)
-    graphed, starts = textbook_graph.Graphed(loop), [torch.randn(1, 8) for _ in range(2)]
+    graphed, starts = textbook_graph.Graphed([loop]), [torch.randn(1, 8) for _ in range(2)]
     ends = [graphed(x) for x in starts]
     assert len(captures) == 1 and all(torch.equal(e, loop(x)) for e, x in zip(ends, starts, strict=True))
     noisy = Textbook(fd.solvers.ddpm(fd.schedules.VP(), 4), lambda x, t: 0.2 * x)
-    got, want = (f(starts[0], torch.Generator().manual_seed(1)) for f in (textbook_graph.Graphed(noisy), noisy))
+    got, want = (f(starts[0], torch.Generator().manual_seed(1)) for f in (textbook_graph.Graphed([noisy]), noisy))
     assert torch.equal(got, want) and len(captures) == 1  # a given generator: no graph
+
+
+def test_a_loop_that_cannot_be_captured_makes_room_for_the_next(monkeypatch):
+    tried = []
+
+    def capture(body, rewind, device):
+        tried.append(body)
+        if len(tried) == 1:
+            raise CaptureError("not permitted")
+        body()
+        return types.SimpleNamespace(replay=body)
+
+    monkeypatch.setattr(textbook_graph, "_capture", capture)
+    plan = fd.solvers.ddim(fd.schedules.VP(), 4)
+    compiled, eager = (Textbook(plan, lambda x, t: 0.2 * x, compiled=c) for c in (True, False))
+    graphed, x = textbook_graph.Graphed([compiled, eager]), torch.randn(1, 8)
+    assert graphed.note() == "" and torch.equal(graphed(x), eager(x)) and graphed.note() == "of the eager rows"
+    tried.clear()
+    with pytest.raises(CaptureError, match="not permitted"):
+        textbook_graph.Graphed([eager])(x)

@@ -83,7 +83,9 @@ def test_the_largest_difference_counts_in_whichever_piece_it_lies(monkeypatch):
 
 def test_sizes_end_at_the_largest_asked_for():
     def sizes(*argv):
-        return roofline.exponents(options.Request(options.parser().parse_args(["--device", "cpu", *argv])))
+        return roofline.exponents(
+            options.Request(options.parser().parse_args(["--roofline", "--device", "cpu", *argv]))
+        )
 
     assert sizes() == [10, 12, 14, 16, 18, 20, 22, 24] and sizes("--largest", "13") == [10, 12]
     assert sizes("--largest", "28")[-2:] == [26, 28] and sizes("--quick", "--largest", "16") == [10, 16]
@@ -100,7 +102,78 @@ def test_two_columns_that_disagree_stop_the_roofline(gap, monkeypatch, capsys):
     monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
     assert roofline.main(["--quick", "--no-compile", "--kernels", "add_noise"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and f"error: add_noise fp32 2^10: fastdiff eager differs by {gap:.1e}" in err.splitlines()[-1]
+    said = f"error: RuntimeError: add_noise fp32 2^10: fastdiff eager differs by {gap:.1e}"
+    assert out == "" and said in err.splitlines()[-1]
+
+
+QUICK = ["--quick", "--no-compile", "--device", "cpu", "--dtype", "fp32", "--peers", "torch", "diffusers"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(roofline, "exponents", lambda request: [8, 10])
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
+
+
+@pytest.mark.parametrize("kernel", ["affine_step", "add_noise"])
+def test_a_peer_that_fails_is_a_note_of_the_roofline(kernel, small, monkeypatch, tmp_path, capsys):
+    def failing(*args):
+        raise AssertionError("no\ncompiler")
+
+    def maker(*args):
+        work = kernels.add_noise(*args)
+        work.columns["diffusers"] = failing
+        return work
+
+    def column_of(name, *args):
+        return throughput.Column(failing) if name == "diffusers" else throughput.column_of(name, *args)
+
+    monkeypatch.setitem(roofline.MAKERS, "add_noise", maker)
+    monkeypatch.setattr(kernels, "column_of", column_of)  # whole loops run once in their making
+    out = tmp_path / "a.json"
+    assert roofline.main([*QUICK, "--kernels", kernel, "--json", str(out)]) == 0
+    data = json.loads(out.read_text())
+    assert {(p["elements"], p["column"]) for p in data["roofline"]} >= {
+        (n, c) for n in (256, 1024) for c in ("torch", "fastdiff eager")
+    }
+    assert data["complete"] and "diffusers" not in {p["column"] for p in data["roofline"]}
+    assert data["skipped"] == {f"{kernel}, diffusers": "it failed: AssertionError: no compiler"}
+    assert f"{kernel}, diffusers: it failed: AssertionError: no compiler" in capsys.readouterr().out
+    monkeypatch.setattr(roofline, "times", lambda *args, **kwargs: pytest.fail("measured"))
+    assert roofline.main([*QUICK, "--kernels", kernel, "--compile-only"]) == 0
+
+
+@pytest.mark.parametrize("error", [AssertionError(), KeyError("n"), RuntimeError("no kernel")], ids=repr)
+def test_fastdiff_failing_ends_the_roofline_with_one_line_and_the_points_before(
+    error, small, monkeypatch, tmp_path, capsys
+):
+    def maker(schedule, elements, *args):
+        def failing(*buffers):
+            raise error
+
+        work = kernels.add_noise(schedule, elements, *args)
+        if elements > 256:
+            work.columns["fastdiff eager"] = failing
+        return work
+
+    monkeypatch.setitem(roofline.MAKERS, "add_noise", maker)
+    out = tmp_path / "a.json"
+    assert roofline.main([*QUICK, "--kernels", "add_noise", "--json", str(out)]) == 2
+    text, err = capsys.readouterr()
+    assert "2^8" in text and "2^10" not in text and text.startswith("interrupted")
+    assert {p["elements"] for p in json.loads(out.read_text())["roofline"]} == {256}
+    said = f"fastdiff bench: error: {type(error).__name__}"
+    assert err.splitlines()[-1].startswith(said) and err.endswith(f"; what was measured before is in {out}\n")
+
+
+def test_a_full_disk_at_the_rooflines_picture_is_one_line(small, tmp_path, monkeypatch, capsys):
+    def full(data, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastdiff_bench.page.write_report", full)
+    assert roofline.main([*QUICK, "--kernels", "guide", "--plot", str(tmp_path)]) == 2
+    text, err = capsys.readouterr()
+    assert "2^10" in text and err.splitlines()[-1] == "fastdiff bench: error: [Errno 28] No space left on device"
 
 
 def test_a_size_too_large_for_the_memory_is_left_out_and_said(monkeypatch, capsys):
@@ -137,7 +210,7 @@ def test_compile_only_makes_every_column_and_measures_none(monkeypatch, tmp_path
     monkeypatch.setattr(throughput, "column_of", lambda name, *a: made.append(name) or column_of(name, *a))
     assert suite.main([*argv, "--schedules", "flow", "--solvers", "euler", "--shapes", "1x8"]) == 0
     assert {"torch", "fastdiff eager"} <= set(made)
-    assert path.read_text() == "{}\n" and capsys.readouterr().out == ""
+    assert not path.exists() and capsys.readouterr().out == ""
 
 
 def test_an_interrupted_roofline_prints_the_points_before(monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastdiff as fd
-from fastdiff.cli import main, make_schedule
+from fastdiff.cli import main, make_schedule, schedule_names, solver_names
 from fastdiff.files import write_atomic
 
 MODEL = """
@@ -61,6 +61,24 @@ def test_plan_json_is_the_plan(capsys):
     assert got["lo"] == [None] * 3  # no clamp; JSON has no infinity
     for name in ("times", "alpha", "A", "b", "s"):
         np.testing.assert_array_equal(np.array(got[name]), getattr(plan, name))
+
+
+def test_plan_of_a_schedule_is_its_levels_over_time(capsys):
+    assert main(["plan", "vp:beta_max=12", "--steps", "4", "--json"]) == 0
+    got, schedule = json.loads(capsys.readouterr().out), fd.schedules.VP(beta_max=12)
+    t = np.linspace(1, 0, 5)
+    np.testing.assert_array_equal(got["t"], t)
+    for name in ("alpha", "sigma", "logsnr"):
+        values = getattr(schedule, name)(t)
+        assert got[name] == [v if np.isfinite(v) else None for v in values]
+    assert main(["plan", "vp:beta_max=12", "--steps", "4"]) == 0
+    head, names, *rows = capsys.readouterr().out.splitlines()
+    assert head == str(schedule) and names.split() == ["t", "alpha", "sigma", "logsnr"]
+    assert [float(row.split()[1]) for row in rows] == pytest.approx(schedule.alpha(t), rel=1e-3)
+
+
+def test_no_schedule_has_a_solvers_name():
+    assert not set(schedule_names()) & set(solver_names())
 
 
 def test_schedules_of_the_command_line():
@@ -132,6 +150,12 @@ BAD = [
     ([*PLAN, "4", "--clip", "1"], "LO,HI"),
     ([*PLAN, "4", "--clip", "1,-1"], "lo < hi"),
     ([*PLAN, "4", "--start", "9"], "start must be < 4"),
+    ([*PLAN, "4", "--plot", "/proc/x/a.png"], "--plot: '/proc/x/a.png' cannot be written"),
+    (["plan", "vp", "--set", "eta=1", "--clip=-1,1"], "'vp' is a schedule, which has no --clip, --set"),
+    (["plan", "flow", "--schedule", "edm"], "'flow' is a schedule, which has no --schedule"),
+    (["plan", "edm:rho=0"], "rho"),
+    (["plan", "edm", "--steps", "0"], "--steps must be >= 1, got 0"),
+    (["plan", "edm", "--plot", "/proc/x/a.png"], "--plot: '/proc/x/a.png' cannot be written"),
     (["demo", "--only", "faces"], "valid: schedules, spiral, digits"),
 ]
 
@@ -159,7 +183,8 @@ def test_bad_input_is_one_line_and_exit_code_2(args, says, capsys):
         ({"--seed": "-1"}, "seed"),
         ({"--mode": "graph"}, "step_graph"),
         ({"--mode": "loop_graph"}, "CUDA"),
-        ({"--device": "abacus"}, "no torch device"),
+        ({"--device": "abacus"}, "'abacus' is no device to run on; write cpu, cuda or cuda:0"),
+        ({"--device": "mps"}, "'mps' is no device to run on"),
         ({"--device": "cuda:99"}, "CUDA devices were found"),
         ({"--out": "samples.txt"}, ".npy"),
         ({"--out": "nowhere/samples.npy"}, "not a folder"),
@@ -178,6 +203,11 @@ def test_bad_sample_input(change, says, model, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and says in err
     assert not list(tmp_path.glob("*.npy*"))
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, capsys):
+    assert main(["plan", "ddim", "--plot", str(tmp_path)]) == 2
+    assert f"--plot: '{tmp_path}' is a folder" in capsys.readouterr().err
 
 
 def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):

@@ -43,9 +43,10 @@ def test_budgets(args, tmp_path):
 
 
 @pytest.mark.compiled
-def test_amd_compiles():
-    done = codegen("--arch", "--hip", "gfx942", "--only", "r2/noise+guidance/bf16")
-    assert done.returncode == 0 and "gfx942" in done.stdout, done.stdout + done.stderr
+def test_amd_is_within_its_budgets():
+    done = codegen("--arch", "--hip", "gfx942", "--only", "r2/noise+guidance/bf16", "denoising_loss/eps", "posterior")
+    assert done.returncode == 0 and "5 kernels, 0 over budget" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("gfx942") == 5
 
 
 def test_over_budget_is_seen():
@@ -71,6 +72,77 @@ def test_over_budget_is_seen():
         assert text in line
 
 
+def test_amds_budgets_are_of_what_can_be_compared():
+    """Its counts; it has other instructions for accesses and clamps. A target without budgets is reported."""
+    from fastdiff_bench import codegen as c
+
+    case = next(x for x in c.cases(64) if x.name == "denoising_loss/eps/bf16")
+    budgets = json.loads(c.BUDGETS.read_text())
+    report = {"target": "gfx942", "registers": 40, "stack": 0, "spills": 0, "shared": 0, "barriers": 0,
+              "per_element": 77.0, "tile_accesses": {"buffer_load_dwordx2": 4}}  # fmt: skip
+    assert 77 > budgets["cases"]["denoising_loss/eps"]["per_element"] and c.over_budget(case, report, budgets) == []
+    many = {**report, "per_element": 90.0, "spills": 2}
+    assert c.over_budget(case, many, budgets) == ["spills 2 > 0", "per_element 90.0 > 81"]
+    assert c.over_budget(case, {**many, "target": "gfx90a"}, budgets) == []
+
+
+REPORT = {
+    "case": "posterior/clip/fp32", "target": "gfx942", "registers": 20, "stack": 0, "spills": 0, "shared": 0,
+    "barriers": 0, "per_element": 20.0, "tile_accesses": {}, "constants": {}, "source": "abc",
+}  # fmt: skip
+
+
+def ended(monkeypatch, path, found):
+    """codegen's exit code where its reports are these: dictionaries, or what is raised instead of one."""
+    from fastdiff_bench import codegen as c
+
+    def reports(work):
+        for report in found:
+            if isinstance(report, BaseException):
+                raise report
+            yield report
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(c, "reports", reports)
+    return c.main(["--arch", "--hip", "gfx942", "--only", "posterior/clip", "--json", str(path)])
+
+
+def test_over_budget_is_exit_code_1(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("triton")
+    out = tmp_path / "folder" / "a.json"
+    assert ended(monkeypatch, out, [REPORT, {**REPORT, "spills": 3}]) == 1
+    assert "OVER: spills 3 > 0" in (text := capsys.readouterr().out) and "2 kernels, 1 over budget" in text
+    data = json.loads(out.read_text())
+    assert data["complete"] is True and [r["over_budget"] for r in data["reports"]] == [[], ["spills 3 > 0"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ValueError("posterior/clip/bf16 for gfx942: CompilationError: at 3:1"), 2, "error: posterior/clip/bf16 for"),
+        (AssertionError(), 2, "error: AssertionError"),
+    ],
+    ids=repr,
+)
+def test_the_reports_before_a_failure_are_kept(error, code, says, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("triton")
+    out = tmp_path / "a.json"
+    assert ended(monkeypatch, out, [REPORT, error]) == code
+    data = json.loads(out.read_text())
+    assert data["complete"] is False and [r["case"] for r in data["reports"]] == ["posterior/clip/fp32"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastdiff bench: {says}") and line.endswith(f"; what was measured before is in {out}")
+
+
+def test_a_kernel_that_does_not_compile_is_named_by_its_process():
+    from fastdiff_bench import codegen as c
+
+    case = c.Case("lost/kernel", "no_such_module", "kernel", {}, {}, (), ())
+    with pytest.raises(ValueError, match=r"lost/kernel for gfx942: (ModuleNotFound|Import)Error: No module named"):
+        list(c.reports([(case, "hip", "gfx942")]))
+
+
 def test_every_case_has_a_budget():
     from fastdiff_bench import codegen as c
 
@@ -80,14 +152,37 @@ def test_every_case_has_a_budget():
 
 @pytest.mark.parametrize(
     ("env", "args", "text"),
-    [({"TRITON_INTERPRET": "1"}, [], "unset TRITON_INTERPRET"), ({}, ["--only", "nothing"], "no case contains")],
+    [
+        ({"TRITON_INTERPRET": "1"}, [], "unset TRITON_INTERPRET"),
+        ({}, ["--only", "nothing"], "no case contains"),
+        ({}, ["--json", "/proc/x/a.json"], "--json: '/proc/x/a.json' cannot be written"),
+    ],
 )
 def test_bad_input(env, args, text, monkeypatch, capsys):
     from fastdiff_bench import codegen as c
 
     monkeypatch.setenv("TRITON_INTERPRET", env.get("TRITON_INTERPRET", "0"))
     assert c.main(args) == 2
-    assert text in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and text in err
+
+
+@pytest.mark.parametrize("lacks", ["triton", "cuobjdump"])
+def test_what_it_needs_is_said_before_anything_is_compiled(lacks, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("triton")
+    import triton
+
+    from fastdiff_bench import codegen as c
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    c._tool.cache_clear()
+    if lacks == "triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    else:
+        monkeypatch.setattr(triton, "__file__", str(tmp_path / "triton" / "__init__.py"))
+    assert c.main(["--only", "posterior/clip", "--json", str(tmp_path / "a.json")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "pip install triton" in err and not list(tmp_path.iterdir())
 
 
 def test_every_kernel_of_the_help_is_one_of_codegens(monkeypatch):

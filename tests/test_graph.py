@@ -162,10 +162,11 @@ def test_conditions_and_weights_are_filled_in(mode: str, batched: bool, request:
     want = [fd.sample(model, plan, SHAPE, seed=1, **options(c, w)) for c, w in cases]
     request.getfixturevalue("device_path")
     sampler = fd.Sampler(model, plan, mode=mode, batched_guidance=batched)
-    for (c, w), expected in zip(cases, want, strict=True):
-        given = options(c, w)
-        assert close(sampler(SHAPE, seed=1, **given), expected)
-        assert torch.equal(given["cond"]["shift"], torch.full((3,), c))  # the caller's tensors are left alone
+    given = [options(c, w) for c, w in cases]
+    for one, expected in zip(given, want, strict=True):
+        assert close(sampler(SHAPE, seed=1, **one), expected)
+    for one, (c, _) in zip(given, cases, strict=True):  # the caller's tensors are left alone
+        assert torch.equal(one["cond"]["shift"], torch.full((3,), c))
     assert len(sampler._runs) == 1  # one capture serves them all
 
 
@@ -180,7 +181,7 @@ def test_tensors_inside_conditions_are_filled_in(mode: str, batched: bool, reque
 
     def options(c: float) -> dict[str, Any]:
         shifts = torch.full((3,), c), torch.full((3,), 0.5)
-        cond, uncond = ({"added": {"shift": shift, "by": [2.0]}} for shift in shifts)
+        cond, uncond = ({"added": {"shift": shift, "by": [torch.full((3,), 2.0)]}} for shift in shifts)
         return {"cond": cond, "uncond": uncond, "guidance": 2.0, "batched_guidance": batched}
 
     want = [fd.sample(nested, plan, SHAPE, seed=1, **options(c)) for c in (0.0, 1.0)]
@@ -196,7 +197,7 @@ def test_tensors_inside_conditions_are_filled_in(mode: str, batched: bool, reque
 
 def test_a_condition_changes_sides(request: pytest.FixtureRequest) -> None:
     plan, shift = PLANS["dpmpp_2m"], {"shift": torch.full((3,), 0.5)}
-    calls: list[dict[str, Any]] = [{"cond": shift, "uncond": {"shift": 0.0}}, {"cond": {}, "uncond": shift}]
+    calls: list[dict[str, Any]] = [{"cond": shift, "uncond": {}}, {"cond": {}, "uncond": shift}]
     want = [fd.sample(model, plan, SHAPE, guidance=2.0, batched_guidance=False, **c) for c in calls]
     request.getfixturevalue("device_path")
     sampler = fd.Sampler(model, plan, mode="step_graph", guidance=2.0, batched_guidance=False)
@@ -311,10 +312,17 @@ def test_a_failed_capture_is_said_once(device_path: None, monkeypatch: pytest.Mo
         raise graphs.CaptureError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "_capture", fails)
-    want = fd.sample(model, PLANS["ddpm"], SHAPE, seed=1)
-    sampler = fd.Sampler(model, PLANS["ddpm"], mode="loop_graph")
+    shift, seen = torch.full((3,), 0.25), []
+
+    def watched(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        seen.append(shift.data_ptr())
+        return model(x, t, shift)
+
+    want = fd.sample(model, PLANS["ddpm"], SHAPE, seed=1, cond={"shift": shift})
+    sampler = fd.Sampler(watched, PLANS["ddpm"], mode="loop_graph", cond={"shift": shift})
     with pytest.warns(RuntimeWarning, match="sampling runs eagerly: operation not permitted"):
         assert close(sampler(SHAPE, seed=1), want)
+    assert set(seen) == {shift.data_ptr()}  # the caller's own
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         sampler(SHAPE, seed=1)

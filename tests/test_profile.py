@@ -1,14 +1,15 @@
 """fastdiff profile: parts that add up, a trace with a name for every row and part, one line for bad input."""
 
 import json
+import sys
 import time
 
 import pytest
 import torch
 
 import fastdiff as fd
-from fastdiff.cli import main
-from fastdiff_bench import profiling
+from fastdiff.cli import main, make_schedule
+from fastdiff_bench import plan_plot, plots, profiling
 from fastdiff_bench.profiling import profile_run, table
 
 PLAN = fd.solvers.ddpm(fd.schedules.VP(), 6)
@@ -20,6 +21,18 @@ def half(x, t):
 
 def boom(x, t):
     raise KeyError("inside the model")
+
+def values(x, t):
+    raise ValueError("not\\nthese")
+
+calls = 0
+
+def late(x, t):
+    global calls
+    calls += 1
+    if calls > 2 * 10:
+        raise RuntimeError("tired")
+    return 0 * x
 """
 
 
@@ -82,8 +95,13 @@ def test_command_reports(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--model", "{model}:boom"], "the model failed: KeyError"),
+        (["--model", "{model}:boom"], "error: the model failed: KeyError: 'inside the model'"),
+        (["--model", "{model}:values"], "error: the model failed: ValueError: not these"),
+        (["--model", "{model}:late"], "error: the model failed: RuntimeError: tired"),
         (["--model", "{model}:none"], "it has: boom, half"),
+        (["--device", "mps"], "'mps' is no device to run on"),
+        (["--device", "xpu"], "'xpu' is no device to run on"),
+        (["--device", "cuda:99"], "'cuda:99' is not here"),
         (["--model", "resnet"], "path.py:function"),
         (["--solver", "dimm"], "unknown solver 'dimm'"),
         (["--mode", "loop_graph"], "CUDA"),
@@ -102,6 +120,25 @@ def test_bad_input_is_one_line_and_exit_code_2(more, says, model, capsys):
     assert out == "" and len(lines) == 1 and says in lines[0]
 
 
+def test_a_model_that_cannot_be_moved_to_the_device_is_one_line(tmp_path, capsys):
+    path = tmp_path / "stuck.py"
+    path.write_text(
+        "import torch\nclass Stuck(torch.nn.Module):\n"
+        "    def to(self, device):\n        raise RuntimeError('no room')\nmodel = Stuck()\n"
+    )
+    assert main(["profile", "--model", f"{path}:model"]) == 2
+    assert capsys.readouterr().err == "fastdiff profile: error: RuntimeError: no room\n"
+
+
+def test_an_interruption_is_130(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiling, "profile_run", interrupted)
+    assert main(["profile"]) == 130
+    assert capsys.readouterr().err == "fastdiff profile: interrupted\n"
+
+
 def test_a_failed_profile_keeps_the_trace_that_was_there(model, tmp_path, capsys):
     old, none = tmp_path / "old.json", tmp_path / "none.json"
     old.write_text("an older trace")
@@ -116,15 +153,40 @@ def test_a_plan_is_drawn(tmp_path, capsys):
         assert main(["plan", *more, "--plot", str(tmp_path / name)]) == 0
         assert (tmp_path / name).stat().st_size > 5000
     capsys.readouterr()
-    assert main(["plan", "ddim", "--plot", str(tmp_path / "c.xyz")]) == 2
-    assert "'xyz' is not supported" in capsys.readouterr().err
+    for name in ("ddim", "edm"):
+        assert main(["plan", name, "--plot", str(tmp_path / "c.xyz")]) == 2
+        assert "--plot: Format 'xyz' is not supported" in capsys.readouterr().err
+
+
+def test_a_schedule_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    saved = plan_plot._saved
+    monkeypatch.setattr(
+        plan_plot, "_saved", lambda fig, *args, **kwargs: drawn.append(fig) or saved(fig, *args, **kwargs)
+    )
+    for name in ("ve", "scaled_linear_betas", "flow"):
+        path = tmp_path / f"{name}.png"
+        assert main(["plan", name, "--plot", str(path)]) == 0 and path.stat().st_size > 5000
+        schedule = make_schedule(name)
+        alpha, sigma, logsnr = (line for axis in drawn[-1].axes for line in axis.lines)
+        for line, function in ((alpha, schedule.alpha), (sigma, schedule.sigma), (logsnr, schedule.logsnr)):
+            t, values = line.get_data()
+            assert len(t) > 100 and values == pytest.approx(function(t))
+
+
+@pytest.mark.parametrize("name", ["ddim", "vp"])
+def test_pictures_need_matplotlib(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["plan", name, "--plot", str(tmp_path / "a.png")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"fastdiff plan: error: {plots.INSTALL}\n"
 
 
 class Event:
-    """A profiler's event as a GPU gives it: there is none here. Times in ns."""
+    """A profiler's event as a GPU gives it: there is none here. Times in ns; `of` numbers a launch and its kernel."""
 
-    def __init__(self, name, start, duration, gpu=True):
-        self.values = name, start, duration, gpu
+    def __init__(self, name, start, duration, gpu=True, of=0):
+        self.values = name, start, duration, gpu, of
 
     def name(self):
         return self.values[0]
@@ -139,20 +201,69 @@ class Event:
         kinds = torch.autograd.DeviceType
         return kinds.CUDA if self.values[3] else kinds.CPU
 
+    def correlation_id(self):
+        return self.values[4]
+
     def is_user_annotation(self):
         return self.values[0].startswith("row ")
 
 
-def test_device_time_is_split_into_model_step_and_gaps():
+def host(name, start, duration, of=0):
+    return Event(name, start, duration, gpu=False, of=of)
+
+
+CUDA = torch.device("cuda")
+ROW = [host("row 0", 1_000, 9_000), host("row 0 model", 1_000, 4_000), host("row 0 noise", 5_000, 1_000),
+       host("row 0 step", 6_000, 2_000)]  # fmt: skip
+
+
+def test_device_time_belongs_to_the_range_that_launched_it():
+    pytest.importorskip("triton")
+    launches = [
+        host("cudaMemsetAsync", 500, 10, of=1), host("cudaLaunchKernel", 1_100, 10, of=2),
+        host("cuLaunchKernelEx", 2_000, 10, of=3), host("aten::mm", 1_050, 10, of=4),
+        host("cudaLaunchKernel", 5_500, 10, of=5), host("cudaMemcpyAsync", 6_500, 10, of=6),
+        host("cuLaunchKernelEx", 7_000, 10, of=7),
+    ]  # fmt: skip
+    device = [
+        Event("row 0", 10_000, 20_000), Event("Memset", 10_000, 1_000, of=1), Event("gemm", 11_000, 4_000, of=2),
+        Event("affine_step_kernel", 16_000, 2_000, of=3), Event("normal", 18_000, 500, of=5),
+        Event("Memcpy", 20_000, 4_000, of=6), Event("affine_step_kernel", 23_000, 3_000, of=7),
+    ]  # fmt: skip
+    parts = profiling._device_parts([*ROW, *launches, *device], 2)  # of two rows; the last two overlap by 1 us
+    # a model that uses fastdiff's kernels takes their time; a copy that the step makes is the step's
+    assert parts == {"before and after the rows": 0.5, "model": 3.0, "noise": 0.25, "step": 3.5,
+                     "launch gaps": (1.0 + 1.5) / 2}  # fmt: skip
+
+
+def test_device_time_of_a_graph_is_told_by_fastdiffs_names():
+    pytest.importorskip("triton")
+    found = [host("row 0", 1_000, 5_000), host("cudaGraphLaunch", 1_500, 10, of=9)]
+    found += [Event("gemm", 2_000, 4_000, of=9), Event("affine_step_kernel", 6_000, 2_000, of=9)]
+    found += [Event("gemm", 8_000, 1_000, of=77), Event("advance_kernel", 9_000, 1_000, of=77)]  # their launch is lost
+    parts = profiling._device_parts(found, 1)
+    assert parts == {"model and other kernels": 5.0, "step": 3.0, "launch gaps": 0.0}
+
+
+def test_waits_for_a_gpu_are_a_part_of_their_own():
+    loop = host("sample", 0, 12_000)
+    waits = [host("cudaStreamSynchronize", 2_000, 1_500), host("cudaDeviceSynchronize", 8_500, 500),
+             host("cudaDeviceSynchronize", 12_500, 9_000)]  # fmt: skip
+    parts = profiling._host_parts([*ROW, loop, *waits], loop, CUDA, 1)  # the last one is the profiler's own
+    assert parts == {"model": 2.5, "noise": 1.0, "step": 2.0, "rest of the row": 1.5,
+                     "before and after the rows": 3.0, "waits for the GPU": 2.0}  # fmt: skip
+    assert sum(parts.values()) == 12.0
+    assert profiling._host_parts([*ROW, loop], loop, CUDA, 1)["waits for the GPU"] == 0
+
+
+def test_counts_of_a_gpu():
     pytest.importorskip("triton")
     found = [
         Event("row 0", 0, 20_000), Event("gemm", 1_000, 4_000), Event("affine_step_kernel", 6_000, 2_000),
-        Event("gemm", 10_000, 4_000), Event("advance_kernel", 13_000, 3_000), Event("cudaLaunchKernel", 0, 10, False),
-        Event("cudaDeviceSynchronize", 20_000, 10, False), Event("cudaStreamSynchronize", 9_000, 10, False),
+        Event("gemm", 10_000, 4_000), Event("advance_kernel", 13_000, 3_000), host("cudaLaunchKernel", 0, 10),
+        host("cudaDeviceSynchronize", 20_000, 10), host("cudaStreamSynchronize", 9_000, 10),
     ]  # fmt: skip
-    parts = profiling._device_parts(found, 2)  # two rows; the last two kernels overlap by 1 us
-    assert parts == {"model": 4.0, "step": 2.5, "launch gaps": (1.0 + 2.0) / 2}
-    counts = profiling._counts(found, torch.device("cuda"), 2)
+    counts = profiling._counts(found, CUDA, 2)
     assert counts["kernels, copies and fills"] == 2 and counts["of them fastdiff's"] == 1
     assert counts["launches"] == 0.5 and counts["host waits"] == 0.5  # one wait is the profiler's own
-    assert [t["name"] for t in profiling._top(found, torch.device("cuda"), 2)][0] == "gemm"
+    assert [t["name"] for t in profiling._top(found, CUDA, 2)][0] == "gemm"

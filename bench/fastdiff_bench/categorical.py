@@ -11,9 +11,6 @@ paths are compared first.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +23,7 @@ from torch import Tensor
 from fastdiff import ops, rng, schedules, solvers
 from fastdiff.categorical_cpu import CompiledStep
 from fastdiff_bench.environment import describe, environment
-from fastdiff_bench.steps import MALLOC
+from fastdiff_bench.single import restart, save, summarised
 
 # classes, samples, tokens of a sample, times faster that are asked for
 CASES = ((2, 256, 2048, None), (27, 256, 256, 3.0), (256, 16, 512, None), (4096, 4, 128, 3.0), (262144, 1, 4, None))
@@ -94,10 +91,7 @@ def measure(K: int, batch: int, tokens: int, asked: float | None, *, repeats: in
                 times[name].append(_us(run))
     result: dict[str, Any] = {"K": K, "batch": batch, "tokens": tokens, "repeats": repeats, "asked": asked}
     for name, values in times.items():
-        result[f"{name}_us"] = statistics.median(values)
-        result[f"{name}_us_p10"], result[f"{name}_us_p90"] = (
-            sorted(values)[int(q * (len(values) - 1))] for q in (0.1, 0.9)
-        )
+        result |= summarised(f"{name}_us", values)
     for name in ("plain_compiled", "compiled", "eager"):
         result[f"{name}_ratio"] = result["plain_us"] / result[f"{name}_us"]
     return result
@@ -125,19 +119,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args(argv)
-    if any(os.environ.get(k) != v for k, v in MALLOC.items()):  # glibc reads them at start: page faults off the clock
-        command = [sys.executable, "-m", "fastdiff_bench.categorical", *(argv if argv is not None else sys.argv[1:])]
-        os.execve(sys.executable, command, os.environ | MALLOC)
-    env = environment()
+    restart("fastdiff_bench.categorical", argv)
+    env = environment("cpu")
     rows: list[dict[str, Any]] = []
     for K, batch, tokens, asked in CASES:
         rows.append(measure(K, batch, tokens, asked, repeats=5 if args.quick else 21))
         print(f"K = {K}: {rows[-1]['compiled_ratio']:.1f}x", file=sys.stderr, flush=True)
     print(table_of(rows))
     print(describe(env))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n")
+    save(args.json, env, rows)
     return 0
 
 

@@ -1,7 +1,8 @@
 """What the kernels compile to, without a GPU: registers, spills, shared memory, access widths, instructions an element.
 
-Every kernel is compiled ahead of time as the operations launch it (same constexprs, same tile, all features in), for
-NVIDIA targets down to SASS, and held against budgets.json. Counts are static: both sides of a branch are counted.
+Every kernel is compiled ahead of time as the operations launch it (same constexprs, same tile, all features in), down
+to SASS or AMD's assembly, and held against budgets.json, access widths and NaN clamps on NVIDIA only. Counts are
+static: both sides of a branch are counted.
 
     python -m fastdiff_bench.codegen [--arch 80 89 90 100] [--hip gfx942] [--only affine_step] [--json FILE]
 """
@@ -18,6 +19,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -198,9 +200,7 @@ def _tool() -> str:
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
-        raise SystemExit(
-            f"cuobjdump is not where the triton wheel keeps it ({tool.name}); install triton from its wheel"
-        )
+        raise ValueError("this triton has no cuobjdump, which its wheel has: pip install triton")
     return str(tool)
 
 
@@ -249,7 +249,7 @@ def nvidia_report(case: Case, arch: int) -> dict[str, Any]:
 
 
 def hip_report(case: Case, arch: str) -> dict[str, Any]:
-    """Resources and instructions of one case on an AMD target (reported, no budget)."""
+    """Resources and instructions of one case on an AMD target."""
     compiled = compile_case(case, "hip", arch)
     text = compiled.asm["amdgcn"]
     number = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|sgpr_count|vgpr_spill_count):\s+(\d+)", text)}
@@ -271,17 +271,36 @@ def hip_report(case: Case, arch: str) -> dict[str, Any]:
 
 
 def _report(case: Case, backend: str, arch: Any) -> dict[str, Any]:
-    return nvidia_report(case, arch) if backend == "cuda" else hip_report(case, arch)
+    try:
+        return nvidia_report(case, arch) if backend == "cuda" else hip_report(case, arch)
+    except Exception as error:  # Triton's own do not all survive the way to another process
+        from fastdiff.commands.options import one_line
+
+        raise ValueError(f"{case.name} for {arch}: {one_line(error)}") from None
+
+
+def reports(work: list[tuple[Case, str, Any]]) -> Iterator[dict[str, Any]]:
+    """The reports in their order, by processes side by side that leave an interruption to this one."""
+    workers = max(1, min(len(work), os.cpu_count() or 1))
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    ) as pool:  # fmt: skip
+        yield from pool.map(_report, *zip(*work, strict=True))
 
 
 def over_budget(case: Case, report: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
-    """What a report exceeds, one line each; empty when it is within budget."""
-    arch = report["target"].removeprefix("sm_")
+    """What a report exceeds, one line each; empty when it is within budget, or of an AMD target that has none."""
+    nvidia = report["target"].startswith("sm_")
+    if not nvidia and report["target"] not in budgets:
+        return []
     name = case.name.rsplit("/", 1)[0]
-    limits = {**budgets["all"], **budgets["cases"].get(name, {}), **budgets.get(f"sm_{arch}", {}).get(name, {})}
+    limits = {**budgets["all"], **budgets["cases"].get(name, {}), **budgets.get(report["target"], {}).get(name, {})}
     if "per_element" not in limits:
         return [f"no budget for {name}"]
     missed = [f"{k} {report[k]} > {v}" for k, v in limits.items() if report[k] > v]
+    if not nvidia:
+        return missed
     want = collections.Counter[str]()
     for head, dtypes in (("LDG", case.loads), ("STG", case.stores)):
         for dtype in dtypes:
@@ -297,52 +316,64 @@ def over_budget(case: Case, report: dict[str, Any], budgets: dict[str, Any]) -> 
     return missed
 
 
+def run(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
+    """Compiles, prints and writes report by report; 1 where one is over budget."""
+    from fastdiff.commands.options import writable
+    from fastdiff.files import write_atomic
+
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise ValueError("codegen compiles for real targets: unset TRITON_INTERPRET")
+    path = writable("--json", args.json)
+    targets = [*(("cuda", a) for a in args.arch), *(("hip", h) for h in args.hip)]
+    work = [(c, backend, a) for backend, a in targets for c in cases(32 if backend == "cuda" else 64)
+            if any(part in c.name for part in args.only)]  # fmt: skip
+    if not work:
+        names = ", ".join(c.name for c in cases())
+        raise ValueError(f"no case contains {' or '.join(args.only)}; there are: {names}")
+    try:
+        import triton
+    except ModuleNotFoundError:
+        raise ValueError("codegen needs Triton's compiler: pip install triton") from None
+    if args.arch:
+        _tool()
+    print(f"triton {triton.__version__}; instructions are static counts per element; constexprs and source at the end")
+    budgets = json.loads(BUDGETS.read_text())
+    for (case, _, _), report in zip(work, reports(work), strict=True):
+        missed = over_budget(case, report, budgets)
+        found.append({**report, "over_budget": missed})
+        if path is not None:
+            data = {"triton": triton.__version__, "complete": len(found) == len(work), "reports": found}
+            write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+        print(
+            f"{report['target']:7s} {case.name:42s} {report['per_element']:6.1f}/el  {report['registers']:3d} regs"
+            f"  {report['spills']} spills  {report['shared']} smem  {report['barriers']} bar  "
+            f"{report['tile_accesses']}{'  OVER: ' + '; '.join(missed) if missed else ''}",
+            flush=True,
+        )
+    for report in {r["case"]: r for r in found}.values():
+        print(f"{report['case']}: source {report['source']} {report['constants']}")
+    over = sum(bool(r["over_budget"]) for r in found)
+    print(f"{len(found)} kernels, {over} over budget")
+    return int(over > 0)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; returns 1 over budget, 2 where it cannot run."""
+    """Prints the table; returns 1 over budget, 2 with one line where it cannot run or a kernel does not compile."""
     parser = argparse.ArgumentParser(
         prog="python -m fastdiff_bench.codegen", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--arch", nargs="*", type=int, default=[80, 89, 90, 100], help="NVIDIA targets, sm_<arch>")
-    parser.add_argument("--hip", nargs="*", default=[], help="AMD targets, for instance gfx942 (reported, no budget)")
+    parser.add_argument("--hip", nargs="*", default=[], help="AMD targets, for instance gfx942")
     parser.add_argument("--only", nargs="+", default=[""], help="only cases whose name contains one of these")
     parser.add_argument("--json", metavar="FILE", help="write all reports to a file")
     args = parser.parse_args(argv)
-    asked = lambda case: any(part in case.name for part in args.only)  # noqa: E731
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("codegen compiles for real targets: unset TRITON_INTERPRET", file=sys.stderr)
-        return 2
-    if not any(asked(c) for c in cases()):
-        print(
-            f"no case contains {' or '.join(args.only)}; there are: {', '.join(c.name for c in cases())}",
-            file=sys.stderr,
-        )
-        return 2
-    import triton
+    from fastdiff.commands.options import failed
 
-    print(f"triton {triton.__version__}; instructions are static counts per element; constexprs and source at the end")
-    budgets = json.loads(BUDGETS.read_text())
-    reports, failed = [], 0
-    targets = [*(("cuda", a) for a in args.arch), *(("hip", h) for h in args.hip)]
-    work = [(c, backend, a) for backend, a in targets for c in cases(32 if backend == "cuda" else 64)
-            if asked(c)]  # fmt: skip
-    workers = max(1, min(len(work), os.cpu_count() or 1))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (case, backend, _), report in zip(work, pool.map(_report, *zip(*work, strict=True)), strict=True):
-            missed = over_budget(case, report, budgets) if backend == "cuda" else []
-            failed += bool(missed)
-            reports.append({**report, "over_budget": missed})
-            print(
-                f"{report['target']:7s} {case.name:42s} {report['per_element']:6.1f}/el  {report['registers']:3d} regs"
-                f"  {report['spills']} spills  {report['shared']} smem  {report['barriers']} bar  "
-                f"{report['tile_accesses']}{'  OVER: ' + '; '.join(missed) if missed else ''}",
-                flush=True,
-            )
-    for report in {r["case"]: r for r in reports}.values():
-        print(f"{report['case']}: source {report['source']} {report['constants']}")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"triton": triton.__version__, "reports": reports}, indent=1) + "\n")
-    print(f"{len(reports)} kernels, {failed} over budget")
-    return int(failed > 0)
+    found: list[dict[str, Any]] = []
+    try:
+        return run(args, found)
+    except (Exception, KeyboardInterrupt) as error:
+        return failed("bench", error, found=found, path=args.json)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["SYNCS", "VIEWS", "activities", "counted", "events", "on_device", "outermost", "peak_bytes"]
+__all__ = ["SYNCS", "VIEWS", "activities", "counted", "events", "held_bytes", "on_device", "outermost", "peak_bytes"]
 
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize",
          "hipDeviceSynchronize")  # fmt: skip
@@ -43,9 +45,10 @@ def outermost(found: list[Any]) -> int:
     return count
 
 
+# what launches nothing itself: of aten::to the copy it makes, if it makes one, is counted
 VIEWS = ("aten::view", "aten::expand", "aten::slice", "aten::select", "aten::unbind", "aten::reshape", "aten::t",
          "aten::as_strided", "aten::detach", "aten::alias", "aten::unsqueeze", "aten::squeeze", "aten::split",
-         "aten::lift_fresh", "aten::detach_", "aten::transpose", "aten::permute")  # fmt: skip
+         "aten::lift_fresh", "aten::detach_", "aten::transpose", "aten::permute", "aten::to")  # fmt: skip
 
 
 def counted(run: Callable[[], object], device: torch.device) -> dict[str, int]:
@@ -78,3 +81,19 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def held_bytes(*holders: object) -> int:
+    """Bytes of tensors that objects of fastdiff keep between runs; not networks' weights, nor the pools of graphs."""
+    found: dict[int, int] = {}
+    visited: set[int] = set()
+    waiting = list(holders)
+    while waiting:
+        for value in tree_leaves(waiting.pop()):
+            if isinstance(value, Tensor):
+                found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            elif type(value).__module__.startswith("fastdiff") and not isinstance(value, torch.nn.Module):
+                if id(value) not in visited:
+                    visited.add(id(value))
+                    waiting += getattr(value, "__dict__", {}).values()
+    return sum(found.values())

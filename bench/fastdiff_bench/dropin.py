@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import os
 import statistics
 import sys
 import time
@@ -26,7 +24,7 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff_bench.environment import describe, environment
-from fastdiff_bench.timing import MALLOC
+from fastdiff_bench.single import restart, save, summarised
 
 SHAPE, STEPS = (1, 4, 64, 64), 50
 BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -136,8 +134,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
             times[name].append(_us(lambda s=s: _loop(s, out, x, case.step), len(s.timesteps)))  # type: ignore[misc]
     row: dict[str, Any] = {"name": case.name, "scheduler": case.scheduler, "target": case.target, "repeats": repeats}
     for name, values in times.items():
-        row[f"{name}_us"] = statistics.median(values)
-        row[f"{name}_us_p10"], row[f"{name}_us_p90"] = (sorted(values)[int(q * (len(values) - 1))] for q in (0.1, 0.9))
+        row |= summarised(f"{name}_us", values)
     row["ratio"] = statistics.median(a / b for a, b in zip(times["stock"], times["ours"], strict=True))
     row |= {"first_ms": first * 1e3, "again_ms": statistics.median(again) * 1e3, "stock_set_ms": plain * 1e3}
     return row | {"gap": gap}
@@ -167,9 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", help="names of rows")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args(argv)
-    if any(os.environ.get(k) != v for k, v in MALLOC.items()):  # glibc reads them at start: page faults off the clock
-        command = [sys.executable, "-m", "fastdiff_bench.dropin", *(argv or sys.argv[1:])]
-        os.execve(sys.executable, command, os.environ | MALLOC)
+    restart("fastdiff_bench.dropin", argv)
     warnings.simplefilter("ignore", FutureWarning)
     unknown = set(args.only or ()) - {c.name for c in CASES}
     if unknown:
@@ -186,12 +181,10 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             rows.append(measure(case, 9 if args.quick else 41))
             print(f"{case.name}: {rows[-1]['ratio']:.2f}x", file=sys.stderr, flush=True)
-    env = environment()
+    env = environment("cpu")
     print(table(rows))
     print(describe(env))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n")
+    save(args.json, env, rows)
     return 0
 
 

@@ -53,7 +53,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.why, self.idle_watts = device, "", 0.0
+        self.device, self.why, self.idle_watts, self.has_baseline = device, "", 0.0, False
         self.nvml: Any = None
         if device.type != "cuda":
             self.why = "energy, clocks and throttle reasons need an NVIDIA GPU; this run is on the CPU"
@@ -104,24 +104,33 @@ class Meter:
             self.idle_watts = (self._millijoules() - before) / 1000 / (time.perf_counter() - begin)
         return self.idle_watts
 
-    def energy(self, run: Callable[[], object], seconds: float = SECONDS) -> Reading | None:
-        """Energy of one call, from the counter over at least `seconds` of calls, less the idle power right afterwards.
+    def energy(
+        self, run: Callable[[], object], seconds: float = SECONDS, prepare: Callable[[], object] = lambda: None
+    ) -> Reading | None:
+        """Energy of one call, from the counter over at least `seconds` of calls, less the idle power.
 
-        A baseline of the beginning is another one: an H200 draws 76 W before its first kernel and 121 W after a
-        copy, and small loops add less than that difference.
+        The idle power is measured once, right after the first window of calls and as long. A baseline of the beginning
+        is another one: an H200 draws 76 W before its first kernel and 121 W after a copy, and small loops add less than
+        that difference.
+
+        Args: prepare: called before every call; what the board burns in it beyond the idle power counts.
         """
         if self.nvml is None:
             return None
+        prepare()
         run()
         torch.cuda.synchronize(self.device)
         before, begin, calls = self._millijoules(), time.perf_counter(), 0
         while (spent := time.perf_counter() - begin) < seconds:
+            prepare()
             run()
             torch.cuda.synchronize(self.device)  # else the queue runs ahead of the clock
             calls += 1
         joules = (self._millijoules() - before) / 1000
         watts = joules / spent
-        self.idle(seconds / 2)
+        if not self.has_baseline:
+            self.idle(seconds)
+            self.has_baseline = True
         return Reading((joules - self.idle_watts * spent) / calls, watts, self.idle_watts, calls, spent)
 
 

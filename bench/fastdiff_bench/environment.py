@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from fastdiff_bench.energy import Meter
+
 __all__ = ["describe", "environment"]
 
-PACKAGES = ("torch", "triton", "numpy", "diffusers")
+PACKAGES = ("torch", "triton", "numpy", "diffusers", "k-diffusion", "scipy")
 
 
 def _cpu() -> str:
@@ -48,28 +50,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _gpu() -> dict[str, Any]:
-    if not torch.cuda.is_available():
+def _gpu(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
         return {}
-    p = torch.cuda.get_device_properties(0)
-    out: dict[str, Any] = {"gpu": p.name, "sms": p.multi_processor_count, "memory_gib": round(p.total_memory / 2**30)}
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        h = pynvml.nvmlDeviceGetHandleByIndex(0)
-        out["driver"] = pynvml.nvmlSystemGetDriverVersion()
-        out["sm_clock_mhz"] = pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_SM)
-        out["memory_clock_mhz"] = pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_MEM)
-        out["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(h) / 1000
-        out["throttle_reasons"] = hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(h))
-    except Exception as error:  # no NVML is no reason to lose the measurement
-        out["nvml"] = f"not readable: {error}"
-    return out
+    p = torch.cuda.get_device_properties(device)
+    found = {"gpu": p.name, "sms": p.multi_processor_count, "memory_gib": round(p.total_memory / 2**30)}
+    return found | Meter(device).state()
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions and commit as a flat dictionary."""
+def environment(device: str | torch.device) -> dict[str, Any]:
+    """Machine, versions and commit as a flat dictionary; of a GPU only where it is what is measured."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -78,7 +68,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version for name in PACKAGES if (version := _version(name)) is not None},
         "commit": _commit(),
-        **_gpu(),
+        **_gpu(torch.device(device)),
     }
 
 

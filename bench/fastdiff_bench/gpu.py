@@ -9,11 +9,10 @@ rotated buffers larger than the cache.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff import ops, rng, schedules, solvers
-from fastdiff.files import write_atomic
 from fastdiff_bench import timing
+from fastdiff_bench.energy import Meter, throttled
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.gpu_categorical import categorical_rows
+from fastdiff_bench.single import save
 
 DEVICE = "cuda"
-OUT_OF_CACHE = 64 << 20  # bytes moved
 
 
 def graph_us(calls: Sequence[Callable[[], object]]) -> float:
@@ -65,14 +64,7 @@ def step_row(
     repeat = 1 if moved > 1e8 else max(1, 40 // len(sets))
     us = graph_us([partial(call, s) for s in sets] * repeat)
     rate = moved / us / 1e3
-    found = {"what": f"step {name} {str(dtype)[6:]}", "elements": n, "us": us, "gb_s": rate, "of_copy": rate / copy}
-    return found | ({"of_same_copy": rate / copy_of(int(moved))} if moved >= OUT_OF_CACHE else {})
-
-
-@cache
-def copy_of(moved: int) -> float:
-    """GB/s of a copy that moves as many bytes: its launch is as large a part of it."""
-    return timing.copy_bandwidth(torch.device(DEVICE), moved // 8)
+    return {"what": f"step {name} {str(dtype)[6:]}", "elements": n, "us": us, "gb_s": rate, "of_copy": rate / copy}
 
 
 def rows(copy: float, *, quick: bool) -> Iterator[dict[str, Any]]:
@@ -91,11 +83,6 @@ def rows(copy: float, *, quick: bool) -> Iterator[dict[str, Any]]:
     yield from categorical_rows(copy, graph_us, quick=quick)
 
 
-def save(path: Path, env: dict[str, Any], found: list[dict[str, Any]]) -> None:
-    """Writes what was measured so far, whole or not at all."""
-    write_atomic(path, (json.dumps({"environment": env, "rows": found}, indent=1) + "\n").encode())
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measures everything and writes DIR/gpu.json; the table comes last."""
     parser = argparse.ArgumentParser(description="GPU measurements of fastdiff.")
@@ -105,20 +92,17 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("fastdiff_bench.gpu needs a CUDA device; none is visible", file=sys.stderr)
         return 2
-    env = environment()
-    args.out.mkdir(parents=True, exist_ok=True)
+    env, meter = environment(DEVICE), Meter(torch.device(DEVICE))
     copy = timing.copy_bandwidth(torch.device(DEVICE))
     found: list[dict[str, Any]] = []
     for row in rows(copy, quick=args.quick):
-        found.append(row)
+        found.append(row | {"throttled": throttled(meter.state())})
         save(args.out / "gpu.json", env, found)
-    env["after"] = environment().get("throttle_reasons")
-    save(args.out / "gpu.json", env, found)
     print("| what | elements | us | GB/s | of copy |\n|---|---|---|---|---|")
     for r in found:
         us, rate = (f"{r[k]:.2f}" if k in r else "" for k in ("us", "gb_s"))
-        print(f"| {r['what']} | {r['elements']} | {us} | {rate} | {100 * r['of_copy']:.0f} % |" if "of_copy" in r
-              else f"| {r['what']} | {r['elements']} | {us} | {rate} | |")  # fmt: skip
+        share = f"{100 * r['of_copy']:.0f} %" if "of_copy" in r else ""
+        print(f"| {r['what']} | {r['elements']} | {us} | {rate} | {share}{' (throttled)' * r['throttled']} |")
     print(describe(env))
     return 0
 

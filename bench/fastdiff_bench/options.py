@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.files import write_atomic
+from fastdiff.commands.options import device, writable
 from fastdiff.names import pick
 from fastdiff_bench import cases
 from fastdiff_bench.cases import COLUMNS, GPU_PEERS, KERNELS, PEERS
@@ -22,13 +22,21 @@ __all__ = ["Request", "add_options", "as_arguments", "parser"]
 
 NO_MODEL = "returns a fixed tensor"
 SMALLEST, LARGEST = 10, 30  # log2 of a roofline's elements
+MODES = ("roofline", "codegen")  # beside the main table
+LOOPS = ("schedules", "solvers", "shapes", "steps", "model", "compare")
+NOT_READ = {
+    "": ("kernels", "largest"),
+    "roofline": LOOPS,
+    "codegen": (*LOOPS, "largest", "dtype", "peers", "device", "no_compile", "compile_only", "plot"),
+}
 
 
 class Request:
-    """A checked request; ValueError says what is wrong with it."""
+    """A checked request; ValueError or UsageError says what is wrong with it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.quick, self.device = args.quick, _device(args.device)
+        _check_read(args)
+        self.quick, self.device = args.quick, args.device
         known = [p for p in PEERS if self.device.type == "cuda" or p not in GPU_PEERS]
         peers = known if args.peers is None else [pick("peer", p, known) for p in _listed(args.peers)]
         self.columns = tuple(c for c in COLUMNS if c.startswith("fastdiff") or c in peers)
@@ -51,7 +59,6 @@ class Request:
         if not self.cases:
             reasons = "; ".join(r.why for r in self.refused) or "none of these solvers is benchmarked with it"
             raise ValueError(f"no case is left to run: {reasons}")
-        self.json, self.plot = _file("--json", args.json), _folder("--plot", args.plot)
         default = 28 if self.device.type == "cuda" else 24
         self.largest = default if args.largest is None else args.largest
         if not SMALLEST <= self.largest <= LARGEST:
@@ -59,14 +66,10 @@ class Request:
         self.kernels = [pick("kernel", name, KERNELS) for name in _listed(args.kernels)] or list(KERNELS)
         self.model_text, self.compile_only = args.model, args.compile_only
         self.stored = self._stored(args) if args.compare else None
+        self.json, self.plot = writable("--json", args.json), _folder("--plot", args.plot)
 
     def _stored(self, args: argparse.Namespace) -> dict[str, Any]:
         """The stored results; ValueError where what they measured is not what is asked for."""
-        for option in ("roofline", "codegen"):
-            if getattr(args, option):
-                raise ValueError(
-                    f"--compare compares rows of the main table; --{option} has none: leave one of them out"
-                )
         data = _stored(args.compare)
         then = data["method"] | {"device": str(data["method"].get("device")).partition(":")[0]}
         now = {"model": self.model_text or NO_MODEL, "device": self.device.type, "steps": self.steps}
@@ -106,29 +109,23 @@ def _listed(text: str | Sequence[str] | None) -> list[str]:
     return out
 
 
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: {text!r} is not a device this measures; write cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        such = "such " if torch.cuda.is_available() else ""
-        raise ValueError(f"--device {text}: no {such}CUDA device was found")
-    return device
+def _given(value: object, default: object) -> bool:
+    """Is an option's value another than its default? As text: a default is not parsed."""
+    return value is not None and str(value) != str(default)
 
 
-def _file(option: str, text: str | None) -> Path | None:
-    if text is None:
-        return None
-    path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, path.read_bytes() if path.exists() else b"{}\n")
-    except OSError as error:
-        raise ValueError(f"{option}: {text!r} cannot be written: {error.strerror or error}") from None
-    return path
+def _check_read(args: argparse.Namespace) -> None:
+    """Refuses options that nothing would read: two modes, or what the one asked for takes no notice of."""
+    modes = [mode for mode in MODES if getattr(args, mode)]
+    if len(modes) > 1:
+        raise ValueError("--roofline and --codegen are two runs: leave one of them out")
+    mode = "".join(modes)
+    known = parser()
+    given = [name for name in NOT_READ[mode] if _given(getattr(args, name), known.get_default(name))]
+    if given:
+        which = f"--{mode}" if mode else "the main table"
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{which} does not read {names}: leave {'it' if len(given) == 1 else 'them'} out")
 
 
 def _folder(option: str, text: str | None) -> Path | None:
@@ -136,14 +133,8 @@ def _folder(option: str, text: str | None) -> Path | None:
         return None
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"{option}: pictures need matplotlib: pip install 'fastdiff-samplers[bench]'")
-    path = Path(text)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / ".written", b"")
-        (path / ".written").unlink()
-    except OSError as error:
-        raise ValueError(f"{option}: {text!r} is not a folder that can be written: {error.strerror or error}") from None
-    return path
+    path = writable(option, f"{text}/report.html")
+    return path and path.parent
 
 
 def _stored(text: str) -> dict[str, Any]:
@@ -185,7 +176,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=cases.STEPS, help="intervals of a loop; default %(default)s")
     parser.add_argument("--model", metavar="FILE.py:NAME", help=f"your model(x, t), or {', '.join(NETWORKS)}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=here, help="default %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave out what a compiler must run for")
     parser.add_argument(
         "--compile-only", action="store_true", help="measure nothing: fill the compilers' caches on disk for a run"
@@ -207,7 +199,7 @@ def as_arguments(args: argparse.Namespace) -> list[str]:
     out: list[str] = []
     for action in parser()._actions:
         value = getattr(args, action.dest, None)
-        if action.dest == "help" or value in (None, False, action.default):
+        if value is False or not _given(value, action.default):
             continue
         out.append(action.option_strings[0])
         out += [] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)]

@@ -1,17 +1,20 @@
-"""A plan as a picture: its noise levels, the model's times, the coefficients of its rows. Needs matplotlib."""
+"""Pictures of a plan (noise levels, the model's times, coefficients) and of a schedule. Needs matplotlib."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import fastdiff as fd
 from fastdiff_bench.plots import pyplot
 
-__all__ = ["plot_plan"]
+__all__ = ["plot_plan", "plot_schedule"]
 
 MOST_MARKERS = 80
+POINTS = 401
+LARGE = 20  # levels beyond are drawn on a logarithmic axis
 
 
 def plot_plan(plan: fd.Plan, path: Path) -> Path:
@@ -31,7 +34,7 @@ def plot_plan(plan: fd.Plan, path: Path) -> Path:
     ends = np.append(rows, plan.nfe)
     for name, values, end in (("alpha", plan.alpha, plan.end[0]), ("sigma", plan.sigma, plan.end[1])):
         levels.plot(ends, np.append(values, end), label=name, **style)
-    if np.nanmax(plan.sigma) > 20:
+    if np.nanmax(plan.sigma) > LARGE:
         levels.set_yscale("symlog", linthresh=1e-2)
     levels.set_title("noise level before each row, and the end", loc="left", fontsize=10)
 
@@ -54,19 +57,47 @@ def plot_plan(plan: fd.Plan, path: Path) -> Path:
     times.plot(rows, plan.times, color="#1f77b4", **style)
     times.set_title("t the model receives", loc="left", fontsize=10)
     for axis in (levels, snr, update, times):
-        axis.grid(color="#e4e4e4", linewidth=0.6)
-        axis.set_axisbelow(True)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
     for axis in (update, times):
         axis.set_xlabel("row")
-    for axis in (levels, update):
+    return _saved(fig, path, legends=(levels, update))
+
+
+def plot_schedule(schedule: fd.schedules.Schedule, path: Path) -> Path:
+    """Draws a schedule over its times into a PNG, SVG or PDF: alpha and sigma, and 2 ln(alpha / sigma).
+
+    Raises: ValueError where matplotlib is missing or does not know the ending.
+    """
+    t = np.linspace(0.0, schedule.t_max, POINTS)
+    alpha, sigma, logsnr = schedule.alpha(t), schedule.sigma(t), schedule.logsnr(t)
+    fig, (levels, snr) = pyplot().subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    fig.suptitle(str(schedule), fontsize=12)
+    for name, values in (("alpha", alpha), ("sigma", sigma)):
+        levels.plot(t, values, label=name)
+    if max(alpha.max(), sigma.max()) > LARGE:
+        levels.set_yscale("symlog", linthresh=1e-2)
+    levels.set_title("noise level", loc="left", fontsize=10)
+    finite = np.isfinite(logsnr)
+    snr.plot(t[finite], logsnr[finite], color="#444444")
+    snr.set_title("log-SNR, 2 ln(alpha / sigma)", loc="left", fontsize=10)
+    for axis in (levels, snr):
+        axis.set_xlabel("t")
+    return _saved(fig, path, legends=(levels,))
+
+
+def _saved(fig: Any, path: Path, *, legends: tuple[Any, ...]) -> Path:  # noqa: ANN401 - matplotlib's
+    """Grids, legends, and the file."""
+    for axis in fig.axes:
+        axis.grid(color="#e4e4e4", linewidth=0.6)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    for axis in legends:
         axis.legend(frameon=False, fontsize=8)
     try:
         fig.savefig(path, dpi=120)
     except ValueError as error:
         raise ValueError(f"--plot: {error}") from None
     finally:
-        plt.close(fig)
+        pyplot().close(fig)
     return path

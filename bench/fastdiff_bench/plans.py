@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import fastdiff as fd
 from fastdiff import schedules, solvers
+from fastdiff.commands.options import writable
 from fastdiff_bench.environment import describe, environment
+from fastdiff_bench.single import save
 
 __all__ = ["main"]
 
@@ -104,16 +104,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints the table, writes the JSON."""
     parser = argparse.ArgumentParser(description="What building and probing a plan take.")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=partial(writable, "file"), help="write the rows here")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    env = environment()
-    rows = builds() + probes()
+    env = environment("cpu")
+    rows = builds()
+    save(args.json, env, rows)
+    rows += probes()
     print(table(rows))
     print(describe(env))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n")
+    save(args.json, env, rows)
     return 0
 
 

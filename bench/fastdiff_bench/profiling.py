@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,17 +20,17 @@ import torch
 from torch.profiler import profile, record_function
 
 import fastdiff as fd
+from fastdiff.commands.options import guarded
 from fastdiff_bench.counts import SYNCS, VIEWS, activities, events, on_device, outermost
 from fastdiff_bench.tables import markdown, number
 
-__all__ = ["ModelError", "profile_run", "table"]
+__all__ = ["profile_run", "table"]
 
 TIMED = 9
 TOP = 10
-
-
-class ModelError(Exception):
-    """The model raised."""
+RUNTIME = ("cuda", "cuLaunch", "hip")  # how the host's calls begin that launch, copy and fill
+INNER = ("model", "noise", "step")  # of a row's ranges
+REST, OUTSIDE, WAITS = "rest of the row", "before and after the rows", "waits for the GPU"
 
 
 @contextmanager
@@ -84,15 +85,6 @@ def ranges(prepared: Any, nvtx: bool = False) -> Iterator[None]:  # noqa: ANN401
             delattr(owner, method)
 
 
-def _call(sampler: fd.Sampler, shape: Sequence[int], seed: int) -> None:
-    try:
-        sampler(shape, seed=seed)
-    except (ValueError, TypeError):
-        raise
-    except Exception as error:
-        raise ModelError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-
-
 def _sync(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -121,14 +113,15 @@ def profile_run(
     Returns: wall_us (a step, without the profiler), profiled_us, parts (name -> us a step), counts a step, top
         operations or kernels.
     Raises: ModelError where the model raises; ValueError, TypeError for what fd.Sampler refuses.
+        A model that is compiled (mode "compile") raises what its compiler does.
     """
     device = device or torch.device("cpu")
     if nvtx and device.type != "cuda":
         raise ValueError("--nvtx marks ranges for Nsight Systems: it needs --device cuda")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # a build of torch prints a line at each start and stop
-    sampler = fd.Sampler(model, plan, mode=mode, device=device, dtype=dtype)
+    sampler = fd.Sampler(model if mode == "compile" else guarded(model), plan, mode=mode, device=device, dtype=dtype)
     for _ in range(2):
-        _call(sampler, shape, 0)
+        sampler(shape, seed=0)
     wall = _wall_us(sampler, shape, device)
     prepared = next(iter(sampler._runs.values()))
     with profile(activities=activities(device)):  # its first start costs milliseconds
@@ -148,7 +141,7 @@ def profile_run(
         "compiled_step": prepared.run.compiled is not None if device.type == "cpu" else None,
         "trace": str(trace) if trace is not None else None,
     }  # fmt: skip
-    parts = _host_parts(found, loop, n)
+    parts = _host_parts(found, loop, device, n)
     if device.type == "cuda":
         out |= {"host": parts, "parts": _device_parts(found, n)}
     else:
@@ -161,18 +154,46 @@ def _device_side(event: Any) -> bool:  # noqa: ANN401 - a kineto event
     return event.device_type() != torch.autograd.DeviceType.CPU
 
 
-def _host_parts(found: list[Any], loop: Any, n: int) -> dict[str, float]:  # noqa: ANN401
-    """us a step of the host: the ranges, what a row does between them, and what the loop does outside its rows."""
-    spent: Counter[str] = Counter()
+def _ranges(found: list[Any]) -> list[tuple[int, int, str]]:
+    """Begin, end and part of the host's ranges: "model" of "row 3 model", REST of all of "row 3"."""
+    out = []
     for event in found:
         words = event.name().split()
         if len(words) >= 2 and words[0] == "row" and words[1].isdigit() and not _device_side(event):
-            spent[words[2] if len(words) > 2 else "row"] += event.duration_ns()
-    rows = spent.pop("row")
-    parts = {name: spent[name] for name in ("model", "noise", "step", "replay") if name in spent}
-    parts["rest of the row"] = rows - sum(parts.values())
-    parts["before and after the rows"] = loop.duration_ns() - rows
-    return {name: value / 1e3 / n for name, value in parts.items()}
+            part = words[2] if len(words) > 2 else REST
+            out.append((event.start_ns(), event.start_ns() + event.duration_ns(), part))
+    return sorted(out, key=lambda r: (r[0], -r[1]))
+
+
+def _part(ranges: list[tuple[int, int, str]], at: int) -> str:
+    """The part of the innermost range a time lies in: rows follow each other, and so do the parts of one."""
+    for i in range(bisect_right(ranges, at, key=lambda r: r[0]) - 1, -1, -1):
+        _, end, part = ranges[i]
+        if at < end:
+            return part
+        if part == REST:
+            break
+    return OUTSIDE
+
+
+def _host_parts(found: list[Any], loop: Any, device: torch.device, n: int) -> dict[str, float]:  # noqa: ANN401
+    """us a step of the host: a row's ranges, what it does between them, and what the loop does outside its rows.
+
+    Waits for a GPU are taken out of where they are, and given beside.
+    """
+    spent: Counter[str] = Counter()
+    ranges = _ranges(found)
+    for begin, end, part in ranges:
+        spent[part] += end - begin
+    rows = spent.pop(REST)
+    spent[REST] = rows - sum(spent.values())
+    spent[OUTSIDE] = loop.duration_ns() - rows
+    if device.type == "cuda":
+        waits = [e for e in found if e.name() in SYNCS and 0 <= e.start_ns() - loop.start_ns() < loop.duration_ns()]
+        spent[WAITS] = sum(e.duration_ns() for e in waits)
+        for event in waits:
+            spent[_part(ranges, event.start_ns())] -= event.duration_ns()
+    return {name: value / 1e3 / n for name, value in spent.items()}
 
 
 def _own_kernels() -> set[str]:
@@ -190,18 +211,27 @@ def _own_kernels() -> set[str]:
 
 
 def _device_parts(found: list[Any], n: int) -> dict[str, float]:
-    """us a step of the device: the model's kernels, fastdiff's, and the gaps between kernels."""
-    own = _own_kernels()
+    """us a step of the device, by the range that launched a kernel, copy or fill, and the gaps between them.
+
+    A graph's replay launches the model's kernels and fastdiff's, which are told by their names there.
+    """
     kernels = sorted((e for e in found if on_device(e)), key=lambda e: e.start_ns())
     if not kernels:
         return {}
-    model = sum(e.duration_ns() for e in kernels if e.name() not in own)
-    step = sum(e.duration_ns() for e in kernels if e.name() in own)
+    own, ranges = _own_kernels(), _ranges(found)
+    launched = {e.correlation_id(): e.start_ns() for e in found
+                if not _device_side(e) and e.name().startswith(RUNTIME)}  # fmt: skip
+    spent: Counter[str] = Counter()
     gaps, until = 0, kernels[0].start_ns()
     for event in kernels:
+        at = launched.get(event.correlation_id())
+        part = REST if at is None else _part(ranges, at)
+        if part not in (*INNER, OUTSIDE):
+            part = "step" if event.name() in own else "model and other kernels"
+        spent[part] += event.duration_ns()
         gaps += max(0, event.start_ns() - until)
         until = max(until, event.start_ns() + event.duration_ns())
-    return {name: v / 1e3 / n for name, v in (("model", model), ("step", step), ("launch gaps", gaps))}
+    return {name: v / 1e3 / n for name, v in (*spent.items(), ("launch gaps", gaps))}
 
 
 def _counts(found: list[Any], device: torch.device, n: int) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
     python -m fastdiff_bench.report [--check]
 
-Reads bench/results/<machine>/<date>/{throughput,steps,codegen,demo,gpu,loops}.json and fills the text between the
-README's markers; writes every row of what was measured into a README.md beside it.
+Reads bench/results/<machine>/<date>/{throughput,roofline*,codegen,demo,gpu,loops,loop-unet1d}.json and fills the text
+between the README's markers; writes every row of what was measured into a README.md beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastdiff_bench import steps, tables
+from fastdiff_bench import tables
 from fastdiff_bench.cases import QUICK, SHAPES, TEXT
 from fastdiff_bench.compare import comparison_text
 from fastdiff_bench.environment import describe
@@ -33,13 +33,24 @@ ASKED = {
     "affine_step/r2/noise+guidance": 75,
     "affine_step/r4/noise+guidance": 100,
 }
+NULL_MODEL_US = {"fastdiff eager": 25.0, "fastdiff step_graph": 8.0, "fastdiff loop_graph": 3.0}  # asked for on a GPU
+ASKED_US = ", ".join(f"{name} <= {us:g}" for name, us in NULL_MODEL_US.items())
+POLICY = {"diffusers": 4.0, "torch.compile": 1.5}  # asked for: times faster a policy network's loop
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A stored result. Old ones name the machine's GPU where the CPU was measured: there it is left out."""
+    data: dict[str, Any] = json.loads(path.read_text())
+    if data.get("method", {}).get("device") == "cpu":
+        data["environment"].pop("gpu", None)
+    return data
 
 
 def newest(kind: str, root: Path = ROOT, *, gpu: bool | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest stored file of a kind, by its date folder; gpu: of a machine with one, or without."""
+    """The newest stored file of a kind, by its date folder; gpu: measured on one, or on a CPU."""
     files = sorted((root / "bench" / "results").glob(f"*/*/{kind}.json"), key=lambda p: (p.parent.name, p.parts))
     for path in reversed(files):
-        data = json.loads(path.read_text())
+        data = load(path)
         if gpu is None or ("gpu" in data["environment"]) == gpu:
             return path, data
     return None
@@ -94,20 +105,79 @@ def _measured_on(data: dict[str, Any]) -> str:
 def _throughput(path: Path, data: dict[str, Any], root: Path) -> list[str]:
     """The quick rows at one shape; the page beside the result has all."""
     few = {(schedule, solver) for schedule, names in QUICK.items() for solver in names}
+    gpu = "gpu" in data["environment"]
     sizes = (list(SHAPES["latent"]), list(TEXT))
     rows = [
         r for r in data["rows"]
         if (r["schedule"], r["solver"]) in few and (r["shape"] == sizes[0] or r["shape"][:2] == sizes[1])
     ]  # fmt: skip
     folder = path.parent.relative_to(root)
-    where = "on a GPU" if data["environment"].get("gpu") else "on a CPU"
     stopped = not data.get("complete", True)
     every = tables.interrupted(data["rows"]) if stopped else f"all {len(data['rows'])} rows"
     return [
-        f"us a step {where} with a model that does nothing, 50 steps, medians; times faster: fastdiff's fastest "
-        f"against the fastest other ([{every}]({folder}/README.md), [method](bench/README.md)):",
-        "", tables.throughput(rows), "", f"{_measured_on(data)}.", "",
+        f"us a step on a {'GPU' if gpu else 'CPU'} with a model that does nothing, 50 steps, medians; times faster: "
+        f"fastdiff's fastest against the fastest other ([{every}]({folder}/README.md), [method](bench/README.md))"
+        f"{f'; asked: {ASKED_US}' if gpu else ''}:",
+        "", _marked(rows) if gpu else tables.throughput(rows), "",
+        f"{_measured_on(data)}.", *_slower(path.parent.parent, root), "",
     ]  # fmt: skip
+
+
+def _marked(rows: list[dict[str, Any]]) -> str:
+    """The table with what misses NULL_MODEL_US marked."""
+    lines = tables.throughput(rows).splitlines()
+    names = lines[0].split(" | ")
+    for at, row in enumerate(rows, 2):
+        cells = lines[at].split(" | ")
+        for name, asked in NULL_MODEL_US.items():
+            if name in row["us"] and row["us"][name]["median"] > asked:
+                cells[names.index(name)] += " (missed)"
+        lines[at] = " | ".join(cells)
+    return "\n".join(lines)
+
+
+def lost(points: list[dict[str, Any]]) -> tuple[list[list[str]], int, int]:
+    """Where another is faster than fastdiff's fastest column.
+
+    Returns: the kernel, dtype, elements, us, other and its us at the largest size of each kernel and dtype; how many
+    sizes of all; how many there are.
+    """
+    sizes: dict[tuple[str, str, int], dict[str, float]] = {}
+    for p in points:
+        sizes.setdefault((p["kernel"], p["dtype"], p["elements"]), {})[p["column"]] = p["us"]["median"]
+    largest = {(kernel, dtype): n for kernel, dtype, n in sorted(sizes)}
+    rows, slower, compared = [], 0, 0
+    for (kernel, dtype, n), us in sizes.items():
+        others = {name: v for name, v in us.items() if not name.startswith("fastdiff")}
+        ours = [v for name, v in us.items() if name not in others]
+        if not ours or not others:
+            continue
+        compared += 1
+        if min(others.values()) >= min(ours):
+            continue
+        slower += 1
+        if n == largest[kernel, dtype]:
+            other = min(others, key=others.__getitem__)
+            two = [tables.number(v) for v in (min(ours), others[other])]
+            rows.append([kernel, dtype, f"2^{n.bit_length() - 1}", two[0], other, two[1]])
+    return rows, slower, compared
+
+
+def _slower(machine: Path, root: Path) -> list[str]:
+    """One line: the kernels of a machine's newest rooflines that are slower than another's."""
+    newest_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    # a file of some kernels measures again what the day's roofline.json has
+    for path in sorted(machine.glob("*/roofline*.json"), key=lambda p: (p.parent, p.stem != "roofline", p)):
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for point in load(path)["roofline"]:
+            found.setdefault((point["kernel"], point["dtype"]), []).append(point)
+        newest_of |= found
+    rows, slower, sizes = lost([p for points in newest_of.values() for p in points])
+    if not sizes:
+        return []
+    few = "; ".join(f"{k} {dtype} {n} {us} us ({other} {theirs})" for k, dtype, n, us, other, theirs in rows)
+    where = f"[{sizes} sizes of kernels]({machine.relative_to(root)})"
+    return [f"Another is faster at {slower} of {where}; at the largest: {few or 'nowhere'}."]
 
 
 def _plain_did(rows: list[dict[str, Any]]) -> str:
@@ -125,19 +195,17 @@ def _gpu_kernels(data: dict[str, Any], least: int = LARGE) -> list[str]:
         f"Kernels on {data['environment']['gpu']}: GB/s of the bytes they must move, beside a copy's "
         f"{copy:.0f}; {_plain_did(data['rows'])}:",
         "",
-        "| kernel | elements | us | GB/s | of copy | of a copy of as many bytes | plain torch us | torch.compile us |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | elements | us | GB/s | of copy | plain torch us | torch.compile us |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in data["rows"]:
         what, elements = r["what"], r["elements"]
         if not what.startswith(("step", "categorical step")) or elements < least:
             continue
-        same = f"{100 * r['of_same_copy']:.0f} %" if "of_same_copy" in r else ""
+        share = f"{100 * r['of_copy']:.0f} %{' (throttled)' if r.get('throttled') else ''}"
         plain = [peers.get(f"{what.replace('categorical', 'plain')} {how}") for how in PLAIN]
         times = " | ".join(f"{p['us']:.0f}" if p else "" for p in plain)
-        lines.append(
-            f"| {what} | {elements} | {r['us']:.1f} | {r['gb_s']:.0f} | {100 * r['of_copy']:.0f} % | {same} | {times} |"
-        )
+        lines.append(f"| {what} | {elements} | {r['us']:.1f} | {r['gb_s']:.0f} | {share} | {times} |")
     return [*lines, "", f"{describe(data['environment'])}."]
 
 
@@ -162,6 +230,10 @@ def details(data: dict[str, Any]) -> list[str]:
         )
         parts += ["", "## Kernels by size", "", f"{said}; launch floor {tables.number(floor)} us.", ""]
         parts += [tables.roofline(data["roofline"], copy)]
+        rows, slower, sizes = lost(data["roofline"])
+        parts += ["", f"Another is faster at {slower} of {sizes} sizes{'; at the largest:' if rows else '.'}"]
+        head = ["kernel", "dtype", "elements", "us", "fastest other", "its us"]
+        parts += ["", tables.markdown(head, rows)] if rows else []
     return parts
 
 
@@ -175,7 +247,29 @@ def loops(data: dict[str, Any]) -> list[str]:
         "", "| way | ms a loop | times faster than stock |", "|---|---|---|",
     ]  # fmt: skip
     lines += [f"| {r['name']} | {r['ms']:.1f} | {r['ratio']:.2f} |" for r in data["rows"]]
+    lines += [f"\n{name}: {why}." for name, why in data.get("skipped", {}).items()]
     return [*lines, "", f"{describe(data['environment'])}."]
+
+
+def policy(data: dict[str, Any]) -> list[str]:
+    """A line a row of a policy network's loop: ms, and how many times faster than those it was asked to be."""
+    lines = []
+    for r in data["rows"]:
+        us = {name: v["median"] for name, v in r["us"].items()}
+        ours = tables.best(r)
+        if ours is None:
+            continue
+        faster = []
+        for name, asked in POLICY.items():
+            ratio = us[name] / us[ours] if name in us else None
+            said = "not measured" if ratio is None else tables.number(ratio) + (" (missed)" if ratio < asked else "")
+            faster.append(f"{name} {said} (asked {asked:g})")
+        lines.append(
+            f"A policy network's loop ({data['method']['model']}, {r['solver']}, {r['steps']} steps, "
+            f"{'x'.join(map(str, r['shape']))}, {r['dtype']}) on {data['environment'].get('gpu', 'a CPU')}, the model "
+            f"included: {ours} {us[ours] * r['nfe'] / 1e3:.2f} ms; times faster than {', than '.join(faster)}."
+        )
+    return lines
 
 
 def page(folder: Path) -> str:
@@ -183,11 +277,13 @@ def page(folder: Path) -> str:
     parts = ["# Results", "", "Method: bench/README.md. Generated by fastdiff_bench.report."]
     for name in PAGED:
         for path in sorted(folder.glob(name)):
-            parts += details(json.loads(path.read_text()))
+            parts += details(load(path))
     if (folder / "gpu.json").exists():
-        parts += ["", "## Bandwidth", "", *_gpu_kernels(json.loads((folder / "gpu.json").read_text()), 0)]
+        parts += ["", "## Bandwidth", "", *_gpu_kernels(load(folder / "gpu.json"), 0)]
     if (folder / "loops.json").exists():
-        parts += ["", "## Loops", "", *loops(json.loads((folder / "loops.json").read_text()))]
+        parts += ["", "## Loops", "", *loops(load(folder / "loops.json"))]
+    if (folder / "loop-unet1d.json").exists():
+        parts += ["", *policy(load(folder / "loop-unet1d.json"))]
     for path in sorted(folder.glob("roofline*.png")):
         parts += ["", f"![us against elements, with the floors]({path.name})"]
     return "\n".join(parts) + "\n"
@@ -206,10 +302,6 @@ def render(root: Path = ROOT) -> str:
     measured = newest("throughput", root, gpu=False)
     if measured:
         blocks += _throughput(*measured, root)
-    elif older := newest("steps", root):
-        data = older[1]
-        blocks += ["One step beyond the model, fp32, 50 steps, median us, theirs and ours in the same run:", ""]
-        blocks += [steps.table(data["rows"]), "", f"{describe(data['environment'])}.", ""]
     compiled = newest("codegen", root)
     if compiled:
         blocks += [*_codegen(compiled[1]), ""]
@@ -219,10 +311,12 @@ def render(root: Path = ROOT) -> str:
     gpu = newest("throughput", root, gpu=True)
     if gpu:
         blocks += _throughput(*gpu, root)
-        if kernels := newest("gpu", root):
+        if kernels := newest("gpu", root, gpu=True):
             blocks += [*_gpu_kernels(kernels[1]), ""]
-        if pipeline := newest("loops", root):
+        if pipeline := newest("loops", root, gpu=True):
             blocks += [loops(pipeline[1])[0]]
+        if network := newest("loop-unet1d", root, gpu=True):
+            blocks += policy(network[1])
     else:
         blocks.append(
             "GPU: not measured yet; `bench/gpu.sh` runs the GPU tests and measurements on a machine that has one."

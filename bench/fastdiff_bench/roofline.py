@@ -8,19 +8,24 @@ bandwidth; the launch floor is the smallest operation there is.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from fastdiff.commands.options import failed
 from fastdiff_bench import options, tables
+from fastdiff_bench.cases import PEERS
 from fastdiff_bench.energy import Meter
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.kernels import MAKERS, times
 from fastdiff_bench.options import LARGEST, SMALLEST, Request
-from fastdiff_bench.suite import BAD_INPUT, INTERRUPTED, method, save
+from fastdiff_bench.suite import method, save
 from fastdiff_bench.timing import copy_bandwidth, launch_floor_us, return_freed
+from fastdiff_bench.work import Work, fails
 
 __all__ = ["main", "points", "run"]
 
@@ -40,40 +45,51 @@ def exponents(request: Request) -> list[int]:
     return [n for n in (quick if request.quick else range(SMALLEST, LARGEST + 1, 2)) if n <= request.largest]
 
 
+def _call(work: Work, name: str) -> None:
+    work.prepare.get(name, lambda: None)()
+    work.columns[name](*work.sets[0])
+
+
+def made(kernel: str, dtype: torch.dtype, elements: int, request: Request) -> Work:
+    """The kernel's columns; a peer that fails, in its making or its first call, is a note."""
+    names = [c for c in request.columns if not c.endswith("_graph")]
+    work = MAKERS[kernel](SCHEDULE.get(kernel, CHAIN), elements, dtype, request.device, names)
+    for name in [n for n in work.columns if n in PEERS]:
+        if why := fails(partial(_call, work, name)):
+            work.skipped[name] = why
+            del work.columns[name]
+    return work
+
+
 def points(
     kernel: str, dtype_name: str, elements: int, request: Request
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """One point a column at one size, and why columns are missing."""
     dtype, device = request.dtypes[dtype_name], request.device
-    chain = SCHEDULE.get(kernel, CHAIN)
-    names = tuple(c for c in request.columns if not c.endswith("_graph"))
     with torch.no_grad():
-        work = MAKERS[kernel](chain, elements, dtype, device, names)
+        work = made(kernel, dtype, elements, request)
         for name, gap in work.differs.items():
             if not gap <= GAP[dtype_name]:  # NaN too
                 raise RuntimeError(f"{kernel} {dtype_name} 2^{elements.bit_length() - 1}: {name} differs by {gap:.1e}")
         found = times(work, device, rounds=9 if request.quick else 15, seconds=0.3 if request.quick else 0.8)
     return [
-        {"kernel": kernel, "schedule": chain, "dtype": dtype_name, "elements": elements, "column": name, "us": us,
-         "bytes_per_element": work.bytes_per_element, "gb_s": work.bytes_per_element * elements / us["median"] / 1e3,
-         "sets": len(work.sets)}
+        {"kernel": kernel, "schedule": work.schedule, "dtype": dtype_name, "elements": elements, "column": name,
+         "us": us, "bytes_per_element": work.bytes_per_element,
+         "gb_s": work.bytes_per_element * elements / us["median"] / 1e3, "sets": len(work.sets)}
         for name, us in found.items()
     ], work.skipped  # fmt: skip
 
 
 def compile_all(request: Request, *, say: Callable[[str], object]) -> None:
     """Calls every column once, and leaves what was compiled in the compilers' caches on disk."""
-    names = tuple(c for c in request.columns if not c.endswith("_graph"))
     for kernel in request.kernels:
         for dtype in request.dtypes:
             for exponent in exponents(request):
                 say(f"compiling {kernel} {dtype} 2^{exponent}")
                 with torch.no_grad():
-                    work = MAKERS[kernel](
-                        SCHEDULE.get(kernel, CHAIN), 1 << exponent, request.dtypes[dtype], request.device, names
-                    )
-                    for column in work.columns.values():
-                        column(*work.sets[0])
+                    work = made(kernel, request.dtypes[dtype], 1 << exponent, request)
+                    for name in work.columns:
+                        _call(work, name)
 
 
 def run(data: dict[str, Any], request: Request, *, say: Callable[[str], object]) -> None:
@@ -82,8 +98,8 @@ def run(data: dict[str, Any], request: Request, *, say: Callable[[str], object])
     meter = Meter(device)
     say("measuring the copy bandwidth and the launch floor")
     data |= {
-        "environment": environment(), "complete": False, "state_before": meter.state(), "rows": [], "roofline": [],
-        "skipped": {}, "method": method(request, copy_bandwidth(device), launch_floor_us(device)),
+        "environment": environment(device), "complete": False, "state_before": meter.state(), "rows": [],
+        "roofline": [], "skipped": {}, "method": method(request, copy_bandwidth(device), launch_floor_us(device)),
     }  # fmt: skip
     try:
         for kernel in request.kernels:
@@ -116,28 +132,25 @@ def text(data: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 2 with one line for bad input or a failure."""
-    args = options.parser().parse_args(argv)
+    args = options.parser().parse_args(argv, argparse.Namespace(roofline=True))
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     data: dict[str, Any] = {}
-    code, line = 0, ""
     try:
         request = Request(args)
         if request.compile_only:
-            compile_all(request, say=lambda line: print(line, file=sys.stderr, flush=True))
+            compile_all(request, say=say)
             return 0
-        run(data, request, say=lambda line: print(line, file=sys.stderr, flush=True))
-    except KeyboardInterrupt:
-        code, line = INTERRUPTED, "interrupted"
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        code, line = BAD_INPUT, f"error: {' '.join(str(error).split())}"
-    if data.get("roofline"):
-        print(text(data))
-    if code:
-        print(f"fastdiff bench: {line}", file=sys.stderr)
-        return code
-    if request.plot is not None:
-        from fastdiff_bench.page import write_report
+        try:
+            run(data, request, say=say)
+        finally:
+            if data.get("roofline"):
+                print(text(data))
+        if request.plot is not None:
+            from fastdiff_bench.page import write_report
 
-        print(f"wrote {write_report(data, request.plot)}")
+            print(f"wrote {write_report(data, request.plot)}")
+    except (Exception, KeyboardInterrupt) as error:
+        return failed("bench", error, found=data.get("roofline"), path=args.json)
     return 0
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdiff.commands.options import failed
 from fastdiff.files import write_atomic
 from fastdiff.names import load_model
 from fastdiff_bench import options, tables
@@ -23,16 +24,16 @@ from fastdiff_bench.energy import Meter
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.networks import build
 from fastdiff_bench.options import Request
-from fastdiff_bench.throughput import ROUNDS, ModelError, Settings, compile_row, exact_fp32, measure, one_line
+from fastdiff_bench.throughput import ROUNDS, Settings, compile_row, exact_fp32, measure
 from fastdiff_bench.timing import cache_bytes, copy_bandwidth, launch_floor_us, malloc_is_set
 
 __all__ = ["begin", "fill", "main", "pace"]
 
-BAD_INPUT, REGRESSED, INTERRUPTED = 2, 1, 130
+REGRESSED = 1
 QUICK_S, FULL_S, LARGE_S = 2.5, 2.0, 5.0  # timed seconds of a row a visit; a large state's loop takes up to a second
 VISITS = 4  # of a full run: what a process's memory and a machine's minute happened to be like counts a quarter
 ROW_S = 13.0  # all of a row, what compiles at its first visit included: on a slow machine later visits are shorter
-ENERGY_S = 15.0  # and of its joules, where there are any
+ENERGY_S = 10.0  # and of its joules, where there are any
 LEAST_PACE, UNTIMED = 0.1, 1.1  # a visit lasts a tenth longer than its timed part
 LARGE = 1 << 18  # elements
 METERED = ("ddim", "ddpm", "bfn_discrete")  # rows of a quick run whose energy is measured
@@ -53,7 +54,7 @@ def begin(request: Request, meter: Meter, *, say: Callable[[str], object]) -> di
     say("measuring the copy bandwidth and the launch floor")
     copy, floor = copy_bandwidth(request.device), launch_floor_us(request.device)
     return {
-        "environment": environment(),
+        "environment": environment(request.device),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "method": method(request, copy, floor),
         "state_before": meter.state(), "complete": False,
@@ -84,11 +85,14 @@ def fill(data: dict[str, Any], request: Request, meter: Meter, model: Callable[.
             left = budget - (time.monotonic() - began)
             rest = sum(lasts[at % len(work) :]) + sum(lasts) * (visits - 1 - at // len(work))
             seconds = lasts[at % len(work)] * (pace(left, rest) if again else 1)
-            one = settings._replace(seconds=seconds, details=not again, joules=metered)
             earlier = data["rows"][at % len(work)] if again else {}
-            row = measure(case, shape, dtype, request.dtypes[dtype], one, earlier=earlier or None)
-            data["rows"][at % len(work) : at % len(work) + 1] = [earlier | row]
-            save(request.json, data)
+
+            def keep(row: dict[str, Any], at: int = at % len(work), earlier: dict[str, Any] = earlier) -> None:
+                data["rows"][at : at + 1] = [earlier | row]
+                save(request.json, data)
+
+            one = settings._replace(seconds=seconds, details=not again, joules=metered, keep=keep)
+            keep(measure(case, shape, dtype, request.dtypes[dtype], one, earlier=earlier or None))
         data["complete"] = True
     finally:
         data["state_after"] = meter.state()
@@ -130,52 +134,33 @@ def text(data: dict[str, Any]) -> str:
     lines += [f"joules, clocks: {why}"] if why else []
     copy = data["method"]["copy_gb_s"]
     lines.append(f"copy bandwidth {copy:.1f} GB/s, out of cache: more than 100 % means the state stays in cache")
-    return "\n".join([*lines, describe(data["environment"])])
+    return "\n".join([*lines, describe(data["environment"]), f"it took {data['seconds']:.0f} s"])
 
 
-def _stop(line: str, data: dict[str, Any], path: Path | None) -> None:
-    """The table of the rows so far, and one line that says why there are no more."""
-    if data.get("rows"):
-        print(text(data))
-    kept = f"; the rows before it are in {path}" if path and data.get("rows") else ""
-    print(f"fastdiff bench: {line}{kept}", file=sys.stderr)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints, writes; 2 and a line for bad input or a failure, 1 where --compare finds slower rows."""
-    args = options.parser().parse_args(argv)
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    data: dict[str, Any] = {}
+def run(data: dict[str, Any], request: Request, *, say: Callable[[str], object]) -> int:
+    """Measures into the result, prints, compares and draws; 1 where a row got slower than in the stored results."""
+    began = time.perf_counter()
+    exact_fp32()
+    model = None
+    if request.model_text:
+        name = request.model_text
+        model = build(name, request.device) if request.network else load_model(name)
+    if request.compile_only:
+        compile_all(request, model, say=say)
+        return 0
+    meter = Meter(request.device)
+    data |= begin(request, meter, say=say)
     try:
-        request = Request(args)
-        exact_fp32()
-        model = None
-        if args.model:
-            model = build(args.model, request.device) if request.network else load_model(args.model)
-        if request.compile_only:
-            compile_all(request, model, say=say)
-            return 0
-        meter = Meter(request.device)
-        data |= begin(request, meter, say=say)
         fill(data, request, meter, model, say=say)
-    except KeyboardInterrupt:
-        _stop("interrupted", data, args.json)
-        return INTERRUPTED
-    except ModelError as error:
-        _stop(f"error: the model failed: {error}", data, args.json)
-        return BAD_INPUT
-    except (ValueError, TypeError, OSError) as error:
-        _stop(f"error: {' '.join(str(error).split())}", data, args.json)
-        return BAD_INPUT
-    except Exception as error:  # not Python's exit code 1, which here says that a row got slower
-        _stop(f"error: {one_line(error)}", data, args.json)
-        return BAD_INPUT
-    print(text(data))
+    finally:
+        data["seconds"] = round(time.perf_counter() - began, 1)
+        if data["rows"]:
+            print(text(data))
+        save(request.json, data)
     code = 0
     if request.stored is not None:
-        found = compare(request.stored, data)
+        data["comparison"] = found = compare(request.stored, data)
         print(comparison_text(found))
-        data["comparison"] = found
         save(request.json, data)
         code = REGRESSED if found["slower"] else 0
     if request.plot is not None:
@@ -183,6 +168,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"wrote {write_report(data, request.plot)}")
     return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints, writes; 2 and a line for bad input or a failure, 1 where --compare finds slower rows."""
+    args = options.parser().parse_args(argv)
+    data: dict[str, Any] = {}
+    try:
+        return run(data, Request(args), say=lambda line: print(line, file=sys.stderr, flush=True))
+    except (Exception, KeyboardInterrupt) as error:
+        return failed("bench", error, found=data.get("rows"), path=args.json)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fastdiff_bench.cases import COLUMNS
+from fastdiff_bench.cases import COLUMNS, PEERS
 
-__all__ = ["best", "details", "footnotes", "interrupted", "label", "markdown", "number", "roofline", "throughput"]
+__all__ = [
+    "best",
+    "details",
+    "first_peer",
+    "footnotes",
+    "interrupted",
+    "label",
+    "markdown",
+    "number",
+    "roofline",
+    "throughput",
+]
 
 
 FEW = 4  # rows a footnote names one by one
@@ -80,7 +91,7 @@ def details(rows: Sequence[dict[str, Any]], *, aligned: bool = False) -> str:
     head = ["schedule", "solver", "shape", "dtype", "B/element", "GB/s", "of copy", *(DETAILS[k] for k in shown)]
     body = []
     for r in rows:
-        fastest, peer = best(r), r.get("against")
+        fastest, peer = best(r), first_peer(r)
         share = f"{100 * r['of_copy']:.0f} %" if r.get("of_copy") else "-"
         cells = [number(r["bytes_per_element"]), number(r.get("gb_s")), share]
         for k in shown:
@@ -120,6 +131,11 @@ def best(row: dict[str, Any]) -> str | None:
     """The fastest of fastdiff's columns."""
     ours = [n for n in row["us"] if n.startswith("fastdiff")]
     return min(ours, key=lambda n: row["us"][n]["median"], default=None)
+
+
+def first_peer(row: dict[str, Any]) -> str | None:
+    """The first column of another's."""
+    return next((n for n in PEERS if n in row["us"]), None)
 
 
 def roofline(found: Sequence[dict[str, Any]], copy_gb_s: float, *, aligned: bool = False) -> str:

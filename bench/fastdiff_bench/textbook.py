@@ -1,9 +1,10 @@
 """What one would write without fastdiff: the loop of a plan in plain torch operations, eager or through torch.compile.
 
-Every row does the least work a careful person would spell out: absent terms are left out, histories are kept by
-reference, predictions are shared, noise is one torch.randn. The compiled form fuses a row into one torch.compile'd
-function per row structure with the numbers as a tensor, so nothing recompiles between rows; on a GPU it draws the noise
-too, on a CPU torch.randn does, since compiled code takes ten times as long for it there.
+Every row does the least work a careful person would spell out: absent terms are left out, a prediction that one slot
+needs is multiplied out, histories are kept by reference, sums grow in place, noise is one torch.randn. The compiled
+form fuses a row and the next model's input into one torch.compile'd function per row structure with the numbers as a
+tensor, so nothing recompiles between rows; on a GPU it draws the noise too, on a CPU torch.randn does, since compiled
+code takes ten times as long for it there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,9 @@ from fastdiff.readout import CATEGORICAL
 __all__ = ["Textbook", "compiled"]
 
 Model = Callable[[Tensor, Tensor], Tensor]
+FIRST_TERM = 5  # of a row's numbers
+MOST_FOLDED = 16.0
+ROUNDING = 1e-12  # of what a difference in float64 leaves where there is none
 _count = itertools.count()
 
 
@@ -36,26 +41,58 @@ class Row(NamedTuple):
     readout: str  # "" for the affine p
     noisy: bool
     slots: tuple[tuple[tuple[str, int], ...], ...]  # of a slot: its terms, (S | p | m | n, index)
+    seen: str = ""  # what the next model sees: "" slot 0 itself, else "scaled" by c_in, "cast" or "classes"
 
 
-def _rows(plan: fd.Plan) -> tuple[list[Row], list[list[float]]]:
-    """Structures and numbers: c_skip, c_out, lo, hi, then one number a term."""
+Terms = dict[tuple[str, int], float]
+
+
+def _rows(plan: fd.Plan, dtype: torch.dtype) -> tuple[list[Row], list[list[float]]]:
+    """Structures and numbers: c_skip, c_out, lo, hi, the next c_in, then one number a term."""
     need = liveness(plan.A)
     rows, numbers = [], []
     for k in range(plan.nfe):
-        slots, values = [], [float(v[k]) for v in (plan.c_skip, plan.c_out, plan.lo, plan.hi)]
-        for i in range(plan.slots):
-            found = [(("S", j), plan.A[k, i, j]) for j in range(plan.slots)]
-            found += [(("p", 0), plan.b[k, i]), (("m", 0), plan.d[k, i]), (("n", 0), plan.s[k, i])]
-            found = [(term, c) for term, c in found if c != 0] if i in need[k + 1] else []
-            slots.append(tuple(term for term, _ in found))
-            values += [float(c) for _, c in found]
         readout = "" if plan.readout not in CATEGORICAL else plan.readout if k < plan.nfe - 1 else plan.last_readout
-        bounded = values[2] > -float("inf") or values[3] < float("inf")
+        clamp = plan.lo[k] > -float("inf") or plan.hi[k] < float("inf")
+        slots = [_terms(plan, k, i) if i in need[k + 1] else {} for i in range(plan.slots)]
+        if not readout and not clamp:
+            slots = _folded(slots, float(plan.c_skip[k]), float(plan.c_out[k]))
+        last = k == plan.nfe - 1
+        c_in = 1.0 if last else float(plan.c_in[k + 1])
+        seen = "" if last else "classes" if readout else "scaled" if c_in != 1 else "cast"
+        if seen == "cast" and dtype == torch.float32:
+            seen = ""
         noisy = any(("n", 0) in terms for terms in slots)
-        rows.append(Row(values[0] != 0, bounded, readout, noisy, tuple(slots)))
-        numbers.append(values)
+        rows.append(Row(bool(plan.c_skip[k] != 0), bool(clamp), readout, noisy, tuple(map(tuple, slots)), seen))
+        values = [float(v[k]) for v in (plan.c_skip, plan.c_out, plan.lo, plan.hi)]
+        numbers.append([*values, c_in, *(float(np.float32(c)) for terms in slots for c in terms.values())])
     return rows, numbers
+
+
+def _terms(plan: fd.Plan, k: int, i: int) -> Terms:
+    """What slot i is made of in row k."""
+    found = {("S", j): float(plan.A[k, i, j]) for j in range(plan.slots)}
+    found |= {("p", 0): float(plan.b[k, i]), ("m", 0): float(plan.d[k, i]), ("n", 0): float(plan.s[k, i])}
+    return {term: c for term, c in found.items() if c != 0}
+
+
+def _folded(slots: list[Terms], c_skip: float, c_out: float) -> list[Terms]:
+    """The same with p = c_skip x + c_out m multiplied out where one slot needs it: two operations for four.
+
+    Not where large numbers would cancel: there it costs digits.
+    """
+    users = [i for i, terms in enumerate(slots) if ("p", 0) in terms]
+    if len(users) != 1:
+        return slots
+    terms = dict(slots[users[0]])
+    b = terms.pop(("p", 0))
+    for term, c in ((("S", 0), b * c_skip), (("m", 0), b * c_out)):
+        total = terms.get(term, 0.0) + c
+        terms[term] = total if abs(total) > ROUNDING * abs(c) else 0.0
+    if max(abs(terms[term]) for term in (("S", 0), ("m", 0))) > MOST_FOLDED:
+        return slots
+    ordered = sorted((term for term, c in terms.items() if c != 0), key=lambda term: ("Spmn".index(term[0]), term[1]))
+    return [{term: terms[term] for term in ordered} if i == users[0] else old for i, old in enumerate(slots)]
 
 
 def _plain(terms: tuple[tuple[str, int], ...], numbers: list[float]) -> bool:
@@ -63,9 +100,11 @@ def _plain(terms: tuple[tuple[str, int], ...], numbers: list[float]) -> bool:
     return len(terms) == 1 and numbers == [1.0]
 
 
-def _present(row: Row) -> list[int]:
-    """The slots a row reads."""
-    return sorted({j for terms in row.slots for name, j in terms if name == "S"} | {0})
+def _seen(row: Row, x: Tensor, c_in: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """The next model's input from slot 0."""
+    if row.seen == "classes":
+        return (2 * x.softmax(-1) - 1).to(dtype)
+    return (x * c_in if row.seen == "scaled" else x).to(dtype)
 
 
 def _classes(m: Tensor, readout: str) -> tuple[Tensor, Tensor]:
@@ -74,6 +113,14 @@ def _classes(m: Tensor, readout: str) -> tuple[Tensor, Tensor]:
     drawn = theta / torch.empty_like(theta).exponential_() if readout == "sample" else theta
     k = drawn.argmax(-1)
     return k, theta if readout == "mean" else torch.nn.functional.one_hot(k, m.shape[-1]).to(m.dtype)
+
+
+class _Layout(NamedTuple):
+    """How a row's compiled function is called."""
+
+    kept: dict[int, int]  # slots that only move, and where from
+    computed: tuple[int, ...]
+    present: list[int]  # the slots it reads
 
 
 class Textbook:
@@ -87,79 +134,104 @@ class Textbook:
     def __init__(self, plan: fd.Plan, model: Model, *, compiled: bool = False, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu") -> None:  # fmt: skip
         self.plan, self.model, self.dtype, self.device = plan, model, dtype, torch.device(device)
-        self.rows, self.numbers = _rows(plan)
+        self.rows, self.numbers = _rows(plan, dtype)
         times = torch.from_numpy(plan.times.copy())
         self.times = (times if times.dtype == torch.int64 else times.float()).to(self.device)
-        self.c_in = plan.c_in.tolist()
+        self.t: list[Tensor] = []
         self.compiled = compiled
         self.table = [torch.tensor(n, dtype=torch.float32, device=self.device) for n in self.numbers]
-        self.alias = [self._aliases(k) for k in range(plan.nfe)]
+        self.layouts = [self._layout(k) for k in range(plan.nfe)]
+        self.functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        seen = "classes" if plan.readout in CATEGORICAL else "scaled" if plan.c_in[0] != 1 else "cast"
+        self.first = self.rows[0]._replace(seen=seen)
 
-    def _aliases(self, k: int) -> list[tuple[str, int] | None]:
-        at, found = 4, []
-        for terms in self.rows[k].slots:
-            found.append(terms[0] if _plain(terms, self.numbers[k][at : at + len(terms)]) else None)
+    def _layout(self, k: int) -> _Layout:
+        row, at, kept = self.rows[k], FIRST_TERM, {}
+        for i, terms in enumerate(row.slots):
+            if _plain(terms, self.numbers[k][at : at + len(terms)]) and terms[0][0] == "S":
+                kept[i] = terms[0][1]
             at += len(terms)
-        return found
+        computed = tuple(i for i, terms in enumerate(row.slots) if terms and i not in kept)
+        read = {j for i in computed for name, j in row.slots[i] if name == "S"}
+        uses_p = any(("p", 0) in row.slots[i] for i in computed)
+        moved = {kept[0]} if row.seen and 0 in kept else set()
+        return _Layout(kept, computed, sorted(read | moved | ({0} if row.skip and uses_p else set())))
 
     def __call__(self, x_T: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The final state from x_T, [B, *]; of a plan of classes the classes."""
         S: list[Tensor | None] = [x_T] + [None] * (self.plan.slots - 1)
         k = x_T
         draw = partial(torch.randn, x_T.shape, generator=generator, device=x_T.device)
+        fused = self.compiled and self.device.type == "cuda"
+        if not self.t or len(self.t[0]) != len(x_T):
+            self.t = list(self.times[:, None].expand(-1, len(x_T)).contiguous().unbind(0))
+        seen = _seen(self.first, x_T, float(self.plan.c_in[0]), self.dtype)
         for i in range(self.plan.nfe):
-            x = S[0]
-            assert x is not None
             row = self.rows[i]
-            seen = 2 * x.softmax(-1) - 1 if row.readout else x if self.c_in[i] == 1 else x * self.c_in[i]
-            m = self.model(seen.to(self.dtype), self.times[i].expand(len(x)))
-            fused = self.compiled and self.device.type == "cuda"
+            m = self.model(seen, self.t[i])
             n = draw() if row.noisy and not fused else None
-            k, S = self._compiled_row(i, S, m, n) if self.compiled else self._row(i, S, m.float(), n)
+            k, S, seen = self.compiled_row(i, S, m, n) if self.compiled else self.row(i, S, m, n)
         return k if self.rows[-1].readout else S[0]  # type: ignore[return-value]
 
-    def _row(self, i: int, S: list[Tensor | None], m: Tensor, n: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
-        row, (c_skip, c_out, lo, hi, *numbers) = self.rows[i], self.numbers[i]
-        k = p = m
+    def row(self, i: int, S: list[Tensor | None], m: Tensor, n: Tensor | None) -> tuple[Tensor, list[Any], Any]:
+        """Row i by eager operations: the class (or m), the slots, the next model's input."""
+        row, (c_skip, c_out, lo, hi, c_in, *numbers) = self.rows[i], self.numbers[i]
+        k = p = m = m.float()
         if row.readout:
             k, p = _classes(m, row.readout)
         elif any(("p", 0) in terms for terms in row.slots):
             p = m * c_out if c_out != 1 else m
             if row.skip:
-                p = torch.add(p, S[0], alpha=c_skip)  # type: ignore[arg-type]
+                p = _plus(p, S[0], c_skip, p is not m)
             if row.clamp:
-                p = p.clamp(lo, hi)
+                p = p.clamp(lo, hi) if p is m else p.clamp_(lo, hi)
         values = {"p": p, "m": m, "n": n}
         new: list[Tensor | None] = []
         at = 0
         for terms in row.slots:
             total: Tensor | None = None
+            own = False
             for name, j in terms:
                 v, c = S[j] if name == "S" else values[name], numbers[at]
                 at += 1
                 assert v is not None
                 if total is None:
-                    total = v if c == 1 else v * c
+                    total, own = (v, False) if c == 1 else (v * c, True)
                 else:
-                    total = torch.add(total, v, alpha=c)
+                    total, own = _plus(total, v, c, own), True
             new.append(total)
-        return k, new
+        x = new[0]
+        return k, new, _seen(row, x, c_in, self.dtype) if row.seen else x  # type: ignore[arg-type]
 
-    def _compiled_row(
+    def compiled_row(
         self, i: int, S: list[Tensor | None], m: Tensor, n: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """n: the row's noise; None draws it inside the compiled function."""
-        row, alias = self.rows[i], self.alias[i]
-        kept = {j: a[1] for j, a in enumerate(alias) if a is not None and a[0] == "S"}  # slots that only move
-        computed = tuple(j for j, terms in enumerate(row.slots) if terms and j not in kept)
-        key = (row, computed, n is None, m.shape, m.dtype, m.device)
-        fn = self.cache.get(key)
+    ) -> tuple[Tensor, list[Any], Any]:
+        """The same by one compiled function. n: the row's noise; None draws it inside."""
+        row, layout = self.rows[i], self.layouts[i]
+        key = (i, n is None, m.shape, m.dtype)
+        fn = self.functions.get(key)
         if fn is None:
-            fn = self.cache[key] = _compiled(row, computed, m.numel(), inside=n is None)
-        k, *out = fn(self.table[i], m, *[S[j] for j in _present(row)], *([] if n is None else [n]))
-        fresh = dict(zip(computed, out, strict=True))
-        new = [S[kept[j]] if j in kept else fresh.get(j) for j in range(len(alias))]
-        return k, new
+            shared = (row, layout.computed, n is None, m.shape, m.dtype, m.device, self.dtype)
+            fn = self.cache.get(shared)
+            if fn is None:
+                fn = self.cache[shared] = _compiled(row, layout, m.numel(), self.dtype, inside=n is None)
+            self.functions[key] = fn
+        state = [S[j] for j in layout.present]
+        out = list(fn(self.table[i], m, *state) if n is None else fn(self.table[i], m, *state, n))
+        k = out.pop(0) if row.readout else m
+        seen = out.pop() if row.seen else None
+        new: list[Any] = [None] * len(S)
+        for j, value in zip(layout.computed, out, strict=True):
+            new[j] = value
+        for j, origin in layout.kept.items():
+            new[j] = S[origin]
+        return k, new, new[0] if seen is None else seen
+
+
+def _plus(total: Tensor, v: Tensor | None, c: float, own: bool) -> Tensor:
+    """total + c v, in place where total is this row's own tensor."""
+    assert v is not None
+    return total.add_(v, alpha=c) if own else torch.add(total, v, alpha=c)
 
 
 def compiled(function: Callable[..., Any], elements: int) -> Callable[..., Any]:
@@ -176,32 +248,37 @@ def compiled(function: Callable[..., Any], elements: int) -> Callable[..., Any]:
     return torch.compile(own, dynamic=False, options=options)
 
 
-def _compiled(row: Row, computed: tuple[int, ...], elements: int, *, inside: bool) -> Callable[..., Any]:
-    """torch.compile of one row."""
-    present = _present(row)
-    offsets, at = [], 4
+def _compiled(row: Row, layout: _Layout, elements: int, dtype: torch.dtype, *, inside: bool) -> Callable[..., Any]:
+    """torch.compile of one row; returns the class of a readout, the computed slots and what the next model sees."""
+    present = layout.present
+    offsets, at = [], FIRST_TERM
     for terms in row.slots:
         offsets.append(at)
         at += len(terms)
 
     def step(c: Tensor, m: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        out = []
         m = m.float()
-        k = p = m
+        p = m
         if row.readout:
             k, p = _classes(m, row.readout)
-        else:
-            p = c[1] * m + c[0] * state[0] if row.skip else c[1] * m
+            out.append(k)
+        elif any(("p", 0) in row.slots[i] for i in layout.computed):
+            p = c[1] * m + c[0] * state[present.index(0)] if row.skip else c[1] * m
             if row.clamp:
                 p = torch.minimum(torch.maximum(p, c[2]), c[3])
-        n = m if not row.noisy else torch.randn_like(state[0]) if inside else state[-1]
-        out = []
-        for slot in computed:
+        n = m if not row.noisy else torch.randn_like(m) if inside else state[-1]
+        new = {i: state[present.index(j)] for i, j in layout.kept.items() if j in present}
+        for slot in layout.computed:
             total: Tensor | None = None
             for at, (name, j) in enumerate(row.slots[slot], offsets[slot]):
                 v = state[present.index(j)] if name == "S" else p if name == "p" else m if name == "m" else n
                 total = c[at] * v if total is None else total + c[at] * v
             assert total is not None
+            new[slot] = total
             out.append(total)
-        return (k, *out)
+        if row.seen:
+            out.append(_seen(row, new[0], c[4], dtype))
+        return tuple(out)
 
     return compiled(step, elements)

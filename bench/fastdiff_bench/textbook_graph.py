@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastdiff.graph import _capture
+from fastdiff.graph import CaptureError, _capture
 from fastdiff_bench.textbook import Textbook
 
 __all__ = ["Graphed"]
 
 
 class Graphed:
-    """A Textbook's loop, captured at the first call and replayed; noise is drawn by torch's own generator inside it.
+    """The first of some Textbook loops that can be captured, captured at the first call and replayed.
 
-    Raises: RuntimeError where the model or a row cannot be captured.
+    Noise is drawn by torch's own generator inside it.
+    Raises: CaptureError where none can be.
     """
 
-    def __init__(self, loop: Textbook) -> None:
-        self.loop = loop
+    def __init__(self, loops: Sequence[Textbook]) -> None:
+        self.loops = list(loops)
+        self.loop = self.loops[0]
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, x_T: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -27,10 +31,23 @@ class Graphed:
             return self.loop(x_T, generator)
         if self.graph is None:
             self.x = x_T.clone()
-            self.graph = _capture(self._rows, lambda: None, x_T.device)
+            self.graph = self._captured()
         self.x.copy_(x_T)
         self.graph.replay()
         return self.end.clone()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        while True:
+            self.loop = self.loops.pop(0)
+            try:
+                return _capture(self._rows, lambda: None, self.x.device)
+            except CaptureError:
+                if not self.loops:
+                    raise
+
+    def note(self) -> str:
+        """Which loop it is."""
+        return "" if self.loop.compiled else "of the eager rows"
 
     def _rows(self) -> None:
         self.end = self.loop(self.x)

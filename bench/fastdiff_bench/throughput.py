@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,26 +12,24 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
+from fastdiff.commands.options import ModelError, guarded, one_line
 from fastdiff_bench.cases import COLUMNS, GRAPHS, PEERS, Case
-from fastdiff_bench.counts import counted, peak_bytes
+from fastdiff_bench.counts import counted, held_bytes, peak_bytes
 from fastdiff_bench.energy import Meter, throttled
 from fastdiff_bench.stock import diffusers_loop, k_diffusion_loop
-from fastdiff_bench.tables import best
+from fastdiff_bench.tables import best, first_peer
 from fastdiff_bench.textbook import Textbook
 from fastdiff_bench.textbook_graph import Graphed
 from fastdiff_bench.timing import LEAST_ROUNDS, interleave, paired, summary
 
-__all__ = ["ROUNDS", "ModelError", "Settings", "compile_row", "exact_fp32", "measure", "one_line"]
+__all__ = ["ROUNDS", "Settings", "compile_row", "exact_fp32", "measure"]
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+HOST_RUNS = 5
 LEAST_AGAIN = 2  # rounds of a later visit, where they are slow
 ROUNDS = 201  # at most; the medians of short loops need many on a machine that others share
 
 Model = Callable[[Tensor, Tensor], Tensor]
-
-
-class ModelError(Exception):
-    """The user's model raised."""
 
 
 class Settings(NamedTuple):
@@ -43,7 +43,8 @@ class Settings(NamedTuple):
     copy_gb_s: float | None = None
     details: bool = True  # launches, host time, memory
     meter: Meter | None = None
-    joules: bool = True  # with the details: 15 s a row
+    joules: bool = True  # with the details: 10 s a row
+    keep: Callable[[dict[str, Any]], object] = lambda row: None  # takes a row before its joules, which take long
 
 
 class Column(NamedTuple):
@@ -51,7 +52,7 @@ class Column(NamedTuple):
 
     run: Callable[[Tensor, torch.Generator | None], Tensor]
     prepare: Callable[[], object] = lambda: None
-    note: str = ""
+    note: Callable[[], str] = str
     sampler: fd.Sampler | None = None
 
     def runs_as(self) -> tuple[bool, str]:
@@ -65,23 +66,6 @@ def exact_fp32() -> None:
     """fp32 means fp32 in products and convolutions too, in every column."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def one_line(error: Exception) -> str:
-    """An exception's type and message, folded into one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _guarded(model: Callable[..., Any]) -> Model:
-    def call(x: Tensor, t: Tensor) -> Tensor:
-        try:
-            return model(x, t)
-        except Exception as error:
-            if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise  # the compiler failed: that is its column's note
-            raise ModelError(one_line(error)) from error
-
-    return call
 
 
 def _ours(plan: fd.Plan, model: Model, mode: str, dtype: torch.dtype, device: torch.device) -> Column:
@@ -102,23 +86,22 @@ def _ours(plan: fd.Plan, model: Model, mode: str, dtype: torch.dtype, device: to
 def column_of(name: str, case: Case, plan: fd.Plan, model: Model, dtype: torch.dtype, device: torch.device,
             compiled_model: Model | None = None) -> Column | str:  # fmt: skip
     """The column, or why there is none."""
+    compiled_model = model if compiled_model is None else compiled_model
     if name == "torch":
         return Column(Textbook(plan, model, dtype=dtype, device=device))
     if name == "torch.compile":
-        return Column(
-            Textbook(
-                plan, model if compiled_model is None else compiled_model, compiled=True, dtype=dtype, device=device
-            )
-        )
+        return Column(Textbook(plan, compiled_model, compiled=True, dtype=dtype, device=device))
     if name == "torch graph" and device.type == "cuda":
-        return Column(Graphed(Textbook(plan, model, dtype=dtype, device=device)))
+        ways = ((compiled_model, True), (model, False))
+        graphed = Graphed([Textbook(plan, m, compiled=c, dtype=dtype, device=device) for m, c in ways])
+        return Column(graphed, note=graphed.note)
     if name in ("diffusers", "k-diffusion"):
         make = diffusers_loop if name == "diffusers" else k_diffusion_loop
         try:
             stock = make(case, plan, model, dtype, device)
         except ModuleNotFoundError as error:
             return str(error)
-        return Column(stock.loop, stock.prepare, stock.name) if stock else "no sampler that does the same"
+        return Column(stock.loop, stock.prepare, lambda: stock.name) if stock else "no sampler that does the same"
     mode = name.removeprefix("fastdiff ")
     if mode in (*GRAPHS, "torch graph") and device.type != "cuda":
         return "CUDA graphs need a GPU"
@@ -143,8 +126,9 @@ def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: to
 
     Whole loops, the same start and the same normals.
 
-    On a GPU compiled code draws its normals itself: there torch.compile is compared on plans without noise only.
-    Where classes are drawn, no two libraries draw alike: those columns are not compared here.
+    On a GPU compiled code and graphs draw their normals themselves: there those are compared on plans without noise
+    only, as are fastdiff's own C++ loops on a CPU. Where classes are drawn, no two libraries draw alike: those columns
+    are not compared here.
     """
     out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     model = _probe(out)
@@ -155,8 +139,11 @@ def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: to
     assert isinstance(want, Column)
     sampled = plan.readout == "sample"
     for name in names:
-        own_noise = plan.stochastic and name == "torch.compile" and device.type == "cuda"
-        if name not in PEERS or sampled or own_noise:
+        own_noise = plan.stochastic and name in (
+            ("torch.compile", "torch graph") if device.type == "cuda" else ("fastdiff compiled",)
+        )
+        compared = name in PEERS or (name == "fastdiff compiled" and device.type == "cpu")
+        if not compared or sampled or own_noise:
             continue
         seeds = [torch.Generator(device).manual_seed(3) if plan.stochastic else None for _ in range(2)]
         try:
@@ -166,6 +153,8 @@ def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: to
             column.prepare()
             end = column.run(x_T, seeds[0])
         except Exception as error:
+            if name not in PEERS:
+                raise
             failed[name] = one_line(error)
             continue
         gaps[name] = _gap(end, want.run(x_T, seeds[1]))
@@ -210,13 +199,18 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
         row["rounds"] = len(next(iter(times.values()), ()))
         row["us"] = {n: summary([1e6 * v / plan.nfe for v in values]) for n, values in times.items()}
         row["steps_per_s"] = {n: 1e6 / v["median"] for n, v in row["us"].items()}
-        first = next((n for n in PEERS if n in times), None)
-        if first is not None:
-            row["against"] = first
-            row["times_faster"] = {n: paired(times[first], v) for n, v in times.items() if n != first}
+        others = [n for n in PEERS if n in times]
+        if others:
+            row["against"] = ", ".join(others)
+            theirs = [statistics.geometric_mean(round_) for round_ in zip(*(times[n] for n in others), strict=True)]
+            row["times_faster"] = {n: paired(theirs, v) for n, v in times.items() if n not in others}
         _bandwidth(row, plan, x_T.numel(), dtype, set_.copy_gb_s)
         if set_.details:
-            _details(row, plan, runs, prepare, set_)
+            held = {
+                name: held_bytes(column.run if column.sampler is None else column.sampler)
+                for name, column in columns.items()
+            }
+            _details(row, plan, runs, prepare, held, set_)
     return row
 
 
@@ -239,9 +233,9 @@ def _models(set_: Settings, plan: fd.Plan, shape: tuple[int, ...], dtype: torch.
         return (lambda x, t: out,) * 2
     if isinstance(set_.model, torch.nn.Module):
         set_.model.to(set_.device, dtype).eval()
-    model = _guarded(set_.model)
+    model = guarded(set_.model)
     _ours(plan, model, "eager", dtype, set_.device).run(_start(plan, shape, set_.device), None)
-    return model, _guarded(torch.compile(set_.model, dynamic=False))
+    return model, guarded(torch.compile(set_.model, dynamic=False))
 
 
 def _columns(row: dict[str, Any], case: Case, plan: fd.Plan, model: Model, compiled_model: Model,
@@ -267,7 +261,8 @@ def _columns(row: dict[str, Any], case: Case, plan: fd.Plan, model: Model, compi
             column.prepare()
             end = column.run(x_T, None)  # compiles, captures, allocates
         except Exception as error:
-            if name not in PEERS or isinstance(error, ModelError):
+            refused = isinstance(error, torch._dynamo.exc.TorchDynamoException)  # a model that does not compile
+            if isinstance(error, ModelError) or (name not in PEERS and not refused):
                 raise
             row["skipped"][name] = f"it failed: {one_line(error)}"
             continue
@@ -279,10 +274,10 @@ def _columns(row: dict[str, Any], case: Case, plan: fd.Plan, model: Model, compi
             if name == "fastdiff compiled" and device.type == "cpu":
                 row["kept_step"] = step
             want = end if want is None else want
-            row["differs"][name] = _gap(end, want)
+            row["differs"][name] = max(gap, _gap(end, want))
         columns[name] = column
-        if column.note:
-            row.setdefault("names", {})[name] = column.note
+        if note := column.note():
+            row.setdefault("names", {})[name] = note
     return columns
 
 
@@ -299,7 +294,7 @@ def _bandwidth(row: dict[str, Any], plan: fd.Plan, n: int, dtype: torch.dtype, c
 
 
 def _details(row: dict[str, Any], plan: fd.Plan, runs: Mapping[str, Callable[[], object]],
-             prepare: Mapping[str, Callable[[], object]], set_: Settings) -> None:  # fmt: skip
+             prepare: Mapping[str, Callable[[], object]], held: Mapping[str, int], set_: Settings) -> None:  # fmt: skip
     """Launches, waits and bytes of every column; joules of the best one and of the first peer, on a GPU."""
     for key in ("launches", "syncs", "peak_mib", "host_us", "joules"):
         row[key] = {}
@@ -308,10 +303,10 @@ def _details(row: dict[str, Any], plan: fd.Plan, runs: Mapping[str, Callable[[],
         count = counted(run, set_.device)
         row["launches"][name], row["syncs"][name] = (count[k] / plan.nfe for k in ("launches", "syncs"))
         prepare[name]()
-        row["peak_mib"][name] = peak_bytes(run, set_.device) / 2**20
-        prepare[name]()
+        row["peak_mib"][name] = (held[name] + peak_bytes(run, set_.device)) / 2**20
         if set_.device.type == "cuda":
-            row["host_us"][name] = _host_us(run, plan.nfe)
+            row["host_us"][name] = _host_us(run, prepare[name], plan.nfe)
+    set_.keep(row)
     if set_.joules and set_.meter is not None and set_.meter.nvml is not None:
         _energy(row, plan, runs, prepare, set_.meter)
 
@@ -319,10 +314,9 @@ def _details(row: dict[str, Any], plan: fd.Plan, runs: Mapping[str, Callable[[],
 def _energy(row: dict[str, Any], plan: fd.Plan, runs: Mapping[str, Callable[[], object]],
             prepare: Mapping[str, Callable[[], object]], meter: Meter) -> None:  # fmt: skip
     """Joules of the best column and of the first peer, or why the board gave none."""
-    for name in [n for n in {best(row), row.get("against")} if n is not None]:
+    for name in [n for n in {best(row), first_peer(row)} if n is not None]:
         try:
-            prepare[name]()
-            reading = meter.energy(runs[name])
+            reading = meter.energy(runs[name], prepare=prepare[name])
         except ModelError:
             raise
         except Exception as error:  # NVML's own error is no RuntimeError
@@ -332,13 +326,14 @@ def _energy(row: dict[str, Any], plan: fd.Plan, runs: Mapping[str, Callable[[], 
             row["joules"][name] = reading.joules / plan.nfe
 
 
-def _host_us(run: Callable[[], object], rows: int) -> float:
-    """Microseconds of the host a step: until the loop returns, the device not waited for."""
-    import time
-
+def _host_us(run: Callable[[], object], prepare: Callable[[], object], rows: int) -> float:
+    """Microseconds of the host a step: until the loop returns, the device not waited for; median of HOST_RUNS."""
+    spent = []
+    for _ in range(HOST_RUNS):
+        prepare()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - begin)
     torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    spent = time.perf_counter() - begin
-    torch.cuda.synchronize()
-    return 1e6 * spent / rows
+    return 1e6 * statistics.median(spent) / rows

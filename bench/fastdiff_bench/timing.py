@@ -19,6 +19,7 @@ __all__ = [
     "LEAST_ROUNDS",
     "MALLOC",
     "cache_bytes",
+    "captured",
     "copy_bandwidth",
     "graph_us",
     "interleave",
@@ -147,8 +148,11 @@ def rotation(bytes_each: int, device: torch.device) -> int:
     return max(2, min(most, CACHES * cache // max(1, bytes_each) + 1))
 
 
-def graph_us(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLAYS) -> list[float]:
-    """Microseconds of one call, one number a replay of one CUDA graph that holds all the calls."""
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One CUDA graph of all the calls, replayed once.
+
+    Raises: RuntimeError for a call that cannot be captured.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -160,7 +164,12 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLAYS
         for call in calls:
             call()
     graph.replay()
-    times = []
+    return graph
+
+
+def graph_us(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLAYS) -> list[float]:
+    """Microseconds of one call, one number a replay of one CUDA graph that holds all the calls."""
+    graph, times = captured(calls), []
     for _ in range(replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -10,8 +10,6 @@ compiled two.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -25,7 +23,7 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff_bench.environment import describe, environment
-from fastdiff_bench.steps import MALLOC
+from fastdiff_bench.single import restart, save, summarised
 
 SHAPE = (256, 4, 32, 32)
 ASKED = 1.8  # ours against stock, both as they come
@@ -116,8 +114,7 @@ def measure(target: str, repeats: int, shape: tuple[int, ...] = SHAPE) -> dict[s
                 times[name].append((time.perf_counter() - begin) * 1e3)
     row: dict[str, Any] = {"target": target, "shape": list(shape), "repeats": repeats, "asked": ASKED}
     for name, values in times.items():
-        row[f"{name}_ms"] = statistics.median(values)
-        row[f"{name}_ms_p10"], row[f"{name}_ms_p90"] = (sorted(values)[int(q * (len(values) - 1))] for q in (0.1, 0.9))
+        row |= summarised(f"{name}_ms", values)
     for name in ("ours", "ours_eager", "ours_in_compile"):
         for peer in ("stock", "stock_compiled"):
             ratios = (a / b for a, b in zip(times[peer], times[name], strict=True))
@@ -146,16 +143,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args(argv)
-    if any(os.environ.get(k) != v for k, v in MALLOC.items()):  # glibc reads them at start: page faults off the clock
-        command = [sys.executable, "-m", "fastdiff_bench.training", *(argv or sys.argv[1:])]
-        os.execve(sys.executable, command, os.environ | MALLOC)
-    env = environment()
+    restart("fastdiff_bench.training", argv)
+    env = environment("cpu")
     rows = [measure(target, 9 if args.quick else 41) for target in ("eps", "v")]
     print(table(rows))
     print(describe(env))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n")
+    save(args.json, env, rows)
     return 0
 
 

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.commands.options import one_line
 from fastdiff.schedules import Betas, cosine_betas, linear_betas, scaled_linear_betas
 from fastdiff_bench.timing import graph_us, interleave, summary
 
-__all__ = ["CHAINS", "Column", "Work", "chain_of", "finish", "gap", "graded", "library", "randn", "shape", "times"]
+__all__ = [
+    "CHAINS", "Column", "Work", "chain_of", "fails", "finish", "gap", "graded", "library", "randn", "shape", "times",
+]  # fmt: skip
 
 CHAINS = {"linear_betas": linear_betas, "scaled_linear_betas": scaled_linear_betas, "cosine_betas": cosine_betas}
 GRAPH_CALLS = 40
@@ -37,6 +40,7 @@ class Work:
     sets: Sequence[tuple[Any, ...]]
     columns: dict[str, Column]
     units: int = 1
+    prepare: dict[str, Callable[[], object]] = field(default_factory=dict)  # before a pass, not timed
     skipped: dict[str, str] = field(default_factory=dict)
     differs: dict[str, float] = field(default_factory=dict)
 
@@ -56,7 +60,7 @@ def times(work: Work, device: torch.device, *, rounds: int, seconds: float) -> d
     calls = len(work.sets) * work.units
     if device.type != "cuda":
         runs = {name: work.run(name) for name in work.columns}
-        spent = interleave(runs, rounds=rounds, seconds=seconds, device=device)
+        spent = interleave(runs, rounds=rounds, seconds=seconds, device=device, prepare=work.prepare)
         return {name: summary([1e6 * v / calls for v in values]) for name, values in spent.items()}
     out = {}
     for name, column in work.columns.items():
@@ -81,6 +85,17 @@ def gap(got: Tensor, want: Tensor) -> float:
     parts = [torch.stack([(a.double() - b.double()).abs().max(), b.double().abs().max()]) for a, b in pairs]
     difference, scale = torch.stack(parts).amax(0)
     return float(difference / scale.clamp_min(1e-30))
+
+
+def fails(call: Callable[[], object]) -> str:
+    """Why a call raises; "" where it does not, or where it lacks memory, which is no fault of the column."""
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        return ""
+    except Exception as error:
+        return f"it failed: {one_line(error)}"
+    return ""
 
 
 def shape(elements: int) -> tuple[int, int]:

@@ -1,11 +1,14 @@
-"""What the commands share: names, schedules and plans from text, models from files, and what a usage error is."""
+"""What the commands share: plans, devices and files from text, and what becomes of an error."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import json
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +27,19 @@ __all__ = [
     "UsageError",
     "add_plan_options",
     "device",
+    "failed",
     "guarded",
     "load_model",
     "make_plan",
     "make_schedule",
     "numbers",
+    "one_line",
     "pick",
     "print_json",
     "schedule_names",
     "shape",
     "solver_names",
+    "writable",
 ]
 
 BAD_INPUT = 2
@@ -41,12 +47,34 @@ MODEL_FAILED = 1
 INTERRUPTED = 130
 
 
-class UsageError(Exception):
+class UsageError(argparse.ArgumentTypeError):
     """Bad input: one line for stderr, exit code 2."""
 
 
 class ModelError(Exception):
     """The user's own model raised."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and message, folded into one line."""
+    return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+
+
+def failed(command: str, error: BaseException, *, found: Sequence[Any] | None = None, path: str | None = None) -> int:
+    """Says on stderr, in one line, what ended a command, and where what it had found is kept.
+
+    Returns: the exit code: 130 for an interruption, else 2 (not Python's 1, which commands have other uses for).
+    """
+    line = f"error: {one_line(error)}"
+    if isinstance(error, KeyboardInterrupt):
+        line = "interrupted"
+    elif isinstance(error, ModelError):
+        line = f"error: the model failed: {' '.join(str(error).split())}"
+    elif isinstance(error, (UsageError, ValueError, TypeError, OSError)) and str(error):
+        line = f"error: {' '.join(str(error).split())}"
+    kept = f"; what was measured before is in {path}" if found and path and Path(path).exists() else ""
+    print(f"fastdiff {command}: {line}{kept}", file=sys.stderr)
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT
 
 
 def make_plan(args: argparse.Namespace) -> fd.Plan:
@@ -83,13 +111,31 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def device(text: str) -> torch.device:
+    """A CPU, or a CUDA device that is here."""
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no torch device; write cpu, cuda or cuda:0") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{text!r} is no device to run on; write cpu, cuda or cuda:0")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r} is not here: {torch.cuda.device_count()} CUDA devices were found")
+        raise UsageError(f"{text!r} is not here: {torch.cuda.device_count()} CUDA devices were found")
     return device
+
+
+def writable(option: str, text: str | None) -> Path | None:
+    """The path of a file that can be written, its folder made; a file that is there stays as it is."""
+    if not text:
+        return None
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"{option}: {text!r} cannot be written: {error.strerror or error}") from None
+    if path.is_dir():
+        raise UsageError(f"{option}: {text!r} is a folder")
+    return path
 
 
 def print_json(content: Any) -> None:
@@ -102,13 +148,15 @@ def numbers(array: np.ndarray) -> Any:
 
 
 def guarded(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model, whose own exceptions are told apart from bad input."""
+    """The model, whose own exceptions become a ModelError; those of torch's compiler stay what they are."""
 
     def call(x: torch.Tensor, t: torch.Tensor) -> Any:
         try:
             return model(x, t)
         except Exception as error:
-            raise ModelError from error
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            raise ModelError(one_line(error)) from error
 
     return call
 

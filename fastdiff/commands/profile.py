@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff.commands.options import BAD_INPUT, UsageError, add_plan_options, device, make_plan, print_json, shape
-from fastdiff.files import write_atomic
+from fastdiff.commands.options import add_plan_options, device, failed, make_plan, print_json, shape, writable
 from fastdiff.names import load_model, solver_names
 from fastdiff.request import MODES
 
@@ -58,35 +55,17 @@ def _model(name: str, size: tuple[int, ...] | None, on: torch.device) -> tuple[C
     return model, size
 
 
-def _trace(text: str | None) -> Path | None:
-    """The trace's path, which can be written; what is there stays until there is a new trace."""
-    if not text:
-        return None
-    path = Path(text)
-    try:
-        if path.exists():
-            write_atomic(path, path.read_bytes())
-        else:
-            write_atomic(path, b"")
-            path.unlink()
-    except OSError as error:
-        raise UsageError(f"--trace: {text!r} cannot be written: {error.strerror or error}") from None
-    return path
-
-
 def run_profile(args: argparse.Namespace) -> int:
-    """fastdiff profile; a model that fails is one line and exit code 2."""
-    from fastdiff_bench.profiling import ModelError, profile_run, table
+    """fastdiff profile; whatever fails is one line and exit code 2."""
+    from fastdiff_bench.profiling import profile_run, table
 
-    trace = _trace(args.trace)
-    plan = make_plan(args)
-    model, size = _model(args.model, args.shape, torch.device(args.device))
     try:
+        plan = make_plan(args)
+        model, size = _model(args.model, args.shape, args.device)
+        trace = writable("--trace", args.trace)
         with torch.no_grad():
-            result = profile_run(model, plan, size, mode=args.mode, device=torch.device(args.device), trace=trace,
-                                 nvtx=args.nvtx)  # fmt: skip
-    except ModelError as error:
-        print(f"fastdiff profile: error: the model failed: {error}", file=sys.stderr)
-        return BAD_INPUT
+            result = profile_run(model, plan, size, mode=args.mode, device=args.device, trace=trace, nvtx=args.nvtx)
+    except (Exception, KeyboardInterrupt) as error:
+        return failed("profile", error)
     print_json(result) if args.json else print(table(result))
     return 0
