@@ -1,6 +1,7 @@
 """Launches, host reads, peak memory and energy: against numbers one can count by hand."""
 
 import sys
+import time
 import types
 
 import pytest
@@ -188,6 +189,30 @@ def test_the_clocks_are_read_with_rows_whose_energy_is_not_measured():
         assert meter.asked == ["state"] and row["throttled"] is False
     hot = measured(Log(throttle_bits=0x4), details=False)
     assert measured(Log(), earlier=hot, details=False)["throttled"] is True  # one of its visits
+
+
+def test_a_row_is_kept_before_its_energy_is_measured():
+    class Interrupted(Log):
+        def energy(self, run, seconds=5.0, prepare=lambda: None):
+            raise KeyboardInterrupt
+
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        measured(Interrupted(), keep=kept.append)
+    assert [set(row["us"]) for row in kept] == [{"torch", "fastdiff eager"}] and kept[0]["peak_mib"]
+
+
+def test_the_hosts_time_is_of_whole_loops_each_prepared(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    us = throughput._host_us(lambda: time.sleep(0.002), lambda: calls.append("prepare"), 4)
+    assert calls == ["prepare"] * throughput.HOST_RUNS and us >= 500
+
+
+def test_what_a_graph_was_captured_of_is_a_note_and_a_samplers_name_is_not():
+    row = measured(Log(), details=False) | {"names": {"torch graph": "of the eager rows", "diffusers": "DDIMScheduler"}}
+    assert [line for line in tables.footnotes([row]) if "graph" in line] == ["torch graph: of the eager rows"]
+    assert not any("DDIM" in line for line in tables.footnotes([row]))
 
 
 def test_a_board_that_refuses_its_energy_is_a_note():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fastdiff_bench.cases import COLUMNS, PEERS
+from fastdiff_bench.cases import COLUMNS, GPU_PEERS, PEERS
 
 __all__ = [
     "best",
@@ -102,10 +102,11 @@ def details(rows: Sequence[dict[str, Any]], *, aligned: bool = False) -> str:
 
 
 def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Why cells are empty, each reason once; who was compared; rows whose times vary much."""
+    """Why cells are empty, each reason once; what a graph was captured of; rows whose times vary much."""
     why: dict[str, dict[str, list[str]]] = {}
     for r in rows:
-        for column, reason in (r["skipped"] | r.get("not_measured", {})).items():
+        notes = {n: v for n, v in r.get("names", {}).items() if n in GPU_PEERS}
+        for column, reason in (r["skipped"] | r.get("not_measured", {}) | notes).items():
             why.setdefault(reason, {}).setdefault(column, []).append(f"{r['schedule']} {r['solver']}")
     lines = []
     for reason, found in why.items():

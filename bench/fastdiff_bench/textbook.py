@@ -29,7 +29,6 @@ __all__ = ["Textbook", "compiled"]
 Model = Callable[[Tensor, Tensor], Tensor]
 FIRST_TERM = 5  # of a row's numbers
 MOST_FOLDED = 16.0
-ROUNDING = 1e-12  # of what a difference in float64 leaves where there is none
 _count = itertools.count()
 
 
@@ -87,8 +86,7 @@ def _folded(slots: list[Terms], c_skip: float, c_out: float) -> list[Terms]:
     terms = dict(slots[users[0]])
     b = terms.pop(("p", 0))
     for term, c in ((("S", 0), b * c_skip), (("m", 0), b * c_out)):
-        total = terms.get(term, 0.0) + c
-        terms[term] = total if abs(total) > ROUNDING * abs(c) else 0.0
+        terms[term] = terms.get(term, 0.0) + c
     if max(abs(terms[term]) for term in (("S", 0), ("m", 0))) > MOST_FOLDED:
         return slots
     ordered = sorted((term for term, c in terms.items() if c != 0), key=lambda term: ("Spmn".index(term[0]), term[1]))
