@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled
 
 from fastdiff.native import TYPES, call, coef_rows, function, layout, plain, run, threads, types
 from fastdiff.plan import ROW_HEADER, Plan
@@ -224,7 +225,8 @@ def _native_terms(t: Target, noisy: bool) -> list[tuple[int, float]]:
 
 
 def _loop(slots: int) -> Callable[..., None] | None:
-    return function("step", "affine_row", c_void_p, c_void_p, c_int) if slots <= SLOTS else None
+    # two references and an int need no conversion, which would take as long as a small row
+    return function("step", "affine_row") if slots <= SLOTS else None
 
 
 class CompiledStep:
@@ -238,13 +240,17 @@ class CompiledStep:
         keys: seeds and sample indices, int64 [B], of which rows that are given no noise draw it.
         """
         self.slots = slots  # the list is shared with EagerStep, which may trade
-        self.bound: list[Tensor | None] = [None] * len(slots)
         self.loop = _loop(len(slots))
         self.rows = [_native_row(row, k) for k, row in enumerate(host_rows(plan))] if self.loop else []
+        self.noisy = [bool(row.noisy) for row in self.rows]
         self.keys, x = keys, slots[0]
         self.threads, self.drawing = threads(x.numel()), threads(x.numel(), heavy=True)
         self.w: Tensor | None = None
+        self.x0: Tensor | None = None
+        self.m_dtype: torch.dtype | None = None
         self.operands = Call(batch=1, n=x.numel(), samples=max(1, x.shape[0]))
+        if self.loop:
+            self.bind()
         if keys is not None:
             self.operands.seeds, self.operands.index = (v.data_ptr() for v in keys)
         for i, copy in enumerate(copies):
@@ -263,21 +269,32 @@ class CompiledStep:
         if self.loop is None:
             return False
         operands = self.operands
-        for i, slot in enumerate(self.slots):
-            if slot is not self.bound[i]:
-                operands.slots[i], self.bound[i] = slot.data_ptr(), slot
+        operands.m = m.data_ptr()
+        if m.dtype is not self.m_dtype:
+            self.m_dtype, operands.m_type = m.dtype, TYPES[m.dtype]
         if w is not self.w:
             self._weigh(w)
-        operands.m, operands.m_type = m.data_ptr(), TYPES[m.dtype]
-        operands.uncond = None if uncond is None else uncond.data_ptr()
-        operands.uncond_type = 0 if uncond is None else TYPES[uncond.dtype]
+        if uncond is None:
+            operands.uncond = None
+        else:
+            operands.uncond, operands.uncond_type = uncond.data_ptr(), TYPES[uncond.dtype]
         operands.noise = None if noise is None else noise.data_ptr()
-        operands.x0 = None if x0 is None else x0.data_ptr()
+        if x0 is not self.x0:
+            self.x0, operands.x0 = x0, None if x0 is None else x0.data_ptr()
         rows, reference = self.references
-        drawing = noise is None and self.rows[k].noisy
+        drawing = noise is None and self.noisy[k]
         assert not drawing or self.keys is not None, f"row {k} has noise and got none"
-        call(self.loop, rows[k], reference, self.drawing if drawing else self.threads)
+        count = self.drawing if drawing else self.threads
+        if _profiler_enabled():
+            call(self.loop, rows[k], reference, count)
+        else:
+            self.loop(rows[k], reference, count)
         return True
+
+    def bind(self) -> None:
+        """Takes over where the slots are."""
+        for i, slot in enumerate(self.slots):
+            self.operands.slots[i] = slot.data_ptr()
 
     def _weigh(self, w: Tensor | None) -> None:
         operands, x = self.operands, self.slots[0]

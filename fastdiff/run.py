@@ -14,7 +14,7 @@ from fastdiff.cpu import CompiledStep, EagerStep
 from fastdiff.noise import CallableNoise, Noise, PhiloxNoise, TorchNoise
 from fastdiff.ops._relaunch import Relaunch
 from fastdiff.plan import Plan
-from fastdiff.request import Request
+from fastdiff.request import MODEL_DTYPES, Request
 
 __all__ = ["Run"]
 
@@ -43,6 +43,7 @@ class Run:
         self.doubled = self.guided and o.batched_guidance
         self.slab = self._buffer((plan.allocate().physical, *self.shape), torch.float32)
         self.x = self.slab[0]
+        self.x_pointer = self.x.data_ptr()
         copies = 2 if self.doubled else 1
         same = self.input_is_state and request.dtype == torch.float32 and bool((plan.c_in == 1).all())
         self.aliased = copies == 1 and same
@@ -67,7 +68,7 @@ class Run:
         self.bad = torch.full((), plan.nfe, dtype=torch.int32, device=self.device) if o.check_finite != "off" else None
         self.noise = self._noise(request, compiled)
         self.weight = None if request.weight is None else request.weight.to(self.device, copy=True)
-        self.compiled: Callable[..., bool] | None = None
+        self.compiled: Any = None  # the CPU loops of this kind of run
         self.w_tensors: list[Tensor] = []
         self.relaunch = Relaunch()
         self.numbered = False  # do kernels get a row's number itself? Where each is launched, or captured, for one row
@@ -240,7 +241,7 @@ class Run:
             )
         if m.shape != self.expected:
             raise ValueError(f"the model must return {self.output_says}, {tuple(self.expected)}, got {tuple(m.shape)}")
-        if m.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if m.dtype not in MODEL_DTYPES:
             raise TypeError(f"the model must return float32, bfloat16 or float16, got {m.dtype}")
         if m.device != self.device:
             raise ValueError(f"the model must return a tensor on {self.device}, got {m.device}")
@@ -251,7 +252,7 @@ class Run:
             m = m.contiguous()
         if u is not None and not u.is_contiguous():
             u = u.contiguous()
-        if m.data_ptr() == self.x.data_ptr():
+        if m.data_ptr() == self.x_pointer:
             m = m.clone()  # a model that returns its input: the step would overwrite what it still reads
         bound = None
         if self.adjusts:
@@ -270,6 +271,8 @@ class Run:
         ):
             self.eager(k, m, u, self.w_eager[k] if self.guided else None, noise, self.x0, bound)
             self.refresh(k + 1)
+            if self.compiled is not None:
+                self.compiled.bind()  # the eager step may have traded slots
         if self.bad is not None:
             self.watch(row, m)
 

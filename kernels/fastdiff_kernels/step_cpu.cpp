@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int BLOCK = 512, TERMS = SLOTS + 3;
+constexpr int BLOCK = 512, LARGE = 4096, TERMS = SLOTS + 3;
 enum Source { P = -1, M = -2, N = -3 };  // else a slot
 
 // p = clamp(c_skip (x + c_ratio m)): x and m may nearly cancel
@@ -56,14 +56,14 @@ inline float predicted(const Prediction& of, float x, float m) {
 template <bool SUMMED, bool KEPT, int K>
 void fuse(const Prediction& of, const float* x, const float* m, float b, const float* const* s, const float* c,
           float* to, float* kept, int count) {
-#pragma omp simd
-  for (int i = 0; i < count; i++) {
+  const Terms<K> t(s, c);
+  each(count, [=](int i) {
     const float p = predicted(of, x[i], m[i]);
-    float v = K ? c[0] * s[0][i] : b * p;
-    for (int k = 1; k < K; k++) v += c[k] * s[k][i];
+    float v = K ? t.c[0] * t.s[0][i] : b * p;
+    for (int k = 1; k < K; k++) v += t.c[k] * t.s[k][i];
     to[i] = SUMMED && K ? v + b * p : v;
     if (KEPT) kept[i] = p;
-  }
+  });
 }
 
 template <bool SUMMED, bool KEPT>
@@ -116,6 +116,12 @@ void block(const Row& row, const Call& v, int64_t b, int64_t at, int count, cons
     if (v.copies[j]) write(v.slots[0] + at, row.c_in_next, v.copies[j], v.copy_type, at, count);
 }
 
+// does nothing of a block go through its own memory? Then blocks may be larger, and a row costs fewer of them
+bool direct(const Row& row, const Call& v) {
+  const bool summed = row.fused ? row.skips && !(v.x0 && row.targets > 1) : !row.uses_p && !v.x0;
+  return summed && v.m_type == FP32 && !v.uncond && std::none_of(row.held, row.held + row.targets, [](int h) { return h; });
+}
+
 // a row that draws its noise, a block at a time
 void drawn(const Row& row, const Call& v, int threads) {
   const int64_t n = v.batch * v.n / v.samples, shared = samples_of_draw(n), blocks = (n + BLOCK - 1) / BLOCK;
@@ -140,11 +146,12 @@ void drawn(const Row& row, const Call& v, int threads) {
 
 extern "C" void affine_row(const Row* row, const Call* call, int threads) {
   if (row->noisy && !call->noise) return drawn(*row, *call, threads);
-  const int64_t blocks = (call->n + BLOCK - 1) / BLOCK, jobs = call->batch * blocks;
+  const int64_t size = direct(*row, *call) ? LARGE : BLOCK;
+  const int64_t blocks = (call->n + size - 1) / size, jobs = call->batch * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs; job++) {
-    const int64_t b = job / blocks, start = job % blocks * BLOCK, at = b * call->n + start;
-    block(*row, *call, b, at, int(std::min<int64_t>(BLOCK, call->n - start)), call->noise ? call->noise + at : nullptr);
+    const int64_t b = job / blocks, start = job % blocks * size, at = b * call->n + start;
+    block(*row, *call, b, at, int(std::min(size, call->n - start)), call->noise ? call->noise + at : nullptr);
   }
 }
 

@@ -7,14 +7,37 @@ namespace {
 constexpr int IN_ONE = 4;  // terms a pass sums
 constexpr int SLOTS = 16, COPIES = 2;  // what a row may have at most, of slots and of places for the model's next input
 
+// f(i) for every element, several vectors at a time: the counting costs as much as a sum of two terms
+template <class F>
+void each(int count, F f) {
+  constexpr int MANY = 32;
+  int i = 0;
+  for (; i + MANY <= count; i += MANY)
+#pragma omp simd
+    for (int j = i; j < i + MANY; j++) f(j);
+#pragma omp simd
+  for (int j = i; j < count; j++) f(j);
+}
+
+// the operands of K terms in registers: a result that is written might change what is still in memory
+template <int K>
+struct Terms {
+  const float* s[K ? K : 1];
+  float c[K ? K : 1];
+
+  Terms(const float* const* s_, const float* c_) {
+    for (int k = 0; k < K; k++) s[k] = s_[k], c[k] = c_[k];
+  }
+};
+
 template <int K, bool MORE>
 void add(const float* const* s, const float* c, float* to, int count) {
-#pragma omp simd
-  for (int i = 0; i < count; i++) {
-    float v = MORE ? to[i] + c[0] * s[0][i] : c[0] * s[0][i];
-    for (int k = 1; k < K; k++) v += c[k] * s[k][i];
+  const Terms<K> t(s, c);
+  each(count, [=](int i) {
+    float v = MORE ? to[i] + t.c[0] * t.s[0][i] : t.c[0] * t.s[0][i];
+    for (int k = 1; k < K; k++) v += t.c[k] * t.s[k][i];
     to[i] = v;
-  }
+  });
 }
 
 template <bool MORE>
