@@ -215,6 +215,13 @@ def test_what_a_graph_was_captured_of_is_a_note_and_a_samplers_name_is_not():
     assert not any("DDIM" in line for line in tables.footnotes([row]))
 
 
+def test_the_tenths_of_both_sides_are_in_the_table():
+    row = measured(Log(), details=False)
+    times = {"median": 2.0, "p10": 1.0, "p90": 3.456}, {"median": 20.0, "p10": 10.0, "p90": 34.56}
+    row["us"] = dict(zip(("fastdiff eager", "torch"), times, strict=True))
+    assert "| 1 to 3.46 / 10 to 34.6 |" in tables.details([row])
+
+
 def test_a_board_that_refuses_its_energy_is_a_note():
     row = measured(Log(refuses=True))
     assert row["joules"] == {} and set(row["us"]) == {"torch", "fastdiff eager"}

@@ -9,21 +9,20 @@ import importlib
 import itertools
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 import fastdiff as fd
 from fastdiff import graph as graphs
-from fastdiff import ops, solvers
 from fastdiff import request as requests
 from fastdiff import run as runs
 from fastdiff import schedules as S
+from fastdiff import solvers
 
 CHAIN = S.Betas(S.scaled_linear_betas(1000))
 SHAPE = (3, 2, 5)
@@ -62,6 +61,19 @@ class Replay(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, [v for v in tree_leaves(made) if isinstance(v, Tensor)]))
         return made
 
+    @staticmethod
+    def node(function: Callable[..., None]) -> Callable[..., None]:
+        """The function as one operation, which on a device is a kernel."""
+
+        def run(*args: Any) -> None:
+            mode = _get_current_dispatch_mode()
+            with _disable_current_modes():
+                function(*args)
+            if isinstance(mode, Replay):
+                mode.calls.append((function, args, {}, []))
+
+        return run
+
     def replay(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, results in self.calls:
@@ -92,6 +104,7 @@ def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in ("affine_step", "categorical_step"):  # on a device nobody looks at a row's number
         module = importlib.import_module(f"fastdiff.ops.{op}")
         monkeypatch.setattr(module, "check_row", lambda *args: None)
+    monkeypatch.setattr(module, "_step_on_cpu", Replay.node(module._step_on_cpu))
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -143,8 +156,7 @@ def test_every_run_replays(name: str, mode: str, request: pytest.FixtureRequest)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         sampler = fd.Sampler(network, plan, mode=mode, **options)
-        with ops.use_kernels() if plan.classes and plan.readout == "sample" else nullcontext():  # torch's row is read
-            got = [sampler(shape, seed=s).float() for s in (3, 4, 3)]
+        got = [sampler(shape, seed=s).float() for s in (3, 4, 3)]
     assert next(iter(sampler._runs.values())).graph is not None
     for one, expected in zip(got, (*want, want[0]), strict=True):
         assert close(one, expected)
@@ -210,7 +222,7 @@ def test_given_noise_beside_a_readout_that_draws(name: str, request: pytest.Fixt
     want = fd.sample(network, plan, shape, seed=3, noise=lambda row, like: torch.full_like(like, 0.1 * row)).float()
     request.getfixturevalue("device_path")
     sampler = fd.Sampler(network, plan, mode="step_graph", noise=lambda row, like: torch.full_like(like, 0.1 * row))
-    with warnings.catch_warnings(), ops.use_kernels() if name == "two classes" else nullcontext():
+    with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert close(sampler(shape, seed=3).float(), want)
     assert next(iter(sampler._runs.values())).graph is not None

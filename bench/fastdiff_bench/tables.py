@@ -86,14 +86,16 @@ DETAILS = {"launches": "launches", "syncs": "host waits", "host_us": "host us", 
 
 
 def details(rows: Sequence[dict[str, Any]], *, aligned: bool = False) -> str:
-    """What a step moves, launches, waits for, holds and burns: fastdiff's fastest column / the first peer."""
+    """Times of a step, what it moves, launches, waits for, holds, burns: fastdiff's fastest column / the first peer."""
     shown = [k for k in DETAILS if any(r.get(k) for r in rows)]
-    head = ["schedule", "solver", "shape", "dtype", "B/element", "GB/s", "of copy", *(DETAILS[k] for k in shown)]
+    head = ["schedule", "solver", "shape", "dtype", "us, p10 to p90", "B/element", "GB/s", "of copy"]
+    head += [DETAILS[k] for k in shown]
     body = []
     for r in rows:
         fastest, peer = best(r), first_peer(r)
         share = f"{100 * r['of_copy']:.0f} %" if r.get("of_copy") else "-"
-        cells = [number(r["bytes_per_element"]), number(r.get("gb_s")), share]
+        spans = [f"{number(t['p10'])} to {number(t['p90'])}" for t in map(r["us"].get, (fastest, peer)) if t]
+        cells = [" / ".join(spans), number(r["bytes_per_element"]), number(r.get("gb_s")), share]
         for k in shown:
             pair = [number(r.get(k, {}).get(n)) for n in (fastest, peer) if n is not None]
             cells.append(" / ".join(pair))
