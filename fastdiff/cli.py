@@ -26,6 +26,7 @@ from fastdiff.commands.options import (
     UsageError,
     add_plan_options,
     device,
+    dtype_of,
     failed,
     guarded,
     load_model,
@@ -66,7 +67,8 @@ def run_sample(args: argparse.Namespace) -> int:
     with torch.no_grad():
         x = fd.sample(
             guarded(model) if args.mode == "eager" else model, plan, args.shape, seed=args.seed, first=args.first,
-            mode=args.mode, device=args.device, progress=not args.json and sys.stderr.isatty(), check_finite="warn",
+            mode=args.mode, device=args.device, dtype=dtype_of(model), check_finite="warn",
+            progress=not args.json and sys.stderr.isatty(),
         )  # fmt: skip
     seconds = time.perf_counter() - began
     buffer = io.BytesIO()

@@ -7,7 +7,6 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from fastdiff.noise import Noise
 from fastdiff.request import GRAPH_DEVICES, Request
 from fastdiff.run import Run
 
-__all__ = ["CaptureError", "LoopGraph", "StepGraph", "build"]
+__all__ = ["CaptureError", "LoopGraph", "StepGraph", "build", "record"]
 
 WARM_UPS = 3
 MUST_WIN = 1.03
@@ -34,9 +33,8 @@ def _capture(body: Callable[[], None], rewind: Callable[[], None], device: torch
     Nothing is freed by the garbage collector meanwhile, and autocast keeps no weights it has cast: it would free them
     at its end, and every replay would read them. Other threads may allocate and wait.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
     collecting, caching = gc.isenabled(), torch.is_autocast_cache_enabled()
     try:
         torch.set_autocast_cache_enabled(False)
@@ -48,29 +46,40 @@ def _capture(body: Callable[[], None], rewind: Callable[[], None], device: torch
         torch.cuda.synchronize(device)
         gc.collect()
         gc.disable()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            body()
+        graph = record(body, stream, device)
     except Exception as error:
-        graph.reset()
         torch.cuda.synchronize(device)
-        _recover(device, pool)
         raise CaptureError(str(error) or type(error).__name__) from error
     finally:
         torch.set_autocast_cache_enabled(caching)
         if collecting:
             gc.enable()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(stream)
     return graph
 
 
-def _recover(device: torch.device, pool: Any) -> None:  # noqa: ANN401 - a pool's handle
-    """Ends what a failed capture leaves open before torch 2.13: its pool, and the default generator, which draws no
-    more until a capture has succeeded."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with contextlib.suppress(RuntimeError):  # it was not open
-        torch._C._cuda_endAllocateToPool(index, pool)
-    with torch.cuda.device(index), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros(1, device=device)
+def record(body: Callable[[], None], stream: torch.cuda.Stream, device: torch.device) -> torch.cuda.CUDAGraph:
+    """Captures `body`, which is warm, on a stream.
+
+    Where that fails torch leaves the thread on the stream, and before 2.13 the graph's pool open and the default
+    generator in the capture, until one succeeds: here all is as it was when the error arrives.
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    index, current = stream.device.index, torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            body()
+    except Exception:
+        with torch.cuda.device(index):
+            torch.cuda.set_stream(current)
+            graph.reset()
+            torch.cuda.synchronize()
+            with contextlib.suppress(RuntimeError):  # it was not open
+                torch._C._cuda_endAllocateToPool(index, pool)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                torch.zeros(1, device=device)
+        raise
+    return graph
 
 
 class _Still(Noise):

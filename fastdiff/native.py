@@ -123,18 +123,19 @@ def run(file: str, name: str, *arguments: object) -> bool:
 
     A position holds one kind of argument in every call, the one that the loop declares.
     """
-    loop = _bound.get((file, name))
+    key = file, name
+    loop = _bound.get(key)
     if loop is None:
         kinds = (c_float if isinstance(a, float) else c_int64 if isinstance(a, int) else c_void_p for a in arguments)
         loop = function(file, name, *kinds)
         if loop is None:
             return False
     given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    if (file, name) in _bound and not _profiler_enabled():
-        loop(*given)
-    else:
+    if _profiler_enabled():
         call(loop, *given)
-        _bound[file, name] = loop
+    else:
+        loop(*given)
+    _bound[key] = loop
     return True
 
 

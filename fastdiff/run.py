@@ -68,7 +68,7 @@ class Run:
         self.bad = torch.full((), plan.nfe, dtype=torch.int32, device=self.device) if o.check_finite != "off" else None
         self.noise = self._noise(request, compiled)
         self.weight = None if request.weight is None else request.weight.to(self.device, copy=True)
-        self.compiled: Any = None  # the CPU loops of this kind of run
+        self.compiled: Any = None  # the loops of this kind of run
         self.w_tensors: list[Tensor] = []
         self.relaunch = Relaunch()
         self.numbered = False  # do kernels get a row's number itself? Where each is launched, or captured, for one row
@@ -331,10 +331,10 @@ class Run:
 def _joined(name: str, uncond: Any, cond: Any, batch: int) -> Any:  # noqa: ANN401 - any model argument
     """[uncond; cond] of one model argument, which may be a dictionary or a sequence of such."""
     if isinstance(cond, Mapping) and isinstance(uncond, Mapping) and cond.keys() == uncond.keys():
-        return {key: _joined(f"{name}[{key!r}]", uncond[key], value, batch) for key, value in cond.items()}
+        return {key: _joined(f"{name}.{key}", uncond[key], value, batch) for key, value in cond.items()}
     if type(cond) in (list, tuple) and type(uncond) is type(cond) and len(cond) == len(uncond):
         pairs = enumerate(zip(uncond, cond, strict=True))
-        return type(cond)(_joined(f"{name}[{i}]", u, c, batch) for i, (u, c) in pairs)
+        return type(cond)(_joined(f"{name}.{i}", u, c, batch) for i, (u, c) in pairs)
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         if cond.ndim and uncond.ndim and cond.shape[1:] == uncond.shape[1:]:
             sizes = [batch if v.shape[0] == 1 else v.shape[0] for v in (uncond, cond)]

@@ -133,7 +133,7 @@ class Sampler:
 
     def _follow(self, stream: torch.cuda.Stream) -> None:
         """What the call before left to do on another stream comes first: the buffers are one set."""
-        if self._stream is not None and self._stream != stream:
+        if self._stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():  # that cannot wait
             stream.wait_stream(self._stream)
         self._stream = stream
 

@@ -86,6 +86,7 @@ def test_the_compiled_textbook_is_the_eager_one():
 @pytest.mark.parametrize(("schedule", "solver", "operations"), [
     ("scaled_linear_betas", "ddim", 2),  # A x + d m, p multiplied out
     ("flow", "euler", 1),  # x + d m
+    ("flow", "dpmpp_2m", 4),  # p = x + c m is kept: 1; A x + b p + b' p'
     ("scaled_linear_betas", "ddpm", 6),  # p, clamped: 3; A x + b p + s n, drawn outside: 3
     ("scaled_linear_betas", "dpmpp_2m", 5),  # p is kept: 2; A x + b p + b' p'
 ])  # fmt: skip
@@ -98,11 +99,22 @@ def test_the_textbook_does_the_least_work(schedule, solver, operations):
     assert rows == [operations] * 4
 
 
+@pytest.mark.parametrize(("schedule", "first", "second"), [("scaled_linear_betas", 2, 2), ("flow", 1, 2)])
+def test_the_textbooks_heun_keeps_the_output_itself(schedule, first, second):
+    """The derivative is the output: kept by reference; A x + d m, or x + d m, then x + d m + d' m'."""
+    plan = Case(schedule, "heun", 8).plan()
+    out = torch.randn(1, 64)
+    loop, x = Textbook(plan, lambda x, t: out), start(plan, (1, 64))
+    loop(x)
+    counts = [counted(lambda k=k: loop.row(k, [x] * plan.slots, out, out), CPU)["launches"] for k in range(2, 6)]
+    assert counts == [first, second, first, second] and loop.row(2, [x] * plan.slots, out, None)[1][1] is out
+
+
 def test_large_numbers_that_cancel_are_not_multiplied_out():
     plan = Case("cosine_betas", "ddim", 20).plan()
     loop = Textbook(plan, probe)
     kept = [("p", 0) in row.slots[0] for row in loop.rows]
-    assert kept[0] and not any(kept[2:])
+    assert kept[0] and not any(kept[2:-1])  # the last row is p
     x = start(plan)
     want = reference_sample(probe, plan, x.double(), lambda k, like: torch.zeros(SHAPE).double())
     assert gap(loop(x), want) < 2e-6

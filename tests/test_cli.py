@@ -34,6 +34,24 @@ def model(tmp_path):
     return path
 
 
+BF16 = """
+import torch
+
+class Net(torch.nn.Linear):
+    def forward(self, x, t):
+        return super().forward(x)
+
+net = Net(2, 2, dtype=torch.bfloat16)
+"""
+
+
+def test_a_bf16_network_is_sampled(tmp_path, capsys):
+    path = tmp_path / "net.py"
+    path.write_text(BF16)
+    assert main(sample_args(path, tmp_path / "x.npy", name="net")) == 0
+    assert np.load(tmp_path / "x.npy").shape == (16, 2)
+
+
 def sample_args(model, out, *more, name="half"):
     args = ["sample", "--model", f"{model}:{name}", "--solver", "ddim", "--schedule", "vp", "--steps", "5"]
     return [*args, "--shape", "16,2", "--seed", "3", "--out", str(out), *more]

@@ -100,8 +100,9 @@ def test_a_clamp_lets_nan_through_and_bounds_the_rest():
     assert x0[0, 0] == -1 and x0[0, 7] == 1 and slots[0][0, rest].isfinite().all()
 
 
-def test_the_same_bits_in_any_batch_and_thread_count():
-    plan, k = PLANS["unipc"], 4
+@pytest.mark.parametrize(("name", "k"), [("unipc", 4), ("plms", 5), ("lms", 5), ("dpmpp_2m clipped", 3), ("heun", 2)])
+def test_the_same_bits_in_any_batch_and_thread_count(name: str, k: int):
+    plan = PLANS[name]
     held, m = random(plan.allocate().physical, 5, 30011, seed=4), random(5, 30011, seed=5)
     whole = held.clone()
     assert CompiledStep(plan, list(whole.unbind(0)), copies=[])(k, m, None, None, None, None)

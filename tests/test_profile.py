@@ -41,6 +41,16 @@ def slow(x, t):
     return 0 * x
 
 
+class Network(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.seen = inner, set()
+
+    def forward(self, x, t):
+        self.seen.add(x.dtype)
+        return self.inner(x)
+
+
 def test_parts_add_up_and_the_model_takes_what_it_takes(tmp_path):
     trace = tmp_path / "trace.json"
     result = profile_run(slow, PLAN, (2, 8), trace=trace)
@@ -53,6 +63,12 @@ def test_parts_add_up_and_the_model_takes_what_it_takes(tmp_path):
     assert {f"row {k}{part}" for k in range(6) for part in ("", " model", " noise", " step")} <= names
     text = table(result)
     assert "| model " in text and str(trace) in text
+
+
+def test_a_low_precision_network_sees_its_own_dtype():
+    net = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    result = profile_run(network := Network(net), fd.solvers.ddim(fd.schedules.VP(), 2), (1, 4))
+    assert network.seen == {torch.bfloat16} and result["wall_us"] > 0
 
 
 def test_operations_of_the_model_are_counted():

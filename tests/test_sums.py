@@ -1,5 +1,7 @@
 """A row in fp32: p where x and m nearly cancel, and p put into the sums where that loses nothing."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -204,3 +206,20 @@ def test_a_slot_that_is_p_stays_p():
 def test_classes_keep_p_apart():
     plan = solvers.bfn_discrete(schedules.BFNDiscrete(3.0, 27), 10)
     np.testing.assert_array_equal([columns(plan, k)[1] for k in range(11)], plan.b[:, 0].astype(np.float32))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: exp
+def test_a_gpus_exponential_overflows_to_infinity():
+    """The kernel as a GPU has it: what rounding lost is put back, but not into infinity."""
+    kernels = pytest.importorskip("fastdiff_kernels.gaussian_kl")
+    log1 = torch.tensor([[0.5, 60.0, 87.0, 89.5, 95.0, 100.0, 120.0, 300.7]])
+    zero = torch.zeros(1, 8)
+    out, of_mean, of_log = torch.empty(1, 1), torch.empty(1, 8), torch.empty(1, 8)
+    options = {"BLOCK": 128, "PARTS": 1, "ALIGNED": True, "WIDE": False, "FULL1": True, "FULL2": True, "MATH": "cuda"}
+    kernels.gaussian_kl_kernel[(1, 1)](zero, log1, zero, zero, out, 8, 0, 1, 0.125, **options)
+    assert out.item() == math.inf
+    kernels.gaussian_kl_slopes_kernel[(1, 1)](
+        zero, log1, zero, zero, torch.full((1,), 8.0), of_mean, of_log, 8, 0, 0.125, **options
+    )
+    want = -0.5 * torch.expm1(log1.double()).float()
+    assert of_log[0, 3:].isneginf().all() and torch.allclose(of_log[0, :3], want[0, :3], rtol=5e-7, atol=0)

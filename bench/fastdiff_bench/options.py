@@ -133,7 +133,7 @@ def _folder(option: str, text: str | None) -> Path | None:
         return None
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"{option}: pictures need matplotlib: pip install 'fastdiff-samplers[bench]'")
-    path = writable(option, f"{text}/report.html")
+    path = writable(option, str(Path(text, "report.html")))
     return path and path.parent
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.profiler import profile, record_function
 
 import fastdiff as fd
-from fastdiff.commands.options import guarded
+from fastdiff.commands.options import dtype_of, guarded
 from fastdiff_bench.counts import SYNCS, VIEWS, activities, events, on_device, outermost
 from fastdiff_bench.tables import markdown, number
 
@@ -113,12 +113,13 @@ def profile_run(
     Returns: wall_us (a step, without the profiler), profiled_us, parts (name -> us a step), counts a step, top
         operations or kernels.
     Raises: ModelError where the model raises; ValueError, TypeError for what fd.Sampler refuses.
-        A model that is compiled (mode "compile") raises what its compiler does.
+        A model that is compiled (mode "compile") raises its own errors.
     """
     device = device or torch.device("cpu")
     if nvtx and device.type != "cuda":
         raise ValueError("--nvtx marks ranges for Nsight Systems: it needs --device cuda")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # a build of torch prints a line at each start and stop
+    dtype = dtype or dtype_of(model)
     sampler = fd.Sampler(model if mode == "compile" else guarded(model), plan, mode=mode, device=device, dtype=dtype)
     for _ in range(2):
         sampler(shape, seed=0)

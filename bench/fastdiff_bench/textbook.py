@@ -29,6 +29,7 @@ __all__ = ["Textbook", "compiled"]
 Model = Callable[[Tensor, Tensor], Tensor]
 FIRST_TERM = 5  # of a row's numbers
 MOST_FOLDED = 16.0
+ROUNDING = 1e-12  # of what a difference in float64 leaves where there is none
 _count = itertools.count()
 
 
@@ -54,8 +55,9 @@ def _rows(plan: fd.Plan, dtype: torch.dtype) -> tuple[list[Row], list[list[float
         readout = "" if plan.readout not in CATEGORICAL else plan.readout if k < plan.nfe - 1 else plan.last_readout
         clamp = plan.lo[k] > -float("inf") or plan.hi[k] < float("inf")
         slots = [_terms(plan, k, i) if i in need[k + 1] else {} for i in range(plan.slots)]
-        if not readout and not clamp:
+        if not readout and not clamp and any(("p", 0) in terms for terms in slots):
             slots = _folded(slots, float(plan.c_skip[k]), float(plan.c_out[k]))
+        slots = [dict(sorted(terms.items(), key=lambda item: np.float32(item[1]) != 1)) for terms in slots]
         last = k == plan.nfe - 1
         c_in = 1.0 if last else float(plan.c_in[k + 1])
         seen = "" if last else "classes" if readout else "scaled" if c_in != 1 else "cast"
@@ -76,21 +78,27 @@ def _terms(plan: fd.Plan, k: int, i: int) -> Terms:
 
 
 def _folded(slots: list[Terms], c_skip: float, c_out: float) -> list[Terms]:
-    """The same with p = c_skip x + c_out m multiplied out where one slot needs it: two operations for four.
+    """The same with p = c_skip x + c_out m multiplied out, where that is fewer operations: two for four, say.
 
     Not where large numbers would cancel: there it costs digits.
     """
-    users = [i for i, terms in enumerate(slots) if ("p", 0) in terms]
-    if len(users) != 1:
-        return slots
-    terms = dict(slots[users[0]])
-    b = terms.pop(("p", 0))
-    for term, c in ((("S", 0), b * c_skip), (("m", 0), b * c_out)):
-        terms[term] = terms.get(term, 0.0) + c
-    if max(abs(terms[term]) for term in (("S", 0), ("m", 0))) > MOST_FOLDED:
-        return slots
-    ordered = sorted((term for term, c in terms.items() if c != 0), key=lambda term: ("Spmn".index(term[0]), term[1]))
-    return [{term: terms[term] for term in ordered} if i == users[0] else old for i, old in enumerate(slots)]
+    out = []
+    for terms in slots:
+        new = dict(terms)
+        b = new.pop(("p", 0), 0.0)
+        for term, c in ((("S", 0), b * c_skip), (("m", 0), b * c_out)):
+            total = new.get(term, 0.0) + c
+            new[term] = total if abs(total) > ROUNDING * abs(c) else 0.0
+            if b and abs(new[term]) > MOST_FOLDED:
+                return slots
+        out.append({term: c for term, c in new.items() if c != 0})
+    prediction = 2 - (1.0 in (c_skip, c_out)) if c_skip != 0 else int(c_out != 1)
+    return out if sum(map(_operations, out)) < sum(map(_operations, slots)) + prediction else slots
+
+
+def _operations(terms: Terms) -> int:
+    """A product to begin with, unless a term has the coefficient 1, and a sum for every other term."""
+    return max(0, len(terms) - any(np.float32(c) == 1 for c in terms.values()))
 
 
 def _plain(terms: tuple[tuple[str, int], ...], numbers: list[float]) -> bool:
@@ -107,7 +115,7 @@ def _seen(row: Row, x: Tensor, c_in: float | Tensor, dtype: torch.dtype) -> Tens
 
 def _classes(m: Tensor, readout: str) -> tuple[Tensor, Tensor]:
     """The class and p = onehot or softmax; drawn as argmax(softmax / Exponential), without a host sync."""
-    theta = m.softmax(-1)
+    theta = m if readout == "argmax" else m.softmax(-1)
     drawn = theta / torch.empty_like(theta).exponential_() if readout == "sample" else theta
     k = drawn.argmax(-1)
     return k, theta if readout == "mean" else torch.nn.functional.one_hot(k, m.shape[-1]).to(m.dtype)
@@ -116,7 +124,7 @@ def _classes(m: Tensor, readout: str) -> tuple[Tensor, Tensor]:
 class _Layout(NamedTuple):
     """How a row's compiled function is called."""
 
-    kept: dict[int, int]  # slots that only move, and where from
+    kept: dict[int, tuple[str, int]]  # slots that only move, and where from
     computed: tuple[int, ...]
     present: list[int]  # the slots it reads
 
@@ -145,14 +153,15 @@ class Textbook:
 
     def _layout(self, k: int) -> _Layout:
         row, at, kept = self.rows[k], FIRST_TERM, {}
+        sources = ("S", "m") if self.dtype == torch.float32 and not row.readout else ("S",)
         for i, terms in enumerate(row.slots):
-            if _plain(terms, self.numbers[k][at : at + len(terms)]) and terms[0][0] == "S":
-                kept[i] = terms[0][1]
+            if _plain(terms, self.numbers[k][at : at + len(terms)]) and terms[0][0] in sources:
+                kept[i] = terms[0]
             at += len(terms)
         computed = tuple(i for i, terms in enumerate(row.slots) if terms and i not in kept)
         read = {j for i in computed for name, j in row.slots[i] if name == "S"}
         uses_p = any(("p", 0) in row.slots[i] for i in computed)
-        moved = {kept[0]} if row.seen and 0 in kept else set()
+        moved = {j for name, j in [kept.get(0, ("", 0))] if row.seen and name == "S"}
         return _Layout(kept, computed, sorted(read | moved | ({0} if row.skip and uses_p else set())))
 
     def __call__(self, x_T: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -178,9 +187,11 @@ class Textbook:
         if row.readout:
             k, p = _classes(m, row.readout)
         elif any(("p", 0) in terms for terms in row.slots):
-            p = m * c_out if c_out != 1 else m
-            if row.skip:
-                p = _plus(p, S[0], c_skip, p is not m)
+            if row.skip and c_skip == 1:
+                p = _plus(S[0], m, c_out, own=False)
+            else:
+                p = m * c_out if c_out != 1 else m
+                p = _plus(p, S[0], c_skip, own=p is not m) if row.skip else p
             if row.clamp:
                 p = p.clamp(lo, hi) if p is m else p.clamp_(lo, hi)
         values = {"p": p, "m": m, "n": n}
@@ -221,14 +232,14 @@ class Textbook:
         new: list[Any] = [None] * len(S)
         for j, value in zip(layout.computed, out, strict=True):
             new[j] = value
-        for j, origin in layout.kept.items():
-            new[j] = S[origin]
+        for j, (name, origin) in layout.kept.items():
+            new[j] = S[origin] if name == "S" else m.float()
         return k, new, new[0] if seen is None else seen
 
 
-def _plus(total: Tensor, v: Tensor | None, c: float, own: bool) -> Tensor:
+def _plus(total: Tensor | None, v: Tensor | None, c: float, own: bool) -> Tensor:
     """total + c v, in place where total is this row's own tensor."""
-    assert v is not None
+    assert total is not None and v is not None
     return total.add_(v, alpha=c) if own else torch.add(total, v, alpha=c)
 
 
@@ -266,7 +277,8 @@ def _compiled(row: Row, layout: _Layout, elements: int, dtype: torch.dtype, *, i
             if row.clamp:
                 p = torch.minimum(torch.maximum(p, c[2]), c[3])
         n = m if not row.noisy else torch.randn_like(m) if inside else state[-1]
-        new = {i: state[present.index(j)] for i, j in layout.kept.items() if j in present}
+        new = {i: m if name == "m" else state[present.index(j)] for i, (name, j) in layout.kept.items()
+               if name == "m" or j in present}  # fmt: skip
         for slot in layout.computed:
             total: Tensor | None = None
             for at, (name, j) in enumerate(row.slots[slot], offsets[slot]):

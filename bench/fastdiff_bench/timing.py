@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from fastdiff.graph import record
+
 __all__ = [
     "LEAST_ROUNDS",
     "MALLOC",
@@ -153,16 +155,17 @@ def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
     Raises: RuntimeError for a call that cannot be captured.
     """
+
+    def all_calls() -> None:
+        for call in calls:
+            call()
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:
-            call()
+        all_calls()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
+    graph = record(all_calls, stream, stream.device)
     graph.replay()
     return graph
 

@@ -75,7 +75,7 @@ def times(work: Work, device: torch.device, *, rounds: int, seconds: float) -> d
             torch.cuda.synchronize(device)
             spent = interleave({name: work.run(name)}, rounds=rounds, seconds=seconds, device=device)
             out[name] = summary([1e6 * v / calls for v in spent[name]])
-            work.skipped[f"{name}, graph timing"] = f"not capturable, timed by the clock: {str(error).splitlines()[0]}"
+            work.skipped[f"{name}, graph timing"] = f"not capturable, timed by the clock: {one_line(error)}"
     return out
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "UsageError",
     "add_plan_options",
     "device",
+    "dtype_of",
     "failed",
     "guarded",
     "load_model",
@@ -145,6 +146,12 @@ def print_json(content: Any) -> None:
 def numbers(array: np.ndarray) -> Any:
     """A list for JSON, which has no infinity: an open clamp is null."""
     return np.where(np.isfinite(array), array.astype(object), None).tolist()  # type: ignore[call-overload]
+
+
+def dtype_of(model: Callable[..., Any]) -> torch.dtype | None:
+    """A network's dtype, which nobody sees behind a guard; None of other callables."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), None)
 
 
 def guarded(model: Callable[..., Any]) -> Callable[..., Any]:

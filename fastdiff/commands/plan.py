@@ -21,7 +21,7 @@ def add_plan(commands: Any) -> None:  # noqa: ANN401 - argparse's own type is pr
     """The parser of the command."""
     about = "Print a solver's table, or a schedule's alpha, sigma and log-SNR over time."
     plan = commands.add_parser("plan", help="print a solver's table or a schedule", description=about)
-    names = f"a solver: {', '.join(solver_names())}; or a schedule as of --schedule"
+    names = f"a solver: {', '.join(solver_names())}; or a schedule, written as for --schedule"
     plan.add_argument("solver", metavar="NAME", help=names)
     add_plan_options(plan, required=False)
     plan.add_argument("--plot", metavar="FILE.png", help="draw it too: noise levels, coefficients, times")

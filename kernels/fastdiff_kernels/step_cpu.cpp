@@ -1,7 +1,7 @@
 // One row of a plan on a CPU, and the posterior: the loops behind fastdiff.cpu, for any row, shape and dtype.
 //
-// A block of every operand fits a core's first cache, so each is read from memory once and each result written once,
-// however many terms a slot sums.
+// A block of every operand fits a core's first cache (a large one, of rows that one pass makes, its second), so each is
+// read from memory once and each result written once, however many terms a slot sums.
 
 #include <algorithm>
 #include <cstdint>
@@ -57,7 +57,7 @@ template <bool SUMMED, bool KEPT, int K>
 void fuse(const Prediction& of, const float* x, const float* m, float b, const float* const* s, const float* c,
           float* to, float* kept, int count) {
   const Terms<K> t(s, c);
-  each(count, [=](int i) {
+  unrolled(count, [=](int i) {
     const float p = predicted(of, x[i], m[i]);
     float v = K ? t.c[0] * t.s[0][i] : b * p;
     for (int k = 1; k < K; k++) v += t.c[k] * t.s[k][i];
@@ -146,7 +146,8 @@ void drawn(const Row& row, const Call& v, int threads) {
 
 extern "C" void affine_row(const Row* row, const Call* call, int threads) {
   if (row->noisy && !call->noise) return drawn(*row, *call, threads);
-  const int64_t size = direct(*row, *call) ? LARGE : BLOCK;
+  const bool many = call->batch * call->n >= 4 * int64_t(threads) * LARGE;  // enough for every thread
+  const int64_t size = many && direct(*row, *call) ? LARGE : BLOCK;
   const int64_t blocks = (call->n + size - 1) / size, jobs = call->batch * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t job = 0; job < jobs; job++) {

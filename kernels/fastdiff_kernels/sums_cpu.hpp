@@ -9,7 +9,7 @@ constexpr int SLOTS = 16, COPIES = 2;  // what a row may have at most, of slots 
 
 // f(i) for every element, several vectors at a time: the counting costs as much as a sum of two terms
 template <class F>
-void each(int count, F f) {
+void unrolled(int count, F f) {
   constexpr int MANY = 32;
   int i = 0;
   for (; i + MANY <= count; i += MANY)
@@ -33,7 +33,7 @@ struct Terms {
 template <int K, bool MORE>
 void add(const float* const* s, const float* c, float* to, int count) {
   const Terms<K> t(s, c);
-  each(count, [=](int i) {
+  unrolled(count, [=](int i) {
     float v = MORE ? to[i] + t.c[0] * t.s[0][i] : t.c[0] * t.s[0][i];
     for (int k = 1; k < K; k++) v += t.c[k] * t.s[k][i];
     to[i] = v;
