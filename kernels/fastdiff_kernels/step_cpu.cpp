@@ -142,6 +142,28 @@ void drawn(const Row& row, const Call& v, int threads) {
   }
 }
 
+// mean = k_x0 p + k_xt x and x0 = p, converted on the way: a pass that only converts does not overlap the next one's loads
+template <class X, class M>
+void posterior_of(const Prediction& of, float k_x0, float k_xt, const void* x_, const void* m_, void* mean_, void* x0_,
+                  int64_t at, int count) {
+  const X* x = static_cast<const X*>(x_) + at;
+  const M* m = static_cast<const M*>(m_) + at;
+  X *mean = static_cast<X*>(mean_) + at, *x0 = static_cast<X*>(x0_) + at;
+  unrolled(count, [=](int i) {
+    const float v = static_cast<float>(x[i]), p = predicted(of, v, static_cast<float>(m[i]));
+    mean[i] = static_cast<X>(k_xt * v + k_x0 * p);
+    x0[i] = static_cast<X>(p);
+  });
+}
+
+using Posterior = decltype(&posterior_of<float, float>);
+
+template <class X>
+Posterior posterior_of_model(int64_t type) {
+  if (type == BF16) return posterior_of<X, c10::BFloat16>;
+  return type == FP16 ? posterior_of<X, c10::Half> : posterior_of<X, float>;
+}
+
 }  // namespace
 
 extern "C" void affine_row(const Row* row, const Call* call, int threads) {
@@ -163,19 +185,14 @@ extern "C" void posterior(const Rows* rows, const void* x, const void* m, void* 
                           int64_t threads) {
   for (int64_t b = 0; b < batch; b++)
     for (int i = 0; i < 2; i++) variance[i * batch + b] = rows->of(b, 8)[4 + i];
-  const int64_t blocks = (n + BLOCK - 1) / BLOCK, jobs = batch * blocks;
-  const bool direct = x_type == FP32;
+  const auto pass = x_type == BF16   ? posterior_of_model<c10::BFloat16>(m_type)
+                    : x_type == FP16 ? posterior_of_model<c10::Half>(m_type)
+                                     : posterior_of_model<float>(m_type);
+  const int64_t size = batch * n >= 4 * threads * LARGE ? LARGE : BLOCK, blocks = (n + size - 1) / size;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t job = 0; job < jobs; job++) {
-    alignas(64) float held[BLOCK], other[BLOCK], p[BLOCK], y[BLOCK];
-    const int64_t b = job / blocks, start = job % blocks * BLOCK, at = b * n + start;
-    const int count = int(std::min<int64_t>(BLOCK, n - start));
-    const float *c = rows->of(b, 8), *v = read(x, int(x_type), at, count, held);
-    const float* u = read(m, int(m_type), at, count, other);
-    float *to = direct ? static_cast<float*>(mean) + at : y, *kept = direct ? static_cast<float*>(x0) + at : p;
-    fuse<true, true, 1>({c[0], c[1], lo, hi}, v, u, c[2], &v, c + 3, to, kept, count);
-    if (direct) continue;
-    write(y, 1.0f, mean, int(x_type), at, count);
-    write(p, 1.0f, x0, int(x_type), at, count);
+  for (int64_t job = 0; job < batch * blocks; job++) {
+    const int64_t b = job / blocks, start = job % blocks * size;
+    const float* c = rows->of(b, 8);
+    pass({c[0], c[1], lo, hi}, c[2], c[3], x, m, mean, x0, b * n + start, int(std::min(size, n - start)));
   }
 }
