@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 import time
 
 import pytest
@@ -47,8 +48,10 @@ def test_the_textbook_loop_is_the_plan(case):
         start(plan).double(),
         lambda k, like: torch.randn(SHAPE, generator=draws).double(),
     )
-    got = Textbook(plan, probe)(start(plan), generator(3))
+    x = start(plan)
+    got = Textbook(plan, probe)(x, generator(3))
     assert gap(got, want) < 2e-5  # fp32 against float64
+    assert torch.equal(x, start(plan))  # the caller's
 
 
 STOCK = [(c, make) for c in ROWS for make in (stock.diffusers_loop, stock.k_diffusion_loop)
@@ -175,6 +178,9 @@ def test_a_row_says_what_was_measured():
     assert row["differs"]["torch"] < 1e-5 and row["differs"]["diffusers"] < 1e-5
     assert row["launches"]["diffusers"] > row["launches"]["fastdiff eager"] > 0
     assert row["names"] == {"diffusers": "DDIMScheduler"} and row["against"] == "torch, diffusers"
+    rounds = zip(*(row["times"][n] for n in ("torch", "diffusers", "fastdiff eager")), strict=True)
+    ratios = [math.sqrt(a * b) / c for a, b, c in rounds]  # the geometric mean of both, in the same round
+    assert row["times_faster"]["fastdiff eager"]["median"] == pytest.approx(statistics.median(ratios))
 
 
 def test_a_column_that_computes_something_else_is_not_timed(monkeypatch):
