@@ -61,8 +61,9 @@ files=(gpu gpu_bfn gpu_dropin affine_step add_noise posterior denoising_loss den
 pids=()
 for file in "${files[@]}"; do
     # a process a file: the kernels compile side by side; what runs in the background would ignore an interrupt
-    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 env --default-signal=INT timeout -s INT -k 5 100 $PYTHON -m pytest "tests/test_$file.py" \
-        --kernels-only -m "not compiled" -q -p no:cacheprovider > "$out/tests/$file.txt" 2>&1 &
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 env --default-signal=INT \
+        timeout -s INT -k 5 100 $PYTHON -m pytest "tests/test_$file.py" --kernels-only \
+        -m "not compiled" -q -p no:cacheprovider > "$out/tests/$file.txt" 2>&1 &
     pids+=($!)
 done
 for at in "${!files[@]}"; do

@@ -119,7 +119,8 @@ void block(const Row& row, const Call& v, int64_t b, int64_t at, int count, cons
 // does nothing of a block go through its own memory? Then blocks may be larger, and a row costs fewer of them
 bool direct(const Row& row, const Call& v) {
   const bool summed = row.fused ? row.skips && !(v.x0 && row.targets > 1) : !row.uses_p && !v.x0;
-  return summed && v.m_type == FP32 && !v.uncond && std::none_of(row.held, row.held + row.targets, [](int h) { return h; });
+  const bool held = std::any_of(row.held, row.held + row.targets, [](int h) { return h; });
+  return summed && !held && v.m_type == FP32 && !v.uncond;
 }
 
 // a row that draws its noise, a block at a time
