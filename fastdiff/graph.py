@@ -6,9 +6,13 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastdiff import ops, rng
 from fastdiff.noise import Noise
@@ -21,6 +25,7 @@ WARM_UPS = 3
 MUST_WIN = 1.03
 TIMED_ROWS = 8
 TOLERANCE = 1e-5
+AS_THE_MODEL = (nn.Module, type, FunctionType, BuiltinFunctionType, MethodType)
 
 
 class CaptureError(RuntimeError):
@@ -83,6 +88,39 @@ def record(body: Callable[[], None], stream: torch.cuda.Stream, device: torch.de
     return graph
 
 
+def check_conditions(conditions: Mapping[str, Any]) -> None:
+    """Refuses what a graph would go on reading as it was at the capture, whatever becomes of it between two calls.
+
+    Tensors in dictionaries, lists and tuples are copied at each call, and another number or name makes another graph.
+    A module or function is taken as the model is: it is the same as long as it is the same object.
+
+    Raises: CaptureError that names the condition.
+    """
+    for name, value in conditions.items():
+        for leaf in tree_leaves(value):
+            if not isinstance(leaf, Tensor) and _changes(leaf):
+                raise CaptureError(
+                    f"condition {name!r} holds a {type(leaf).__name__}, whose changes a graph would not see; "
+                    f"pass its tensors in a dict, list or tuple"
+                )
+
+
+def _changes(leaf: object) -> bool:
+    """Can it be another without comparing as another, or are there tensors among its fields?"""
+    if isinstance(leaf, AS_THE_MODEL):
+        return False
+    slots = [n for c in type(leaf).__mro__ for n in _names(getattr(c, "__slots__", ())) if hasattr(leaf, n)]
+    fields = tree_leaves([getattr(leaf, "__dict__", {}), [getattr(leaf, n) for n in slots]])
+    compared = type(leaf).__hash__
+    if compared is None or (compared is object.__hash__ and fields):
+        return True
+    return any(isinstance(v, Tensor) or _changes(v) for v in fields if v is not leaf)
+
+
+def _names(slots: object) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)  # type: ignore[arg-type]
+
+
 class _Still(Noise):
     """The same normals for every draw, so that capturing leaves the caller's generator or function alone."""
 
@@ -104,6 +142,8 @@ class _Graph:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        for conditions in (run.cond, run.uncond):
+            check_conditions(conditions)
         run.own_conditions()
         self.first = _capture(self._first, lambda: None, run.device) if run.noise_in_kernel else None
 

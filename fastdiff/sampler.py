@@ -198,7 +198,7 @@ def _key(value: object) -> object:
         hash(value)
     except TypeError:
         return id(value)
-    return value
+    return type(value), value  # 1, 1.0 and True are equal
 
 
 def _rows(count: int, progress: bool) -> Any:  # noqa: ANN401 - an iterable of int

@@ -14,8 +14,8 @@ import fastdiff as fd
 from fastdiff import rng, solvers, training
 from fastdiff import schedules as S
 from fastdiff.reference import reference_sample
+from tests.replay import device_path  # noqa: F401 - a fixture
 from tests.test_binned import centres, probabilities
-from tests.test_graph import device_path  # noqa: F401 - a fixture
 
 C, SHAPE, BINS = S.BFNContinuous(0.05), (4, 2, 3), 16
 

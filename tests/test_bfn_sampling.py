@@ -17,7 +17,7 @@ from fastdiff import solvers
 from fastdiff.cli import main
 from fastdiff.reference import reference_sample
 from tests.bfn_oracle import chi_square, discrete_sample, one_hot, philox_numbers, posterior_logits
-from tests.test_graph import device_path  # noqa: F401 - a fixture
+from tests.replay import device_path  # noqa: F401 - a fixture
 
 SHAPE = (5, 2, 3)
 

@@ -5,7 +5,6 @@ What a CUDA graph does is checked on a GPU (test_gpu.py); what fastdiff puts int
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import warnings
 from collections.abc import Callable
@@ -14,101 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
-from torch.utils._pytree import tree_leaves
 
 import fastdiff as fd
 from fastdiff import graph as graphs
-from fastdiff import request as requests
-from fastdiff import run as runs
 from fastdiff import schedules as S
 from fastdiff import solvers
+from tests.replay import CHAIN, PLANS, SHAPE, close, device_path, model  # noqa: F401 - one is a fixture
 
-CHAIN = S.Betas(S.scaled_linear_betas(1000))
-SHAPE = (3, 2, 5)
-PLANS = {
-    "ddpm": solvers.ddpm(CHAIN, 12, clip=(-1, 1)),
-    "heun": solvers.heun(S.EDM(), 6, prediction="edm"),
-    "dpmpp_2m": solvers.dpmpp_2m(CHAIN, 12, prediction="v"),
-    "one-row": solvers.ddim(CHAIN, 1),
-}
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-
-
-def model(x: Tensor, t: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-    time = t.view(-1, 1, 1).to(x.dtype) / 1000
-    return torch.tanh(1.3 * x + time) + (shift.view(-1, 1, 1) if isinstance(shift, Tensor) else shift)
-
-
-class Replay(TorchDispatchMode):
-    """A stand-in for a captured graph: replaying makes torch's operations again on the same memory, and no Python.
-
-    As in a capture, the host may not read a tensor.
-    """
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.overloadpacket.__name__ in self.REFUSED:
-            raise graphs.CaptureError(f"{func} is not permitted when stream is capturing")
-        made = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, [v for v in tree_leaves(made) if isinstance(v, Tensor)]))
-        return made
-
-    @staticmethod
-    def node(function: Callable[..., None]) -> Callable[..., None]:
-        """The function as one operation, which on a device is a kernel."""
-
-        def run(*args: Any) -> None:
-            mode = _get_current_dispatch_mode()
-            with _disable_current_modes():
-                function(*args)
-            if isinstance(mode, Replay):
-                mode.calls.append((function, args, {}, []))
-
-        return run
-
-    def replay(self) -> None:
-        with torch.no_grad():
-            for func, args, kwargs, results in self.calls:
-                made = [v for v in tree_leaves(func(*args, **kwargs)) if isinstance(v, Tensor)]
-                for old, new in zip(results, made, strict=True):
-                    if old.data_ptr() != new.data_ptr():  # neither in place nor a view
-                        old.copy_(new)
-
-
-@pytest.fixture
-def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors take the path of a device: rows by index tensor, noise in the step, graphs allowed."""
-
-    def capture(body: Callable[[], None], rewind: Callable[[], None], device: torch.device) -> Replay:
-        for _ in range(graphs.WARM_UPS):
-            rewind()
-            body()
-        rewind()
-        with Replay() as recorded:
-            body()
-        return recorded
-
-    monkeypatch.setattr(runs, "HOST_DEVICES", ())
-    monkeypatch.setattr(requests, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(graphs, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(graphs, "_capture", capture)
-    monkeypatch.setattr(graphs, "pays", lambda *args: True)
-    for op in ("affine_step", "categorical_step"):  # on a device nobody looks at a row's number
-        module = importlib.import_module(f"fastdiff.ops.{op}")
-        monkeypatch.setattr(module, "check_row", lambda *args: None)
-    monkeypatch.setattr(module, "_step_on_cpu", Replay.node(module._step_on_cpu))
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
 
 
 @plans
@@ -160,60 +72,6 @@ def test_every_run_replays(name: str, mode: str, request: pytest.FixtureRequest)
     assert next(iter(sampler._runs.values())).graph is not None
     for one, expected in zip(got, (*want, want[0]), strict=True):
         assert close(one, expected)
-
-
-@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
-@pytest.mark.parametrize("batched", [True, False])
-def test_conditions_and_weights_are_filled_in(mode: str, batched: bool, request: pytest.FixtureRequest) -> None:
-    plan = PLANS["dpmpp_2m"]
-    cases = list(itertools.product((0.0, 1.0), (1.5, 3.0)))
-
-    def options(c: float, w: float) -> dict[str, Any]:
-        return {"cond": {"shift": torch.full((3,), c)}, "uncond": {"shift": torch.full((3,), 0.5)}, "guidance": w}
-
-    want = [fd.sample(model, plan, SHAPE, seed=1, **options(c, w)) for c, w in cases]
-    request.getfixturevalue("device_path")
-    sampler = fd.Sampler(model, plan, mode=mode, batched_guidance=batched)
-    given = [options(c, w) for c, w in cases]
-    for one, expected in zip(given, want, strict=True):
-        assert close(sampler(SHAPE, seed=1, **one), expected)
-    for one, (c, _) in zip(given, cases, strict=True):  # the caller's tensors are left alone
-        assert torch.equal(one["cond"]["shift"], torch.full((3,), c))
-    assert len(sampler._runs) == 1  # one capture serves them all
-
-
-def nested(x: Tensor, t: Tensor, added: dict[str, Any]) -> Tensor:
-    return model(x, t, added["shift"] * added["by"][0])
-
-
-@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
-@pytest.mark.parametrize("batched", [True, False])
-def test_tensors_inside_conditions_are_filled_in(mode: str, batched: bool, request: pytest.FixtureRequest) -> None:
-    plan = PLANS["dpmpp_2m"]
-
-    def options(c: float) -> dict[str, Any]:
-        shifts = torch.full((3,), c), torch.full((3,), 0.5)
-        cond, uncond = ({"added": {"shift": shift, "by": [torch.full((3,), 2.0)]}} for shift in shifts)
-        return {"cond": cond, "uncond": uncond, "guidance": 2.0, "batched_guidance": batched}
-
-    want = [fd.sample(nested, plan, SHAPE, seed=1, **options(c)) for c in (0.0, 1.0)]
-    assert not close(want[0], want[1])
-    request.getfixturevalue("device_path")
-    sampler = fd.Sampler(nested, plan, mode=mode)
-    given = options(0.0)
-    got = [sampler(SHAPE, seed=1, **given)]
-    given["cond"]["added"]["shift"] = torch.full((3,), 1.0)
-    got.append(sampler(SHAPE, seed=1, **given))
-    assert close(got[0], want[0]) and close(got[1], want[1]) and len(sampler._runs) == 1
-
-
-def test_a_condition_changes_sides(request: pytest.FixtureRequest) -> None:
-    plan, shift = PLANS["dpmpp_2m"], {"shift": torch.full((3,), 0.5)}
-    calls: list[dict[str, Any]] = [{"cond": shift, "uncond": {}}, {"cond": {}, "uncond": shift}]
-    want = [fd.sample(model, plan, SHAPE, guidance=2.0, batched_guidance=False, **c) for c in calls]
-    request.getfixturevalue("device_path")
-    sampler = fd.Sampler(model, plan, mode="step_graph", guidance=2.0, batched_guidance=False)
-    assert all(close(sampler(SHAPE, **c), w) for c, w in zip(calls, want, strict=True))
 
 
 @pytest.mark.parametrize("name", ["bins", "two classes"])
@@ -307,7 +165,8 @@ def test_low_precision(dtype: torch.dtype, request: pytest.FixtureRequest) -> No
     assert (got - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
 
 
-def test_a_replay_that_differs_is_not_used(device_path: None) -> None:
+@pytest.mark.usefixtures("device_path")
+def test_a_replay_that_differs_is_not_used() -> None:
     calls = itertools.count()
 
     def forgetful(x: Tensor, t: Tensor) -> Tensor:  # a model with a state of its own
@@ -319,7 +178,8 @@ def test_a_replay_that_differs_is_not_used(device_path: None) -> None:
     assert next(iter(sampler._runs.values())).graph is None
 
 
-def test_a_failed_capture_is_said_once(device_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("device_path")
+def test_a_failed_capture_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> None:
         raise graphs.CaptureError("operation not permitted when stream is capturing")
 

@@ -13,9 +13,9 @@ from fastdiff import ops, rng, solvers
 from fastdiff import schedules as S
 from fastdiff.ops import _dispatch
 from fastdiff.reference import reference_sample
-from tests import test_graph
+from tests import replay
 
-device_path = test_graph.device_path
+device_path = replay.device_path
 CHAIN = S.Betas(S.scaled_linear_betas(1000))
 SHAPE = (3, 4, 5)
 PLANS = [solvers.ddim(CHAIN, 8), solvers.dpmpp_2m(CHAIN, 8, prediction="v"), solvers.ddpm(CHAIN, 8, prediction="x0")]
