@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -204,6 +206,63 @@ def test_interval_column() -> None:
     assert (plan.guidance == 1).tolist() == outside.tolist() and outside.any() and not outside.all()
     column = torch.tensor(plan.guidance.copy())[:, None]
     assert torch.equal(sampled(plan), sampled(PLANS[0], guidance=column))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "euler_ancestral"])
+@pytest.mark.parametrize("schedule", [CHAIN, S.VP(), S.EDM(0.02, 10.0), S.Flow()], ids=str)
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_cfg_plus_plus(solver: str, schedule: S.Schedule, prediction: str) -> None:
+    """The paper's update, written out: guided x0, unconditional eps, noise that keeps the row's variance."""
+    options: dict[str, Any] = {} if schedule is CHAIN else {"t_start": 0.99}
+    plan = ops.cfg_plus_plus(getattr(solvers, solver)(schedule, 7, prediction=prediction, **options), 0.7)
+    assert plan.guidance is not None and plan.guidance[-1] == pytest.approx(0.7)
+    alpha, sigma = np.append(plan.alpha, plan.end[0]), np.append(plan.sigma, plan.end[1])
+    x = mine = 1.3
+    for k in range(plan.nfe):
+        n = 0.4 * (-1) ** k
+        outputs = [0.3 * x + shift for shift in (0.5, -0.2)]
+        c, u = (plan.c_skip[k] * x + plan.c_out[k] * m for m in outputs)
+        eps = (x - alpha[k] * u) / sigma[k]
+        down = np.sqrt(sigma[k + 1] ** 2 - plan.s[k, 0] ** 2)
+        x = alpha[k + 1] * (u + 0.7 * (c - u)) + down * eps + plan.s[k, 0] * n
+        c, u = (0.3 * mine + shift for shift in (0.5, -0.2))
+        m = u + plan.guidance[k] * (c - u)
+        p = plan.c_skip[k] * mine + plan.c_out[k] * m
+        mine = plan.A[k, 0, 0] * mine + plan.b[k, 0] * p + plan.d[k, 0] * m + plan.s[k, 0] * n
+        assert mine == pytest.approx(x, rel=1e-7, abs=1e-9)
+
+
+def test_cfg_plus_plus_samples_without_another_word() -> None:
+    plan = ops.cfg_plus_plus(PLANS[0], 0.6)
+    column = torch.tensor(plan.guidance.copy())
+    want = reference(PLANS[0], Rows(column))
+    assert (sampled(plan) - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+class Rows:
+    """Guidance by the row's number."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = iter(weights)
+
+    def __call__(self, c: Tensor, u: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return u + next(self.weights) * (c - u)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: ops.cfg_plus_plus(PLANS[1], 0.5), ValueError, "has 2 slots"),
+        (lambda: ops.cfg_plus_plus(PLANS[0], math.nan), ValueError, "scale must be a finite number, got nan"),
+        (lambda: ops.cfg_plus_plus("ddim", 0.5), TypeError, "plan must be a fastdiff.Plan, got str"),
+        (lambda: ops.cfg_plus_plus(solvers.ddim(CHAIN, 8, clip=(-1, 1)), 0.5), ValueError, "with clip=None"),
+        (lambda: ops.cfg_plus_plus(solvers.euler_maruyama(S.VP(), 8), 0.5), ValueError, "that keep the mean"),
+        (lambda: ops.cfg_plus_plus(solvers.bfn_discrete(S.BFNDiscrete(2.0, 5), 4), 0.5), ValueError, "classes or bins"),
+    ],
+)
+def test_cfg_plus_plus_refuses(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
 
 
 @pytest.mark.parametrize(

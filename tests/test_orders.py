@@ -96,6 +96,10 @@ CASES = {
     "single3": Case("dpm_solver", {"order": 3}, 2.85, 3.15, 5.7e-5, 2.7e-05),
     "single2-noise": Case("dpm_solver", {"order": 2, "algorithm": "dpmsolver"}, 1.95, 2.05, 7.5e-4, 7.2e-04),
     "single3-noise": Case("dpm_solver", {"order": 3, "algorithm": "dpmsolver"}, 2.85, 3.2, 2.2e-5, 6.8e-06),
+    "er3-ode": Case("er_sde", {"scaler": "ode"}, 1.95, 2.15, 2.4e-3, 1.2e-03),
+    "er3-ode-exact": Case("er_sde", {"scaler": "ode", "exact": True}, 2.0, 3.1, 6e-4, 4.7e-04),
+    "gradient": Case("gradient_estimation", {}, 0.88, 1.05, 4.2e-2, 1.2e-02),
+    "seeds3-ode": Case("seeds", {"order": 3, "eta": 0.0}, 2.85, 3.15, 5.7e-5, 2.7e-05),
     "single3-heun": Case("dpm_solver", {"order": 3, "solver_type": "heun"}, 2.85, 3.15, 4.6e-5, 2.0e-05),
 }
 STEPS = [64, 128, 256, 512]
@@ -132,7 +136,17 @@ def test_3m_has_less_than_half_the_error_of_2m() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [("3m", 2), ("3m-exact", 3), ("deis2", 2), ("deis3", 3), ("lms3", 3), ("lms4", 4)]
+    ("name", "order"),
+    [
+        ("3m", 2),
+        ("3m-exact", 3),
+        ("deis2", 2),
+        ("deis3", 3),
+        ("er3-ode", 2),
+        ("er3-ode-exact", 3),
+        ("lms3", 3),
+        ("lms4", 4),
+    ],
 )
 def test_order_from_an_exact_start(name: str, order: int) -> None:
     """History and state of the first full row taken from the exact flow: what the rows themselves are worth.
@@ -165,6 +179,7 @@ def test_quantiles_land_on_quantiles(name: str) -> None:
 BYTES = {
     **{"2m": 20, "3m": 24, "lms4": 28, "deis3": 24, "ipndm": 28, "plms": 28, "prk": 28},
     **{"unipc1": 20, "unipc2": 24, "unipc3": 28, "unipc3-kept": 32},
+    **{"er3-ode": 24, "er3-ode-exact": 24, "gradient": 20, "seeds3-ode": 20},
     **{"dpm2": 16, "2s": 16, "single2": 16, "single3": 20},
 }
 

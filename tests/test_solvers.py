@@ -83,6 +83,14 @@ CASES = [
     Case("reverse_diffusion", {}, False, 1),
     Case("sa_solver", {"corrector_order": 0}, True, 2, rough=True),
     Case("tcd", {"gamma": 0.0}, True, 1),
+    Case("er_sde", {"order": 1}, True, 1),
+    Case("er_sde", {"order": 2}, True, 2, rough=True),
+    Case("er_sde", {}, True, 2, rough=True),
+    Case("er_sde", {"scaler": "ode", "exact": True}, True, 3, rough=True),
+    Case("gradient_estimation", {}, True, 1),
+    Case("seeds", {"order": 1}, True, 1),
+    Case("seeds", {}, True, 2, twice),
+    Case("seeds", {"order": 3}, True, 2, lambda steps: 3 * steps - 2, True),
 ]
 CHAIN = S.Betas(S.scaled_linear_betas(1000))
 SCHEDULES = [S.VP(), S.SubVP(), S.VE(0.02, 10.0), S.EDM(0.02, 10.0), S.Flow(2.0), S.Cosine(), CHAIN]
@@ -316,6 +324,8 @@ def test_zero_terminal_snr() -> None:
         "dpmpp_3m",
         "dpm_solver",
         "euler_ancestral",
+        "er_sde",
+        "seeds",
         "unipc",
     ):
         plan = getattr(solvers, name)(chain, 10, prediction="v")
@@ -324,7 +334,7 @@ def test_zero_terminal_snr() -> None:
         np.testing.assert_allclose(variance, sigma2, atol=1e-12)
         with pytest.raises(ValueError, match="zero terminal SNR"):
             getattr(solvers, name)(chain, 10, prediction="eps")
-    for name in ("deis", "dpm2", "dpm2_ancestral", "heun", "ipndm", "lms", "plms"):
+    for name in ("deis", "dpm2", "dpm2_ancestral", "gradient_estimation", "heun", "ipndm", "lms", "plms"):
         with pytest.raises(ValueError, match="cannot start from zero signal"):
             getattr(solvers, name)(chain, 10, prediction="v")
 

@@ -69,6 +69,8 @@ def mixture_cdf(x: np.ndarray, extra: float) -> np.ndarray:
         ("dpmpp_3m_sde", S.EDM(), 60, {}),
         ("dpmpp_sde", S.EDM(), 40, {}),
         ("dpmpp_sde", S.VP(), 60, {"path": "sde", "spacing": "logsnr"}),
+        ("er_sde", S.EDM(), 80, {}),
+        ("seeds", S.VP(), 60, {"order": 3, "spacing": "logsnr"}),
         ("sa_solver", S.VP(), 150, {"spacing": "logsnr"}),
         ("sa_solver", S.EDM(), 50, {"predictor_order": 3, "corrector_order": 3}),
         ("edm_stochastic", S.EDM(), 100, {"s_churn": 20.0, "s_max": 50.0}),
@@ -122,6 +124,13 @@ def error(solver: str, schedule: S.Schedule, steps: int, options: dict[str, Any]
         ("reverse_diffusion", {}, 0.95, 1.05),
         ("ancestral", {}, 0.95, 1.05),
         ("tcd", {"gamma": 0.0}, 0.95, 1.05),
+        ("er_sde", {"order": 1}, 0.95, 1.05),
+        ("er_sde", {"order": 2}, 1.9, 2.1),
+        ("er_sde", {}, 1.9, 2.15),
+        ("er_sde", {"scaler": "ode"}, 1.9, 2.15),
+        ("seeds", {"order": 1}, 0.95, 1.05),
+        ("seeds", {}, 1.9, 2.1),
+        ("seeds", {"kind": "heun", "eta": 0.4}, 1.9, 2.1),
     ],
     ids=label,
 )
@@ -208,6 +217,8 @@ ALL: list[tuple[str, dict[str, Any]]] = [
     ("tcd", {"original_steps": 1000}),
     ("consistency", {}),
     ("langevin", {"inner": 1}),
+    ("er_sde", {}),
+    ("seeds", {"order": 3}),
 ]
 
 
@@ -250,8 +261,8 @@ def test_restart_needs_a_point_to_restart_from() -> None:
         solvers.restart(S.VP(), 1)
 
 
-NEW = ("ancestral consistency ddim_inversion dpmpp_2m_sde dpmpp_3m_sde dpmpp_sde edm_stochastic langevin lcm restart "
-       "reverse_diffusion sa_solver tcd").split()  # fmt: skip
+NEW = ("ancestral consistency ddim_inversion dpmpp_2m_sde dpmpp_3m_sde dpmpp_sde edm_stochastic er_sde langevin lcm "
+       "restart reverse_diffusion sa_solver seeds tcd").split()  # fmt: skip
 
 
 @pytest.mark.parametrize("solver", NEW)
@@ -337,6 +348,15 @@ def mixture_eps(schedule: S.Schedule) -> Callable[[Tensor, Tensor], Tensor]:
         (lambda: solvers.ddim_inversion(CHAIN, 4, seen="both"), ValueError, "valid: current, next"),
         (lambda: solvers.ddim_inversion(CHAIN, 4, prediction="x0"), ValueError, "has no eps on clean data"),
         (lambda: solvers.tcd(CHAIN, 4, eta=0.3), TypeError, "unknown option 'eta'"),
+        (lambda: solvers.er_sde(CHAIN, 4, order=4), ValueError, r"er_sde: order must be in 1..3, got 4"),
+        (lambda: solvers.er_sde(CHAIN, 4, scaler="sde2"), ValueError, "valid: er, sde, ode, or a function"),
+        (lambda: solvers.er_sde(CHAIN, 4, scaler=lambda r: 1 / r), ValueError, "that do not fall as sigma/alpha grows"),
+        (lambda: solvers.er_sde(CHAIN, 4, scaler=lambda r: -1.0), ValueError, "finite numbers > 0"),
+        (lambda: solvers.er_sde(CHAIN, 4, scaler=lambda r: r * math.nan), ValueError, "finite numbers > 0"),
+        (lambda: solvers.seeds(CHAIN, 4, order=0), ValueError, r"seeds: order must be in 1..3, got 0"),
+        (lambda: solvers.seeds(CHAIN, 4, kind="phi_2"), ValueError, "valid: midpoint, heun"),
+        (lambda: solvers.seeds(CHAIN, 4, eta=-1.0), ValueError, "eta must be a finite number >= 0"),
+        (lambda: solvers.gradient_estimation(CHAIN, 4, gamma=math.inf), ValueError, "gamma must be a finite number"),
     ],
 )
 def test_bad_input(call: Callable[[], Plan], kind: type[Exception], text: str) -> None:

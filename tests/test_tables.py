@@ -109,6 +109,6 @@ def test_every_solver_someone_else_has_is_here() -> None:
     held = {c.solver for c in CASES.values()} | {row[-1] for row in test_stochastic.STOCK.values()}
     mark = next(m for m in test_equals_k_diffusion.pytestmark if m.name == "parametrize")
     held |= {row[0] for row in mark.args[1]}
-    alone = {"ancestral", "consistency", "ddim_inversion", "euler_maruyama", "ipndm", "langevin", "probability_flow",
-             "restart", "reverse_diffusion"}  # fmt: skip
+    alone = {"ancestral", "consistency", "ddim_inversion", "er_sde", "euler_maruyama", "gradient_estimation", "ipndm",
+             "langevin", "probability_flow", "restart", "reverse_diffusion", "seeds"}  # fmt: skip
     assert {n for n in solvers.__all__ if not n.startswith("bfn")} - held == alone

@@ -13,7 +13,8 @@ from fastdiff.ops.categorical_step import categorical_step, categorical_step_ref
 from fastdiff.ops.denoising_loss import denoising_loss, denoising_loss_ref
 from fastdiff.ops.forward_step import forward_step, forward_step_ref
 from fastdiff.ops.gaussian_kl import decoder_nll, gaussian_kl, gaussian_kl_ref
-from fastdiff.ops.guide import guidance_interval, guidance_scales, guidance_scales_ref, guide, guide_ref
+from fastdiff.ops.guidance_columns import cfg_plus_plus, guidance_interval
+from fastdiff.ops.guide import guidance_scales, guidance_scales_ref, guide, guide_ref
 from fastdiff.ops.outer_step import outer_step, outer_step_ref
 from fastdiff.ops.posterior import posterior, posterior_ref
 from fastdiff.ops.threshold import threshold, threshold_bound, threshold_bound_ref, threshold_ref
@@ -34,6 +35,7 @@ __all__ = [
     "categorical_noise_ref",
     "categorical_step",
     "categorical_step_ref",
+    "cfg_plus_plus",
     "cpu_compiler",
     "decoder_nll",
     "denoising_loss",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import native
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, INTS, check_batched, check_tensor, spread
-from fastdiff.plan import Plan
 
 RULES = ("cfg", "rescale", "apg", "zero_star")
 ZERO_STAR_EPS = 1e-8
@@ -186,23 +183,6 @@ def _of_row(weight: Tensor, row: Tensor | None) -> Tensor:
     if weight.dim() < 2:
         return weight
     return weight[0] if row is None or weight.shape[0] == 1 else weight.index_select(0, row)[0]
-
-
-def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:
-    """The plan with guidance w where its schedule time lies in an interval, and none (w = 1) elsewhere.
-
-        w_i = w where min(start, end) <= t_i <= max(start, end), else 1
-
-    Args: plan: any. w: the weight. start, end: schedule times (plan.t), in either order.
-    Returns: Plan whose column `guidance` is [N]; sampling uses it where guidance is not given.
-    Raises: ValueError: w, start or end not a finite number.
-    Source: Kynkaanniemi et al. 2024, arXiv:2404.07724, eq. 5.
-    """
-    for name, value in (("w", w), ("start", start), ("end", end)):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-    inside = (plan.t >= min(start, end)) & (plan.t <= max(start, end))
-    return dataclasses.replace(plan, guidance=np.where(inside, float(w), 1.0))
 
 
 def _checked(

@@ -3,7 +3,7 @@
 Every solver takes the options of fastdiff.grid.GridOptions (prediction, clip, spacing, final, start, ...).
 """
 
-from fastdiff.solvers.adams import deis, ipndm, lms
+from fastdiff.solvers.adams import deis, gradient_estimation, ipndm, lms
 from fastdiff.solvers.bfn import bfn_continuous, bfn_discrete, bfn_discretised
 from fastdiff.solvers.bfn_solver import bfn_solver
 from fastdiff.solvers.consistency import consistency, lcm, tcd
@@ -13,6 +13,7 @@ from fastdiff.solvers.dpm_solver import dpm_solver
 from fastdiff.solvers.dpmpp import dpmpp_2m, dpmpp_3m
 from fastdiff.solvers.dpmpp_sde import dpmpp_sde
 from fastdiff.solvers.edm import edm_stochastic
+from fastdiff.solvers.er_sde import er_sde
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.inversion import ddim_inversion
 from fastdiff.solvers.multistep_sde import dpmpp_2m_sde, dpmpp_3m_sde
@@ -21,6 +22,7 @@ from fastdiff.solvers.restart import restart
 from fastdiff.solvers.sa_solver import sa_solver
 from fastdiff.solvers.score_sde import ancestral, langevin, reverse_diffusion
 from fastdiff.solvers.sde import euler_maruyama, probability_flow
+from fastdiff.solvers.seeds import seeds
 from fastdiff.solvers.unipc import unipc
 
 __all__ = [
@@ -44,9 +46,11 @@ __all__ = [
     "dpmpp_3m_sde",
     "dpmpp_sde",
     "edm_stochastic",
+    "er_sde",
     "euler",
     "euler_ancestral",
     "euler_maruyama",
+    "gradient_estimation",
     "heun",
     "ipndm",
     "langevin",
@@ -57,6 +61,7 @@ __all__ = [
     "restart",
     "reverse_diffusion",
     "sa_solver",
+    "seeds",
     "tcd",
     "unipc",
 ]

@@ -21,7 +21,7 @@ from fastdiff.solvers.multistep import (
     weights,
 )
 
-__all__ = ["deis", "ipndm", "lms"]
+__all__ = ["deis", "gradient_estimation", "ipndm", "lms"]
 
 
 def _noise_form(grid: Grid) -> Form:
@@ -93,3 +93,22 @@ def ipndm(schedule: Schedule, steps: int, *, order: int = 4, **options: Unpack[G
     known = np.minimum(order, np.arange(n) + 1)
     w = weights(known, np.arange(n + 1.0), np.zeros(n))
     return adams_plan(f"ipndm(order={order})", grid, _noise_form(grid), noise(grid.at, options), w)
+
+
+def gradient_estimation(schedule: Schedule, steps: int, *, gamma: float = 2.0, **options: Unpack[GridOptions]) -> Plan:
+    """Gradient estimation: DDIM's update with eps moved away from the one before, as if it erred like a projection.
+
+        e = gamma eps + (1 - gamma) eps_prev,   x' = (alpha'/alpha) x - (alpha' sigma/alpha - sigma') e
+
+    The first row and a row that ends clean are DDIM's.
+    Args: gamma: finite, 1 is DDIM, 1.5 iPNDM's second order; the rest: fastdiff.grid.GridOptions.
+    Returns: Plan, nfe = steps, 2 slots, order 1. Raises: ValueError for a start of zero signal.
+    Source: Permenter and Yuan 2023, arXiv:2306.04848 (their second-order sampler).
+    """
+    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not np.isfinite(gamma):
+        raise ValueError(f"gamma must be a finite number, got {gamma!r}")
+    grid = make_grid(schedule, steps, options)
+    grid.require_signal("gradient_estimation")
+    w = np.tile([gamma, 1.0 - gamma], (len(grid.at.t), 1))
+    w[orders(grid, 2, lower_final=False) < 2] = 1, 0
+    return adams_plan(f"gradient_estimation(gamma={gamma:g})", grid, _noise_form(grid), noise(grid.at, options), w)
