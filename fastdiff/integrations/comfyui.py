@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.integrations.k_diffusion import SAMPLERS, philox
+from fastdiff.integrations.k_diffusion import SAMPLERS, flow, philox
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "FastdiffSampler", "sampler_function"]
 
@@ -29,7 +29,7 @@ def sampler_function(name: str, *, noise: str = "philox") -> Any:
         or "stock" (torch's draws, as ComfyUI's own sampler).
     Returns: the function. Options that the sampler does not know are refused by it; sigmas of one level or none return
         the noise as it came.
-    Raises: ValueError: an unknown name or noise.
+    Raises: ValueError: an unknown name or noise; when it runs, a sampler whose noise is wrong for a flow model.
     """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; valid: {', '.join(SAMPLERS)}")
@@ -45,11 +45,25 @@ def sampler_function(name: str, *, noise: str = "philox") -> Any:
             return x
         seed = (extra_args or {}).get("seed")
         fast = noise == "philox" and options.get("noise_sampler") is None
-        with philox(int(seed or 0) % SEED) if fast else contextlib.nullcontext():
+        given = flow() if _is_flow(model) else contextlib.nullcontext()
+        with given, philox(int(seed or 0) % SEED) if fast else contextlib.nullcontext():
             return sampler(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
 
     sample.__name__ = f"sample_{name}"
     return sample
+
+
+def _is_flow(model: Any) -> bool:
+    """Is x = (1 - sigma) x0 + sigma n? ComfyUI says so by the class of its model's sampling, CONST."""
+    try:
+        from comfy.model_sampling import CONST  # type: ignore[import-not-found]
+    except ImportError:
+        return False
+    guider = getattr(model, "inner_model", None)
+    patcher = getattr(guider, "model_patcher", None)
+    if patcher is not None:
+        return isinstance(patcher.get_model_object("model_sampling"), CONST)
+    return isinstance(getattr(getattr(guider, "inner_model", None), "model_sampling", None), CONST)
 
 
 class FastdiffSampler:

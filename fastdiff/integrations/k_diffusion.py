@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +15,12 @@ from fastdiff import solvers
 from fastdiff.integrations.brownian import BrownianTreeNoiseSampler
 from fastdiff.integrations.levels import Loop, Maker, checked, churned, philox
 from fastdiff.plan import Plan
-from fastdiff.schedules import EDM
+from fastdiff.schedules import EDM, Flow, Schedule
 
 __all__ = [
     "SAMPLERS",
     "BrownianTreeNoiseSampler",
+    "flow",
     "philox",
     "sample_dpm_2",
     "sample_dpm_2_ancestral",
@@ -36,18 +39,42 @@ Model = Callable[..., Tensor]
 Extra = Mapping[str, Any] | None
 Callback = Callable[[dict[str, Any]], Any] | None
 Sampler = Callable[[Any, Any], Tensor] | None
+ANY_ALPHA = ("dpmpp_2m_sde", "dpmpp_3m_sde")  # their formulas know alpha; an ODE in sigma is the same for a flow
+NOT_OF_A_FLOW = ("dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "euler_ancestral")
+_of_a_flow: ContextVar[bool] = ContextVar("fastdiff_k_diffusion_flow", default=False)
+
+
+@contextmanager
+def flow() -> Iterator[None]:
+    """Inside, x = (1 - sigma) x0 + sigma n (Flux, SD3), where k-diffusion knows x = x0 + sigma n alone.
+
+    euler, heun, dpm_2, lms and dpmpp_2m stay as they are, the SDE multistep samplers take alpha = 1 - sigma; the rest
+    would add the wrong noise and are refused.
+    """
+    token = _of_a_flow.set(True)
+    try:
+        yield
+    finally:
+        _of_a_flow.reset(token)
 
 
 def _plan(solver: Callable[..., Plan], s_noise: float = 1.0, **options: Any) -> Maker:
     """sigmas -> the plan of a denoiser model from the first to the last of them."""
+    name = solver.__name__.replace("dpm2", "dpm_2")
+    if _of_a_flow.get() and name in NOT_OF_A_FLOW:
+        raise ValueError(
+            f"{name} adds the noise of x = x0 + sigma n, wrong for a flow model; use euler, heun, dpm_2, lms, "
+            f"dpmpp_2m, dpmpp_2m_sde or dpmpp_3m_sde"
+        )
+    on_flow = _of_a_flow.get() and name in ANY_ALPHA
 
     def make(sigmas: np.ndarray) -> Plan:
         clean = sigmas[-1] == 0
         levels = sigmas[:-1] if clean else sigmas
         top, low = float(levels[0]), float(levels[-1])
-        edm = EDM(low if len(levels) > 1 else 0.5 * top, top)
+        of: Schedule = Flow() if on_flow else EDM(low if len(levels) > 1 else 0.5 * top, top)
         ends = {"final": "zero"} if clean else {"final": "min"}
-        plan = solver(edm, len(sigmas) - 1, prediction="x0", sigmas=levels, **ends, **options)
+        plan = solver(of, len(sigmas) - 1, prediction="x0", sigmas=levels, **ends, **options)
         return plan if s_noise == 1 else replace(plan, s=s_noise * plan.s)
 
     return make
