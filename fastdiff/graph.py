@@ -25,6 +25,7 @@ WARM_UPS = 3
 MUST_WIN = 1.03
 TIMED_ROWS = 8
 TOLERANCE = 1e-5
+DEEPEST = 8  # fields of fields of a condition that are looked at
 AS_THE_MODEL = (nn.Module, type, FunctionType, BuiltinFunctionType, MethodType)
 
 
@@ -105,8 +106,8 @@ def check_conditions(conditions: Mapping[str, Any]) -> None:
                 )
 
 
-def _changes(leaf: object) -> bool:
-    """Can it be another without comparing as another, or are there tensors among its fields?"""
+def _changes(leaf: object, depth: int = 0) -> bool:
+    """Can it be another without comparing as another, or are there tensors among its fields? True where none knows."""
     if isinstance(leaf, AS_THE_MODEL):
         return False
     slots = [n for c in type(leaf).__mro__ for n in _names(getattr(c, "__slots__", ())) if hasattr(leaf, n)]
@@ -114,7 +115,7 @@ def _changes(leaf: object) -> bool:
     compared = type(leaf).__hash__
     if compared is None or (compared is object.__hash__ and fields):
         return True
-    return any(isinstance(v, Tensor) or _changes(v) for v in fields if v is not leaf)
+    return depth > DEEPEST or any(isinstance(v, Tensor) or _changes(v, depth + 1) for v in fields)
 
 
 def _names(slots: object) -> tuple[str, ...]:

@@ -147,6 +147,8 @@ def test_gradient_estimation() -> None:
         x, eps_prev = x + (sigma[i + 1] - sigma[i]) * e, eps
         slots = plan.A[i] @ slots + (plan.b[i] + plan.d[i]) * (0.4 * slots[0] + 0.1 * i)
         assert slots[0] == pytest.approx(x, rel=1e-12)
+    clean = solvers.gradient_estimation(S.VP(), 6)
+    assert clean.A[-1, 0].tolist() == [0, 0] and clean.b[-1, 0] == 1 and clean.d[-1, 0] == 0
     plain, euler = (f(S.VP(), 8, prediction="v") for f in (
         lambda *a, **o: solvers.gradient_estimation(*a, gamma=1.0, **o), solvers.euler))  # fmt: skip
     np.testing.assert_allclose(response(plain), response(euler), rtol=1e-11, atol=1e-13)

@@ -115,6 +115,34 @@ def test_what_hides_in_objects_is_never_read_as_it_was(make: Any, mode: str, req
         assert close(sampler(SHAPE, seed=1, cond={"given": hidden}), want)
 
 
+@pytest.mark.usefixtures("device_path")
+@pytest.mark.parametrize("make", [Scale, Slotted])
+def test_a_number_in_an_object_may_change(make: Any) -> None:
+    def by_object(x: Tensor, t: Tensor, given: Any) -> Tensor:
+        return model(x, t, given.shift)
+
+    sampler, hidden = fd.Sampler(by_object, PLANS["ddpm"], mode="loop_graph"), make(0.25)
+    with pytest.warns(RuntimeWarning, match="whose changes a graph would not see"):
+        first = sampler(SHAPE, seed=1, cond={"given": hidden})
+        hidden.shift = 0.75
+        second = sampler(SHAPE, seed=1, cond={"given": hidden})
+    assert (first - second).abs().max() > 0.1
+
+
+@pytest.mark.usefixtures("device_path")
+def test_an_object_that_holds_itself_ends() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.other = self
+
+        def __hash__(self) -> int:
+            return 1
+
+    sampler = fd.Sampler(lambda x, t, given: model(x, t), PLANS["ddpm"], mode="step_graph")
+    with pytest.warns(RuntimeWarning, match="condition 'given' holds a Ring, whose changes"):
+        sampler(SHAPE, seed=1, cond={"given": Ring()})
+
+
 class Kind(enum.Enum):
     ODE = 0.25
 

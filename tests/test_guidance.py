@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -230,6 +231,16 @@ def test_cfg_plus_plus(solver: str, schedule: S.Schedule, prediction: str) -> No
         p = plan.c_skip[k] * mine + plan.c_out[k] * m
         mine = plan.A[k, 0, 0] * mine + plan.b[k, 0] * p + plan.d[k, 0] * m + plan.s[k, 0] * n
         assert mine == pytest.approx(x, rel=1e-7, abs=1e-9)
+
+
+def test_cfg_plus_plus_of_rows_on_the_models_output() -> None:
+    """The same map of (x, m), written with d in place of b as a probed plan may be."""
+    for schedule in (CHAIN, S.EDM(0.02, 10.0)):
+        plan = solvers.ddim(schedule, 6, eta=0.4, prediction="v")
+        skip, out = plan.b[:, 0] * plan.c_skip, plan.b[:, 0] * plan.c_out
+        moved = dataclasses.replace(plan, A=plan.A + skip[:, None, None], b=0 * plan.b, d=out[:, None])
+        weights = [ops.cfg_plus_plus(p, 0.6).guidance for p in (plan, moved)]
+        np.testing.assert_allclose(weights[1], weights[0], rtol=1e-10)
 
 
 def test_cfg_plus_plus_samples_without_another_word() -> None:

@@ -241,7 +241,8 @@ def test_one_two_three_and_a_thousand_steps(solver: str, options: dict[str, Any]
 def test_zero_terminal_snr() -> None:
     betas = S.linear_betas(100)
     betas[-1] = 1.0
-    for solver in ("dpmpp_2m_sde", "dpmpp_3m_sde", "sa_solver", "ancestral", "lcm", "tcd", "consistency"):
+    for solver in ("dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde", "sa_solver", "seeds", "ancestral", "lcm", "tcd",
+                   "consistency"):  # fmt: skip
         options = {"timestep_scaling": math.inf} if solver == "lcm" else {}
         for steps in (1, 2, 3, 10):
             plan = getattr(solvers, solver)(S.Betas(betas), steps, prediction="v", **options)

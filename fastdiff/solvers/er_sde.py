@@ -95,7 +95,5 @@ def er_sde(
         b[:, 1] = 1
     if order > 2:
         A[:, 2, 1] = 1
-    if grid.clean:
-        A[-1, 0], b[-1, 0], s[-1, 0] = 0, 1, 0
     return Plan.of(f"er_sde(order={order}, {scaler if isinstance(scaler, str) else 'scaler'})",
                    grid.at, A, b, s=s, end=grid.end)  # fmt: skip
