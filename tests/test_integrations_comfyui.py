@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastdiff.integrations import comfyui, k_diffusion
+from fastdiff.integrations.comfyui_samplers import SAMPLERS
 
 SIGMAS = torch.tensor([14.6, 6.0, 2.0, 0.7, 0.1, 0.0])
 
@@ -67,7 +68,7 @@ def run(node, sigmas=SIGMAS, seed=3, masked=True, batch=2):
     return out, seen, latent
 
 
-@pytest.mark.parametrize("name", k_diffusion.SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("noise", ["philox", "stock"])
 def test_the_node_samples_as_the_function_does(comfy, name, noise):
     (node,) = comfyui.FastdiffSampler().get_sampler(name, noise, 1.0, 0.0, 1.0)
@@ -79,7 +80,7 @@ def test_the_node_samples_as_the_function_does(comfy, name, noise):
     x = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(3))
     torch.manual_seed(0)
     with k_diffusion.philox(3) if noise == "philox" else torch.no_grad():
-        want = k_diffusion.SAMPLERS[name](Inpainting(latent, x), x * SIGMAS[0], SIGMAS, extra, disable=True)
+        want = SAMPLERS[name](Inpainting(latent, x), x * SIGMAS[0], SIGMAS, extra, disable=True)
     assert torch.equal(run(node, masked=False)[0], want)
 
 
@@ -102,105 +103,13 @@ def test_the_seed_decides_and_the_batch_does_not(comfy):
 
 def test_what_the_node_offers(comfy):
     inputs = comfyui.FastdiffSampler.INPUT_TYPES()["required"]
-    assert inputs["sampler"][0] == list(k_diffusion.SAMPLERS)
+    assert inputs["sampler"][0] == list(SAMPLERS)
     assert set(comfyui.NODE_CLASS_MAPPINGS) == set(comfyui.NODE_DISPLAY_NAME_MAPPINGS)
     assert hasattr(comfyui.FastdiffSampler, comfyui.FastdiffSampler.FUNCTION)
     (churn,) = comfyui.FastdiffSampler().get_sampler("euler", "stock", 0.5, 2.0, 1.1)
     assert churn.extra_options == {"s_churn": 2.0, "s_noise": 1.1}
     (plain,) = comfyui.FastdiffSampler().get_sampler("dpmpp_2m", "stock", 0.5, 2.0, 1.1)
     assert plain.extra_options == {}
-
-
-class CONST:
-    """ComfyUI's mark of a flow model."""
-
-
-class FlowModel:
-    """x = (1 - sigma) x0 + sigma n, wrapped as ComfyUI wraps it: by a patcher, and in older versions without."""
-
-    def __init__(self, sampling, patched):
-        self.inner_model = types.SimpleNamespace()
-        if patched:
-            self.inner_model.model_patcher = types.SimpleNamespace(
-                get_model_object=lambda name: {"model_sampling": sampling}[name]
-            )
-        else:
-            self.inner_model.inner_model = types.SimpleNamespace(model_sampling=sampling)
-
-    def __call__(self, x, sigma, **extra):
-        s = sigma.reshape(-1, 1, 1, 1)
-        return torch.tanh(x * (1 - s) + 0.2) * (1 - 0.3 * s)
-
-
-FLOW_SIGMAS = torch.tensor([0.97, 0.9, 0.75, 0.5, 0.2, 0.0], dtype=torch.float64)
-
-
-def textbook(model, x, sigmas, eta, draw, order):
-    """The SDE multistep samplers with alpha = 1 - sigma, lam = ln(alpha / sigma), written out."""
-    alpha, lam = 1 - sigmas, torch.log((1 - sigmas) / sigmas)
-    seen = []
-    for i in range(len(sigmas) - 1):
-        d = model(x, sigmas[i].expand(len(x)))
-        if sigmas[i + 1] == 0:
-            return d
-        h = lam[i + 1] - lam[i]
-        H = h * (1 + eta)
-        x = sigmas[i + 1] / sigmas[i] * torch.exp(-eta * h) * x - alpha[i + 1] * torch.expm1(-H) * d
-        if seen:
-            last = lam[i] - lam[i - 1]
-            slope = (d - seen[-1]) * h / last
-            if order == 2:
-                x = x - 0.5 * alpha[i + 1] * torch.expm1(-H) * slope
-            else:
-                phi_2 = torch.expm1(-H) / H + 1
-                if len(seen) > 1:
-                    older = lam[i - 1] - lam[i - 2]
-                    before = (seen[-1] - seen[-2]) * h / older
-                    bend = (slope - before) * h / (last + older)
-                    slope = slope + (slope - before) * last / (last + older)
-                    x = x - alpha[i + 1] * (phi_2 / H - 0.5) * bend
-                x = x + alpha[i + 1] * phi_2 * slope
-        x = x + sigmas[i + 1] * torch.sqrt(-torch.expm1(-2 * eta * h)) * draw(i)
-        seen.append(d)
-    return x
-
-
-@pytest.mark.parametrize("patched", [True, False])
-@pytest.mark.parametrize(("name", "order"), [("dpmpp_2m_sde", 2), ("dpmpp_3m_sde", 3)])
-def test_a_flow_model_has_its_own_alpha(comfy, monkeypatch, name, order, patched):
-    sampling = types.ModuleType("comfy.model_sampling")
-    sampling.CONST = CONST
-    monkeypatch.setitem(sys.modules, "comfy.model_sampling", sampling)
-    model, x = FlowModel(CONST(), patched), torch.linspace(-2, 2, 48, dtype=torch.float64).reshape(3, 4, 2, 2)
-    normals = [torch.full_like(x, 0.3 * (-1) ** i) for i in range(5)]
-    want = textbook(model, x, FLOW_SIGMAS, 0.8, lambda i: normals[i], order)
-    draws = iter(normals)
-    sample = comfyui.sampler_function(name, noise="stock")
-    got = sample(model, x, FLOW_SIGMAS, {}, disable=True, eta=0.8, noise_sampler=lambda a, b: next(draws))
-    assert torch.allclose(got, want, rtol=0, atol=2e-7)  # coefficients are fp32 numbers in a step
-    again = sample(FlowModel(object(), patched), x, FLOW_SIGMAS, {}, disable=True, eta=0.8,
-                   noise_sampler=lambda a, b: normals[0])  # fmt: skip
-    assert (again - got).abs().max() > 1e-3  # another kind of model, another table
-
-
-@pytest.mark.parametrize("name", k_diffusion.SAMPLERS)
-def test_noise_that_is_wrong_for_a_flow_is_refused(comfy, monkeypatch, name):
-    sampling = types.ModuleType("comfy.model_sampling")
-    sampling.CONST = CONST
-    monkeypatch.setitem(sys.modules, "comfy.model_sampling", sampling)
-    model, x = FlowModel(CONST(), True), torch.linspace(-2, 2, 16).reshape(1, 4, 2, 2)
-    sigmas = torch.tensor([1.0, 0.9, 0.5, 0.2, 0.0])
-    sample = comfyui.sampler_function(name)
-    if name in k_diffusion.NOT_OF_A_FLOW:
-        with pytest.raises(
-            ValueError, match=f"{name} adds the noise of x = x0 \\+ sigma n, wrong for a flow model; use"
-        ):
-            sample(model, x, sigmas, {}, disable=True)
-        return
-    got = sample(model, x, sigmas, {"seed": 1}, disable=True)
-    assert torch.isfinite(got).all()
-    if not name.endswith("sde"):  # an ODE in sigma: the same as outside
-        assert torch.equal(got, k_diffusion.SAMPLERS[name](model, x, sigmas, {}, disable=True))
 
 
 def test_unknown_names_are_refused():

@@ -15,27 +15,32 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.integrations.k_diffusion import SAMPLERS, flow, philox
+from fastdiff.integrations.comfyui_samplers import SAMPLERS
+from fastdiff.integrations.k_diffusion import flow, philox
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "FastdiffSampler", "sampler_function"]
 
 SEED = 1 << 63
+ON_A_TREE = ("dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde")  # whose noise ComfyUI draws from a Brownian tree
+IN_LOGSNR = (*ON_A_TREE, "er_sde", "seeds_2", "seeds_3")  # which need a finite logSNR where they start
+FIRST = 1e-4  # of the way down: where they start in place of sigma = 1
 
 
 def sampler_function(name: str, *, noise: str = "philox") -> Any:
     """A function as comfy.samplers.KSAMPLER calls it: (model, noise, sigmas, extra_args, callback, disable, **options).
 
     Args: name: one of SAMPLERS. noise: "philox" (seeded by extra_args["seed"]; a picture does not depend on its batch)
-        or "stock" (torch's draws, as ComfyUI's own sampler).
+        or "stock" (what the ComfyUI that runs draws itself, seeded as its own samplers).
     Returns: the function. Options that the sampler does not know are refused by it; sigmas of one level or none return
         the noise as it came.
-    Raises: ValueError: an unknown name or noise; when it runs, a sampler whose noise is wrong for a flow model.
+    Raises: ValueError: an unknown name or noise.
     """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; valid: {', '.join(SAMPLERS)}")
     if noise not in ("philox", "stock"):
         raise ValueError(f"unknown noise {noise!r}; valid: philox, stock")
     sampler = SAMPLERS[name]
+    takes_noise = "noise_sampler" in inspect.signature(sampler).parameters
 
     def sample(
         model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None, callback: Any = None,
@@ -43,27 +48,53 @@ def sampler_function(name: str, *, noise: str = "philox") -> Any:
     ) -> Tensor:  # fmt: skip
         if len(sigmas) <= 1:
             return x
-        seed = (extra_args or {}).get("seed")
-        fast = noise == "philox" and options.get("noise_sampler") is None
-        given = flow() if _is_flow(model) else contextlib.nullcontext()
-        with given, philox(int(seed or 0) % SEED) if fast else contextlib.nullcontext():
+        seed, sampling = (extra_args or {}).get("seed"), _sampling(model)
+        own = takes_noise and options.get("noise_sampler") is None
+        if noise == "stock" and own:
+            options["noise_sampler"] = _stock(name, x, sigmas, seed)
+        if takes_noise and (name in IN_LOGSNR or _is_flow(sampling)) and hasattr(sampling, "noise_scale"):
+            options["s_noise"] = options.get("s_noise", 1.0) * sampling.noise_scale
+        if _is_flow(sampling) and name in IN_LOGSNR and sigmas[0] >= 1:
+            sigmas = sigmas.clone()
+            sigmas[0] = sampling.percent_to_sigma(FIRST)
+        with contextlib.ExitStack() as inside:
+            if _is_flow(sampling):
+                inside.enter_context(flow())
+            if noise == "philox" and options.get("noise_sampler") is None:
+                inside.enter_context(philox(int(seed or 0) % SEED))
             return sampler(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
 
-    sample.__name__ = f"sample_{name}"
     return sample
 
 
-def _is_flow(model: Any) -> bool:
-    """Is x = (1 - sigma) x0 + sigma n? ComfyUI says so by the class of its model's sampling, CONST."""
+def _sampling(model: Any) -> Any:
+    """ComfyUI's object that says what its model predicts; None elsewhere."""
+    guider = getattr(model, "inner_model", None)
+    patcher = getattr(guider, "model_patcher", None)
+    if patcher is not None:
+        return patcher.get_model_object("model_sampling")
+    return getattr(getattr(guider, "inner_model", None), "model_sampling", None)
+
+
+def _is_flow(sampling: object) -> bool:
+    """Is x = (1 - sigma) x0 + sigma n? ComfyUI says so by a class, CONST."""
     try:
         from comfy.model_sampling import CONST  # type: ignore[import-not-found]
     except ImportError:
         return False
-    guider = getattr(model, "inner_model", None)
-    patcher = getattr(guider, "model_patcher", None)
-    if patcher is not None:
-        return isinstance(patcher.get_model_object("model_sampling"), CONST)
-    return isinstance(getattr(getattr(guider, "inner_model", None), "model_sampling", None), CONST)
+    return isinstance(sampling, CONST)
+
+
+def _stock(name: str, x: Tensor, sigmas: Tensor, seed: int | None) -> Any:
+    """What the ComfyUI that runs would draw from; None, which is k-diffusion's, where there is no such module."""
+    try:
+        from comfy.k_diffusion import sampling  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    if name in ON_A_TREE:
+        return sampling.BrownianTreeNoiseSampler(x, sigmas[sigmas > 0].min(), sigmas.max(), seed=seed, cpu=True)
+    default = sampling.default_noise_sampler
+    return default(x, seed=seed) if "seed" in inspect.signature(default).parameters else default(x)
 
 
 class FastdiffSampler:

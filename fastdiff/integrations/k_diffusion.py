@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastdiff import solvers
 from fastdiff.integrations.brownian import BrownianTreeNoiseSampler
+from fastdiff.integrations.flow_ancestral import KINDS as FLOW_ANCESTRAL
+from fastdiff.integrations.flow_ancestral import flow_ancestral
 from fastdiff.integrations.levels import Loop, Maker, checked, churned, philox
 from fastdiff.plan import Plan
 from fastdiff.schedules import EDM, Flow, Schedule
@@ -21,6 +23,7 @@ __all__ = [
     "SAMPLERS",
     "BrownianTreeNoiseSampler",
     "flow",
+    "maker",
     "philox",
     "sample_dpm_2",
     "sample_dpm_2_ancestral",
@@ -39,8 +42,7 @@ Model = Callable[..., Tensor]
 Extra = Mapping[str, Any] | None
 Callback = Callable[[dict[str, Any]], Any] | None
 Sampler = Callable[[Any, Any], Tensor] | None
-ANY_ALPHA = ("dpmpp_2m_sde", "dpmpp_3m_sde")  # their formulas know alpha; an ODE in sigma is the same for a flow
-NOT_OF_A_FLOW = ("dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "euler_ancestral")
+ANY_ALPHA = ("dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "er_sde", "seeds")  # solvers whose formulas know alpha
 _of_a_flow: ContextVar[bool] = ContextVar("fastdiff_k_diffusion_flow", default=False)
 
 
@@ -48,8 +50,7 @@ _of_a_flow: ContextVar[bool] = ContextVar("fastdiff_k_diffusion_flow", default=F
 def flow() -> Iterator[None]:
     """Inside, x = (1 - sigma) x0 + sigma n (Flux, SD3), where k-diffusion knows x = x0 + sigma n alone.
 
-    euler, heun, dpm_2, lms and dpmpp_2m stay as they are, the SDE multistep samplers take alpha = 1 - sigma; the rest
-    would add the wrong noise and are refused.
+    The samplers of the ODE in sigma are the same; those with noise take alpha = 1 - sigma, as ComfyUI's do.
     """
     token = _of_a_flow.set(True)
     try:
@@ -58,15 +59,14 @@ def flow() -> Iterator[None]:
         _of_a_flow.reset(token)
 
 
-def _plan(solver: Callable[..., Plan], s_noise: float = 1.0, **options: Any) -> Maker:
-    """sigmas -> the plan of a denoiser model from the first to the last of them."""
-    name = solver.__name__.replace("dpm2", "dpm_2")
-    if _of_a_flow.get() and name in NOT_OF_A_FLOW:
-        raise ValueError(
-            f"{name} adds the noise of x = x0 + sigma n, wrong for a flow model; use euler, heun, dpm_2, lms, "
-            f"dpmpp_2m, dpmpp_2m_sde or dpmpp_3m_sde"
-        )
-    on_flow = _of_a_flow.get() and name in ANY_ALPHA
+def maker(solver: Callable[..., Plan], s_noise: float = 1.0, *, known_alpha: bool = True, **options: Any) -> Maker:
+    """sigmas -> the plan of a denoiser model from the first to the last; known_alpha: a flow's, inside `flow`."""
+    on_flow = known_alpha and _of_a_flow.get() and solver.__name__ in ANY_ALPHA
+    ancestral = solver.__name__.replace("dpm2", "dpm_2")
+    if _of_a_flow.get() and ancestral in FLOW_ANCESTRAL:
+        scale = s_noise * options.pop("s_noise", 1.0)
+        eta = options["eta"]
+        return lambda sigmas: flow_ancestral(ancestral, sigmas, eta, scale)
 
     def make(sigmas: np.ndarray) -> Plan:
         clean = sigmas[-1] == 0
@@ -93,7 +93,7 @@ def sample_euler(
     Returns: the sample, x's shape and dtype.   Raises: ValueError: sigmas that rise, repeat or are not finite.
     """
     hat = checked(sigmas), s_churn, s_tmin, s_tmax
-    return churned(_plan(solvers.euler), 1, hat, s_noise, model, x, sigmas, extra_args, callback, disable)
+    return churned(maker(solvers.euler), 1, hat, s_noise, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_heun(
@@ -103,7 +103,7 @@ def sample_heun(
 ) -> Tensor:  # fmt: skip
     """Heun steps, with churn (Karras et al. 2022, algorithm 2)."""
     hat = checked(sigmas), s_churn, s_tmin, s_tmax
-    return churned(_plan(solvers.heun), 2, hat, s_noise, model, x, sigmas, extra_args, callback, disable)
+    return churned(maker(solvers.heun), 2, hat, s_noise, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_dpm_2(
@@ -113,7 +113,7 @@ def sample_dpm_2(
 ) -> Tensor:  # fmt: skip
     """DPM-Solver-2 steps with a geometric midpoint, with churn."""
     hat = checked(sigmas), s_churn, s_tmin, s_tmax
-    return churned(_plan(solvers.dpm2), 2, hat, s_noise, model, x, sigmas, extra_args, callback, disable)
+    return churned(maker(solvers.dpm2), 2, hat, s_noise, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_lms(
@@ -121,7 +121,7 @@ def sample_lms(
     disable: bool | None = None, order: int = 4,
 ) -> Tensor:  # fmt: skip
     """Linear multistep in sigma, up to four derivatives, their polynomial integrated exactly."""
-    loop = Loop(_plan(solvers.lms, order=order), 1, checked(sigmas), model, x, sigmas, extra_args)
+    loop = Loop(maker(solvers.lms, order=order), 1, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable)
 
 
@@ -130,7 +130,7 @@ def sample_dpmpp_2m(
     disable: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M)."""
-    make = _plan(solvers.dpmpp_2m, lower_order_final=False)
+    make = maker(solvers.dpmpp_2m, lower_order_final=False)
     return Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args).run(callback, disable)
 
 
@@ -139,7 +139,7 @@ def sample_euler_ancestral(
     disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """Euler steps to sigma_down, then noise up to the next sigma."""
-    make = _plan(solvers.euler_ancestral, s_noise, eta=eta)
+    make = maker(solvers.euler_ancestral, s_noise, eta=eta)
     loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler))
 
@@ -149,7 +149,7 @@ def sample_dpm_2_ancestral(
     disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver-2 steps to sigma_down, then noise up to the next sigma."""
-    make = _plan(solvers.dpm2_ancestral, eta=eta, s_noise=s_noise)
+    make = maker(solvers.dpm2_ancestral, eta=eta, s_noise=s_noise)
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler))
 
@@ -159,7 +159,7 @@ def sample_dpmpp_2s_ancestral(
     disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2S) steps to sigma_down, then noise up to the next sigma."""
-    make = _plan(solvers.dpmpp_2s_ancestral, eta=eta, s_noise=s_noise)
+    make = maker(solvers.dpmpp_2s_ancestral, eta=eta, s_noise=s_noise)
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler))
 
@@ -170,9 +170,9 @@ def sample_dpmpp_sde(
     r: float = 1 / 2,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++ for the SDE: two calls a step, two increments of one Brownian path."""
-    make = _plan(solvers.dpmpp_sde, eta=eta, s_noise=s_noise, r=r)
+    make = maker(solvers.dpmpp_sde, eta=eta, s_noise=s_noise, r=r)
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
-    return loop.run(callback, disable, loop.twice(noise_sampler, r))
+    return loop.run(callback, disable, loop.twice(noise_sampler, r, flow=_of_a_flow.get()))
 
 
 def sample_dpmpp_2m_sde(
@@ -183,7 +183,7 @@ def sample_dpmpp_2m_sde(
     """DPM-Solver++(2M) for the SDE; solver_type: "midpoint" or "heun"."""
     if solver_type not in ("heun", "midpoint"):
         raise ValueError(f"solver_type must be 'heun' or 'midpoint', got {solver_type!r}")
-    make = _plan(solvers.dpmpp_2m_sde, eta=eta, s_noise=s_noise, kind=solver_type, lower_order_final=False)
+    make = maker(solvers.dpmpp_2m_sde, eta=eta, s_noise=s_noise, kind=solver_type, lower_order_final=False)
     loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler, tree=True, used=eta != 0))
 
@@ -193,7 +193,7 @@ def sample_dpmpp_3m_sde(
     disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(3M) for the SDE."""
-    make = _plan(solvers.dpmpp_3m_sde, eta=eta, s_noise=s_noise)
+    make = maker(solvers.dpmpp_3m_sde, eta=eta, s_noise=s_noise)
     loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler, tree=True, used=eta != 0))
 

@@ -156,7 +156,24 @@ class Loop:
 
         return draw
 
-    def twice(self, noise_sampler: Callable[..., Tensor] | None, r: float) -> Draw:
+    def each(self, noise_sampler: Callable[..., Tensor] | None, *, used: bool = True) -> Draw:
+        """One draw a model call, between the levels of its row and the next."""
+        if noise_sampler is None and _seeds.get() is not None:
+            return self._philox(lambda i, stage: used and self.levels[i + 1] > 0)
+        noise, told = self._source(noise_sampler, False), np.append(self.table.times, self.levels[-1])
+
+        def draw(i: int, stage: int) -> Tensor | None:
+            if not used or self.levels[i + 1] == 0:
+                return None
+            k = sum(self.stages[:i]) + stage
+            a, b = (
+                torch.as_tensor(float(v), dtype=self.sigmas.dtype, device=self.sigmas.device) for v in told[k : k + 2]
+            )
+            return noise(a, b)
+
+        return draw
+
+    def twice(self, noise_sampler: Callable[..., Tensor] | None, r: float, *, flow: bool = False) -> Draw:
         """A draw to the middle and one over the whole step, w and w': the second row's is (w' - q w) / sqrt(1 - q^2).
 
         Philox draws are independent, as the rows want them. The levels are rounded as k-diffusion rounds them: a
@@ -166,9 +183,10 @@ class Loop:
             return self._philox(lambda i, stage: self.levels[i + 1] > 0)
         noise = self._source(noise_sampler, True)
         first: list[Tensor] = []
-        lam = self.sigmas.log().neg()
-        middle = (lam[:-1] + lam.diff() * r).neg().exp()
-        level = lam.neg().exp()
+        lam = (self.sigmas.logit() if flow else self.sigmas.log()).neg()
+        middle = lam[:-1] + lam.diff() * r
+        middle = middle.neg().sigmoid() if flow else middle.neg().exp()
+        level = self.sigmas if flow else lam.neg().exp()
 
         def draw(i: int, stage: int) -> Tensor | None:
             if self.levels[i + 1] == 0:
