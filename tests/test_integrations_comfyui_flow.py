@@ -16,7 +16,7 @@ from fastdiff.integrations.flow_ancestral import KINDS, flow_ancestral
 from tests.oracles import marginals
 
 LEVELS = [0.97, 0.9, 0.75, 0.5, 0.2, 0.0]
-QUIET = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", "gradient_estimation", "res_multistep")
+QUIET = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", "gradient_estimation", "ipndm", "res_multistep")
 COEFFICIENTS = 3e-7  # in a step they are fp32 numbers
 
 
@@ -265,6 +265,28 @@ def test_gradient_estimation_and_res_multistep():
                 before = d
         got = comfyui.sampler_function(name)(Model(None), x, sigmas, {}, disable=True)
         assert torch.allclose(got, y, rtol=0, atol=COEFFICIENTS)
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_lcm_noises_x0_again(flow):
+    x, sigmas = start()
+    model, y = Model(CONST() if flow else object()), x
+    for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+        d = model(y, a.expand(3))
+        y = (1 - b if flow else 1) * d + b * 1.1 * noise(a, b) if b else d
+    got = comfyui.sampler_function("lcm")(model, x, sigmas, {}, disable=True, noise_sampler=noise, s_noise=1.1)
+    assert torch.allclose(got, y, rtol=0, atol=COEFFICIENTS)
+
+
+def test_ipndm():
+    x, sigmas = start()
+    weights = {1: [1], 2: [1.5, -0.5], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
+    y, slopes = x, []
+    for i, (a, b) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        slopes.insert(0, (y - Model(None)(y, a.expand(3))) / a)
+        y = y + (b - a) * sum(w * s for w, s in zip(weights[min(i + 1, 4)], slopes, strict=False))
+    got = comfyui.sampler_function("ipndm")(Model(None), x, sigmas, {}, disable=True)
+    assert torch.allclose(got, y, rtol=0, atol=COEFFICIENTS)
 
 
 @pytest.mark.parametrize("name", comfyui.IN_LOGSNR)

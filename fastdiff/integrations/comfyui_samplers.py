@@ -14,8 +14,8 @@ from fastdiff.integrations import k_diffusion
 from fastdiff.integrations.k_diffusion import Callback, Extra, Model, Sampler, maker
 from fastdiff.integrations.levels import Loop, checked
 
-__all__ = ["SAMPLERS", "sample_er_sde", "sample_gradient_estimation", "sample_res_multistep", "sample_seeds_2",
-           "sample_seeds_3"]  # fmt: skip
+__all__ = ["SAMPLERS", "sample_er_sde", "sample_gradient_estimation", "sample_ipndm", "sample_lcm",
+           "sample_res_multistep", "sample_seeds_2", "sample_seeds_3"]  # fmt: skip
 
 KINDS = {"phi_1": "midpoint", "phi_2": "heun"}
 
@@ -68,6 +68,24 @@ def sample_gradient_estimation(
     """Euler's step with its derivative moved away from the one before."""
     make = maker(solvers.gradient_estimation, gamma=ge_gamma)
     return Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args).run(callback, disable)
+
+
+def sample_ipndm(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, max_order: int = 4,
+) -> Tensor:  # fmt: skip
+    """iPNDM: Euler's step with Adams-Bashforth's derivative of equal steps."""
+    make = maker(solvers.ipndm, order=max_order)
+    return Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args).run(callback, disable)
+
+
+def sample_lcm(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Extra = None, callback: Callback = None,
+    disable: bool | None = None, noise_sampler: Sampler = None, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Latent consistency sampling: x0, noised again to the next level."""
+    loop = Loop(maker(solvers.lcm, s_noise), 1, checked(sigmas), model, x, sigmas, extra_args)
+    return loop.run(callback, disable, loop.once(noise_sampler))
 
 
 def sample_res_multistep(

@@ -42,7 +42,7 @@ Model = Callable[..., Tensor]
 Extra = Mapping[str, Any] | None
 Callback = Callable[[dict[str, Any]], Any] | None
 Sampler = Callable[[Any, Any], Tensor] | None
-ANY_ALPHA = ("dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "er_sde", "seeds")  # solvers whose formulas know alpha
+ANY_ALPHA = ("dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "er_sde", "lcm", "seeds")  # solvers whose formulas know alpha
 _of_a_flow: ContextVar[bool] = ContextVar("fastdiff_k_diffusion_flow", default=False)
 
 
