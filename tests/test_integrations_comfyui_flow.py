@@ -244,8 +244,9 @@ def test_odes_are_the_same_for_a_flow():
         assert torch.equal(*outs) and torch.isfinite(outs[0]).all()
 
 
-def test_gradient_estimation_and_res_multistep():
-    x, sigmas = start()
+@pytest.mark.parametrize("levels", [LEVELS, LEVELS[:-1]], ids=["clean", "to noise"])
+def test_gradient_estimation_and_res_multistep(levels):
+    x, sigmas = start(levels)
     for name in ("gradient_estimation", "res_multistep"):
         y, before = x, None
         for i in range(len(sigmas) - 1):
@@ -325,6 +326,28 @@ def test_noise_scale():
         sample = comfyui.sampler_function(name)
         got = sample(Model(loud), x, sigmas, {}, **options)
         assert torch.equal(got, sample(Model(plain), x, sigmas, {}, s_noise=1.5, **options))
+    other = types.SimpleNamespace(noise_scale=1.5)  # ComfyUI's k-diffusion ancestral step does not look at it
+    sample = comfyui.sampler_function("euler_ancestral")
+    assert torch.equal(sample(Model(other), x, sigmas, {}, **options), sample(Model(None), x, sigmas, {}, **options))
+
+
+@pytest.mark.parametrize("name", ["er_sde", "seeds_2", "seeds_3"])
+def test_noise_is_asked_for_where_it_is_used(name):
+    x, sigmas = start()
+    asked = []
+
+    def counted(a, b):
+        asked.append((float(a), float(b)))
+        return noise(a, b)
+
+    sample = comfyui.sampler_function(name)
+    sample(Model(None), x, sigmas, {}, disable=True, noise_sampler=counted)
+    stages = {"er_sde": 1, "seeds_2": 2, "seeds_3": 3}[name]
+    assert len(asked) == 4 * stages and all(a > b > 0 for a, b in asked)
+    assert [b for _, b in asked[:-1]] == [a for a, _ in asked[1:]] and asked[-1][1] == pytest.approx(0.2)
+    asked.clear()
+    sample(Model(None), x, sigmas, {}, disable=True, noise_sampler=counted, s_noise=0.0)
+    assert not asked
 
 
 def test_solver_types():

@@ -64,9 +64,8 @@ def maker(solver: Callable[..., Plan], s_noise: float = 1.0, *, known_alpha: boo
     on_flow = known_alpha and _of_a_flow.get() and solver.__name__ in ANY_ALPHA
     ancestral = solver.__name__.replace("dpm2", "dpm_2")
     if _of_a_flow.get() and ancestral in FLOW_ANCESTRAL:
-        scale = s_noise * options.pop("s_noise", 1.0)
         eta = options["eta"]
-        return lambda sigmas: flow_ancestral(ancestral, sigmas, eta, scale)
+        return lambda sigmas: flow_ancestral(ancestral, sigmas, eta, s_noise)
 
     def make(sigmas: np.ndarray) -> Plan:
         clean = sigmas[-1] == 0
