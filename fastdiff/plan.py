@@ -10,6 +10,7 @@ import torch
 
 from fastdiff.allocate import Allocation, allocate, liveness
 from fastdiff.grid import Points
+from fastdiff.lasting import lasting
 from fastdiff.prediction import factored
 from fastdiff.readout import BINNED, CATEGORICAL, check_readout, sentence
 
@@ -262,7 +263,8 @@ class Plan:
         """The packed fp32 table on a device, [N, row_width(r)]; made once per device."""
         device = torch.device(device)
         if device not in self._device_tables:
-            self._device_tables[device] = torch.from_numpy(self.packed()).to(device)
+            with lasting():
+                self._device_tables[device] = torch.from_numpy(self.packed()).to(device)
         return self._device_tables[device]
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff import native
 from fastdiff import schedules as S
+from fastdiff.lasting import lasting
 from fastdiff.ops import _dispatch, _fused
 
 __all__ = ["KINDS", "coefficients", "usable"]
@@ -71,7 +72,8 @@ def coefficients(schedule: S.Schedule, t: Tensor, gives: str, target: str | None
 
 @functools.lru_cache(256)
 def _parameters(schedule: S.Schedule, device: torch.device) -> Tensor:
-    return torch.tensor(KINDS[type(schedule)](schedule), dtype=torch.float64, device=device)
+    with lasting():
+        return torch.tensor(KINDS[type(schedule)](schedule), dtype=torch.float64, device=device)
 
 
 def _launch(t: Tensor, parameters: Tensor, kind: str, gives: str, target: str | None, out: Tensor) -> None:

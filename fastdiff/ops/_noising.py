@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
+from fastdiff.lasting import lasting, traced_constant
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, graded, spread
 from fastdiff.schedules import Betas, Schedule
-from fastdiff.schedules.base import outside, traced_constant
+from fastdiff.schedules.base import outside
 
 Seeds = Sequence[int] | Tensor
 
@@ -78,7 +79,8 @@ def table_of(
     cache = schedule.__dict__.setdefault("_op_tables", {})
     key = (columns, options, device, dtype)
     if key not in cache:
-        cache[key] = torch.stack([c.double() for c in columns(schedule, *options)], 1).to(device, dtype)
+        with lasting():
+            cache[key] = torch.stack([c.double() for c in columns(schedule, *options)], 1).to(device, dtype)
     return cache[key]
 
 

@@ -37,12 +37,6 @@ def positive(**values: float) -> None:
             raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
 
 
-def traced_constant(function: Made) -> Made:
-    """What torch.compiler.assume_constant_result does, which would import the compiler with the package (a second)."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 class Schedule(ABC):
     """A noise schedule: x_t = alpha(t) x0 + sigma(t) eps, noise at the largest t.
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastdiff.schedules.base import Array, Schedule, positive, quiet, traced_constant, xp_of
+from fastdiff.lasting import lasting, traced_constant
+from fastdiff.schedules.base import Array, Schedule, positive, quiet, xp_of
 
 
 class Betas(Schedule):
@@ -120,7 +121,8 @@ def _table(chain: Betas, device: torch.device) -> torch.Tensor:
     """alpha, sigma and ln(sigma / alpha) as [3, T] on a device, made once; compiled code holds it as a constant."""
     cache = chain.__dict__.setdefault("_tables", {})
     if device not in cache:
-        cache[device] = torch.from_numpy(np.stack([chain._alpha, chain._sigma, chain._ell])).to(device)
+        with lasting():
+            cache[device] = torch.from_numpy(np.stack([chain._alpha, chain._sigma, chain._ell])).to(device)
     return cache[device]
 
 

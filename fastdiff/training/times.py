@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.lasting import lasting
 from fastdiff.schedules import Betas, Schedule
 
 __all__ = [
@@ -265,7 +266,8 @@ def _time_of_level(level: Tensor, schedule: Schedule) -> Tensor:
             t = np.unique(np.clip(np.concatenate([even, t]), 0.0, schedule.t_max))
         at = -0.5 * schedule.logsnr(t)
         keep = np.isfinite(at)
-        table[level.device] = tuple(torch.from_numpy(v[keep]).to(level.device) for v in (at, t))
+        with lasting():
+            table[level.device] = tuple(torch.from_numpy(v[keep]).to(level.device) for v in (at, t))
     levels, at = table[level.device]
     high = torch.searchsorted(levels, level.contiguous()).clamp(1, max(len(levels) - 1, 1)).clamp(max=len(levels) - 1)
     low = (high - 1).clamp(min=0)
