@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdiff.categorical_cpu import chunks, loss_into
 from fastdiff.ops import _dispatch, _fused
@@ -20,6 +19,7 @@ from fastdiff.ops._categorical import (
     with_rows,
 )
 from fastdiff.ops._dispatch import FLOATS64, check_tensor
+from fastdiff.ops._once import once
 from fastdiff.ops._scaled import scaled
 
 PAIRS = {"BLOCK": 1024, "PARTS": 4, "num_warps": 1}  # one warp: its sum needs no shared memory
@@ -70,10 +70,10 @@ class _Error(torch.autograd.Function):
         return error
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return scaled(grad, upstream[0], factor=1.0 / grad.shape[1:-1].numel()), None
+        factor = 1.0 / grad.shape[1:-1].numel()
+        return *once(lambda: (scaled(grad, upstream[0], factor=factor),)), None
 
 
 def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:

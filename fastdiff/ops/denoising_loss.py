@@ -12,6 +12,7 @@ from fastdiff import rng
 from fastdiff.ops import _dispatch, _fused, _levels, _noising
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._noising import Seeds
+from fastdiff.ops._once import once
 from fastdiff.ops._scaled import scaled
 from fastdiff.ops.add_noise import TARGETS
 from fastdiff.schedules import EDM, Betas, Schedule
@@ -207,10 +208,9 @@ class _DenoisingLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
         ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs[1], inputs[2], inputs[3], *output[1:])
+        _save(ctx, inputs[1], inputs[2], inputs[3], *output[1:], *inputs[:2])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         return *_scaled(ctx, g), *(None,) * 9
 
@@ -226,34 +226,36 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        # refusing a second derivative costs time, and only where one is prepared is there something to refuse
-        return *(_once if torch.is_grad_enabled() else _scaled)(ctx, g), None
+        return *_scaled(ctx, g), None
 
 
 def _save(
     ctx: Any, x0: Tensor | None, coef: Tensor, rows: Tensor | None, slope: Tensor, scale: Tensor,  # noqa: ANN401
+    *sources: Tensor | None,
 ) -> None:  # fmt: skip
     ctx.set_materialize_grads(False)
     column = None
     if x0 is not None and x0.requires_grad:
         column = coef[:, 0] if rows is None else coef[:, 0][rows]
         ctx.x0_dtype = x0.dtype
-    ctx.save_for_backward(slope, scale, column)
+    ctx.save_for_backward(slope, scale, column, *sources)
 
 
-def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
+def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     """The gradients of model_out and x0, from that of the loss [B]."""
-    of_model = of_x0 = None
-    if g is not None:
-        slope, scale, column = ctx.saved_tensors
+    if g is None:
+        return None, None
+    slope, scale, column, *sources = ctx.saved_tensors
+
+    def gradients() -> tuple[Tensor | None, Tensor | None]:
+        of_model = of_x0 = None
         if ctx.needs_input_grad[0]:  # a loss scale is in g: before anything is rounded to the model's dtype
             of_model = scaled(slope, g, by=scale)
         if ctx.needs_input_grad[1]:
             of_x0 = scaled(slope, -(g * scale) * column, ctx.x0_dtype)
-    return of_model, of_x0
+        return of_model, of_x0
 
-
-_once = torch.autograd.function.once_differentiable(_scaled)
+    return once(gradients, sources)
 
 
 def _coefficients(

@@ -12,6 +12,7 @@ from fastdiff import native
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._log_ndtr import log_ndtr
+from fastdiff.ops._once import once
 from fastdiff.ops.denoising_loss import loss_tile
 
 SLOPE_SLOTS = 4  # tensors that the gradient's kernel reads
@@ -91,7 +92,6 @@ class _KL(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         return _backward(ctx, g)
 
@@ -106,19 +106,24 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        return (_once if torch.is_grad_enabled() else _backward)(ctx, g)
+        return _backward(ctx, g)
 
 
 def _backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     """The gradients of mean2 and log_variance2, where they are needed, from that of kl [B]."""
     if g is None:
         return (None,) * 4
-    mean1, log_variance1, mean2, log_variance2 = values = ctx.saved_tensors
+    values = ctx.saved_tensors
+    return None, None, *once(lambda: _gradients(values, g, ctx.needs_input_grad[2:]), values[2:])
+
+
+def _gradients(values: tuple[Tensor, ...], g: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    mean1, log_variance1, mean2, log_variance2 = values
     full = log_variance2.shape == mean1.shape
     dtypes = mean2.dtype, log_variance2.dtype if full else torch.float32
     outs = [
         torch.empty(mean1.shape, dtype=dtype, device=mean1.device) if needed else None
-        for dtype, needed in zip(dtypes, ctx.needs_input_grad[2:], strict=True)
+        for dtype, needed in zip(dtypes, wanted, strict=True)
     ]
     logs = [_per_sample_or_full(v, mean1) for v in (log_variance1, log_variance2)]
     if _dispatch.kernels_for(mean1):
@@ -131,10 +136,7 @@ def _backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa:
         native.run("gaussian_kl", "gaussian_kl_slopes", *given, g.contiguous(), *outs, *options)
     if outs[1] is not None and not full:
         outs[1] = outs[1].sum_to_size(log_variance2.shape).to(log_variance2.dtype)
-    return None, None, *outs
-
-
-_once = torch.autograd.function.once_differentiable(_backward)
+    return outs
 
 
 def _slopes(
