@@ -74,6 +74,21 @@ def test_tuple_and_dictionary_say_the_same(name):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
+def test_restore_in_the_middle_of_a_loop_that_remembers(name):
+    scheduler = fd.accelerate(getattr(diffusers, name)())
+    scheduler.set_timesteps(6)
+    x = torch.ones(1, 2, 4, 4)
+    for i, t in enumerate(scheduler.timesteps):
+        if i == 3:
+            with pytest.raises(RuntimeError, match=f"{name} is in the middle of a loop whose past"):
+                fd.restore(scheduler)
+        x = scheduler.step(0.1 * scheduler.scale_model_input(x, t), t, x).prev_sample
+    assert type(fd.restore(scheduler)) is getattr(diffusers, name)
+    scheduler.set_timesteps(6)
+    assert type(fd.restore(scheduler)) is getattr(diffusers, name)
+
+
 def test_twice_is_once_and_restore_leaves_nothing():
     stock = SIGMA()
     ours = fd.accelerate(stock)

@@ -125,6 +125,46 @@ def test_too_much_eta_is_refused():
         flow_ancestral("euler_ancestral", np.array([0.9, 0.75, 0.3, 0.0]), 1.7, 1.0)
 
 
+def test_bad_ancestral_options_are_refused():
+    for options, text in (
+        ({"eta": -0.5}, "eta must be a finite number >= 0, got -0.5"),
+        ({"s_noise": -1.0}, "s_noise must be"),
+    ):
+        given = {"eta": 1.0, "s_noise": 1.0, **options}
+        with pytest.raises(ValueError, match=text):
+            flow_ancestral("euler_ancestral", np.array([0.9, 0.75, 0.3, 0.0]), **given)
+
+
+def test_a_scaler_that_is_an_object_may_change():
+    class Power:
+        p = 2.0
+
+        def __call__(self, rho):
+            return rho**self.p
+
+    x, sigmas = start()
+    scaler, sample = Power(), comfyui.sampler_function("er_sde")
+    options = {"disable": True, "noise_sampler": noise}
+    first = sample(Model(None), x, sigmas, {}, noise_scaler=scaler, **options)
+    scaler.p = 1.5
+    second = sample(Model(None), x, sigmas, {}, noise_scaler=scaler, **options)
+    assert torch.equal(second, sample(Model(None), x, sigmas, {}, noise_scaler=lambda r: r**1.5, **options))
+    assert (first - second).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["seeds_2", "seeds_3", "er_sde", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("levels", [[1.0, 0.5], [1.0, 0.5, 0.0]], ids=["to noise", "clean"])
+def test_from_pure_noise_a_step_is_one_call(name, levels):
+    """sigma = 1 itself, where the node would begin a little below: x' = (1 - sigma') p + sigma' n."""
+    x, sigmas = start(levels)
+    model = Model(CONST())
+    with k_diffusion.flow():
+        got = SAMPLERS[name](model, x, sigmas, {}, disable=True, noise_sampler=noise)
+    first = (1 - sigmas[1]) * model(x, sigmas[:1].expand(3)) + sigmas[1] * noise(sigmas[0], sigmas[1])
+    want = first if len(levels) == 2 else model(first, sigmas[1:2].expand(3))
+    assert torch.allclose(got, want, rtol=0, atol=COEFFICIENTS)
+
+
 def multistep(model, x, sigmas, eta, order):
     """The SDE multistep samplers with alpha = 1 - sigma, lam = ln(alpha / sigma)."""
     alpha, lam = 1 - sigmas, torch.log((1 - sigmas) / sigmas)

@@ -76,6 +76,16 @@ def test_the_same_sample_through_k_diffusion_and_through_a_plan():
     assert float((got - want).abs().max()) <= 2e-5
 
 
+def test_a_network_may_change_its_time_in_place():
+    def network(x, t):
+        t *= 1000
+        return torch.cos(t / 300)[:, None] * torch.ones_like(x)
+
+    denoiser = to_denoiser(network, schedules.VP(), prediction="x0")
+    outs = [denoiser(torch.ones(1, 2), torch.tensor([1.0])) for _ in range(3)]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
 def test_no_denoiser_without_signal():
     model = from_denoiser(lambda x, s: x, schedules.Flow(), prediction="flow")
     with pytest.raises(ValueError, match="without signal"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,71 @@ def test_a_given_noise_sampler_is_asked_for_the_same_levels(name):
         results.append(run(module, name, SIGMAS["karras"], {"noise_sampler": sampler})[0])
         asked.append(torch.tensor(calls))
     assert far(results[0], results[1]) <= 2e-5 and torch.allclose(*asked, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"])
+@pytest.mark.parametrize("eta", [1.02, 1.1, 3.0])
+def test_more_noise_than_the_sde_has(name, eta):
+    """eta > 1: middles below the last level, and steps that begin from noise alone and have one model call."""
+    results, told = [], []
+    for module in (ours, theirs):
+        seen = []
+
+        def model(x, sigma, seen=seen):
+            seen.append(float(sigma[0]))
+            return denoiser(x, sigma)
+
+        x = 14.6 * torch.linspace(-2, 2, 120).reshape(SHAPE)
+        sample = getattr(module, f"sample_{name}")
+        results.append(
+            sample(model, x, SIGMAS["karras"], eta=eta, disable=True, noise_sampler=lambda a, b: torch.full(SHAPE, 0.3))
+        )
+        told.append(seen)
+    assert len(told[0]) == len(told[1])
+    if name != "dpm_2_ancestral" or eta < 1.1:  # there theirs adds no noise: docs/differences.md
+        assert far(*results) <= 2e-5 and torch.allclose(*map(torch.tensor, told), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(ours.SAMPLERS))
+def test_the_model_is_told_sigma_in_the_dtype_of_x(name):
+    for of_x, of_sigmas in ((torch.float16, torch.float32), (torch.float32, torch.float64)):
+        dtypes = set()
+
+        def model(x, sigma, dtypes=dtypes):
+            dtypes.add(sigma.dtype)
+            return x * 0
+
+        x, sigmas = torch.ones(2, 3, dtype=of_x), torch.tensor([4.0, 1.0, 0.5, 0.0], dtype=of_sigmas)
+        ours.SAMPLERS[name](model, x, sigmas, disable=True)
+        assert dtypes == {of_x}
+
+
+def test_a_noise_sampler_may_use_its_buffer_again():
+    x, results = 14.6 * torch.linspace(-2, 2, 120).reshape(SHAPE), []
+    for name in ours.SAMPLERS:
+        if "noise_sampler" not in inspect.signature(ours.SAMPLERS[name]).parameters:
+            continue
+        for buffer in (None, torch.empty_like(x)):
+            generator = torch.Generator().manual_seed(0)
+
+            def draw(a, b, buffer=buffer, generator=generator):
+                return (torch.empty_like(x) if buffer is None else buffer).normal_(generator=generator)
+
+            results.append(ours.SAMPLERS[name](denoiser, x, SIGMAS["karras"], disable=True, noise_sampler=draw))
+        assert torch.equal(*results[-2:])
+    assert len(results) == 12
+
+
+def test_seeds_of_a_brownian_tree():
+    x, ends = torch.zeros(2, 3), (0.1, 10.0)
+    want = ours.BrownianTreeNoiseSampler(x, *ends, seed=[1, 2])(torch.tensor(5.0), torch.tensor(1.0))
+    for seed in ((1, 2), np.array([1, 2]), torch.tensor([1, 2])):
+        got = ours.BrownianTreeNoiseSampler(x, *ends, seed=seed)(torch.tensor(5.0), torch.tensor(1.0))
+        assert torch.equal(got, want)
+    one = ours.BrownianTreeNoiseSampler(x, *ends, seed=np.int64(7))(torch.tensor(5.0), torch.tensor(1.0))
+    assert torch.equal(one, ours.BrownianTreeNoiseSampler(x, *ends, seed=7)(torch.tensor(5.0), torch.tensor(1.0)))
+    with pytest.raises(ValueError, match="seed must be one number or 2, got 3"):
+        ours.BrownianTreeNoiseSampler(x, *ends, seed=[1, 2, 3])
 
 
 def test_a_callback_may_change_x_in_place():

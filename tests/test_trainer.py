@@ -132,6 +132,7 @@ def test_bad_input(tmp_path):
         ({"warmup": 1.0}, ValueError, "warmup"),
         ({"held_out": [[1.0]]}, TypeError, "held_out"),
         ({"held_out": (DATA, DATA[:3])}, ValueError, "one length"),
+        ({"held_out": DATA[:0]}, ValueError, "held_out must be None or hold at least one sample"),
         ({"keep": True}, ValueError, "folder"),
     ):
         with pytest.raises(error, match=text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,13 +38,16 @@ class BrownianTreeNoiseSampler:
         low, high = (a, b) if a < b else (b, a)
         self.sign = 1 if a < b else -1
         start = torch.zeros_like(x)
+        if seed is not None and not isinstance(seed, Sequence):  # arrays and tensors too
+            seed = np.asarray(seed).tolist()
         self.batched = isinstance(seed, Sequence)
         if isinstance(seed, Sequence):
-            if len(seed) != x.shape[0]:
-                raise ValueError(f"seed must be one number or {x.shape[0]}, got {len(seed)}")
-            seeds, start = list(seed), start[0]
+            seeds = [int(s) for s in seed]
+            if len(seeds) != x.shape[0]:
+                raise ValueError(f"seed must be one number or {x.shape[0]}, got {len(seeds)}")
+            start = start[0]
         else:
-            seeds = [int(torch.randint(0, 2**63 - 1, [])) if seed is None else seed]
+            seeds = [int(torch.randint(0, 2**63 - 1, []) if seed is None else seed)]
         self.trees = [BrownianTree(low, start, high, entropy=s) for s in seeds]
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:

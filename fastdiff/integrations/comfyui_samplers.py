@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from inspect import isfunction
 
 import numpy as np
 import torch
@@ -26,16 +27,18 @@ def sample_er_sde(
     noise_scaler: Callable[[Tensor], Tensor] | None = None, max_stage: int = 3,
 ) -> Tensor:  # fmt: skip
     """ER-SDE-Solver; noise_scaler: phi of a tensor of sigma / alpha; the integrals are exact, not sums of 200 terms."""
-    given = "er" if noise_scaler is None else _scaler(noise_scaler)
+    given = "er" if noise_scaler is None else _scaler(noise_scaler) if isfunction(noise_scaler) else _g(noise_scaler)
     make = maker(solvers.er_sde, order=max_stage, scaler=given, s_noise=s_noise)
     loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
-    return loop.run(callback, disable, loop.once(noise_sampler, used=s_noise > 0))
+    return loop.run(callback, disable, loop.once(noise_sampler, used=s_noise != 0))
 
 
-@functools.lru_cache(16)
-def _scaler(phi: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
-    """g = phi / rho of an array; one function for one phi, so that its plans are found again."""
+def _g(phi: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+    """g = phi / rho of an array."""
     return lambda rho: phi(torch.from_numpy(np.array(rho))).double().numpy() / rho
+
+
+_scaler = functools.lru_cache(16)(_g)  # one for one function, so that its plans are found again; an object may change
 
 
 def sample_seeds_2(
@@ -48,7 +51,7 @@ def sample_seeds_2(
         raise ValueError(f"solver_type must be 'phi_1' or 'phi_2', got {solver_type!r}")
     make = maker(solvers.seeds, order=2, eta=eta, s_noise=s_noise, kind=KINDS[solver_type])
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
-    return loop.run(callback, disable, loop.each(noise_sampler, used=eta > 0 and s_noise > 0))
+    return loop.run(callback, disable, loop.each(noise_sampler, used=eta > 0 and s_noise != 0))
 
 
 def sample_seeds_3(
@@ -58,7 +61,7 @@ def sample_seeds_3(
     """SEEDS-3 with its stages at a third and two thirds of a step."""
     make = maker(solvers.seeds, order=3, eta=eta, s_noise=s_noise)
     loop = Loop(make, 3, checked(sigmas), model, x, sigmas, extra_args)
-    return loop.run(callback, disable, loop.each(noise_sampler, used=eta > 0 and s_noise > 0))
+    return loop.run(callback, disable, loop.each(noise_sampler, used=eta > 0 and s_noise != 0))
 
 
 def sample_gradient_estimation(

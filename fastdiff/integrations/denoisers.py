@@ -15,6 +15,8 @@ from fastdiff.schedules import Schedule
 
 __all__ = ["from_denoiser", "to_denoiser"]
 
+KNOWN = 4096  # levels kept; a loop asks for few, a training run for ever new ones
+
 
 class _At:
     """alpha, model time and conversion at noise levels sigma / alpha, kept per level: a loop asks for few of them."""
@@ -33,8 +35,11 @@ class _At:
             time = np.asarray(self.schedule.model_time(t))
             told = torch.from_numpy(time if np.issubdtype(time.dtype, np.integer) else time.astype(np.float32))
             rest = (torch.from_numpy(np.asarray(v, np.float32)) for v in (alpha, c.c_skip, c.c_out))
+            if len(self.known) >= KNOWN:
+                self.known.clear()
             self.known[values] = (told, *rest)
-        return tuple(v.to(device) for v in self.known[values])
+        told, *others = self.known[values]
+        return told.to(device, copy=True), *(v.to(device) for v in others)  # a network may change its time in place
 
 
 def to_denoiser(

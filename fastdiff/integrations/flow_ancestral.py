@@ -7,6 +7,7 @@ import numpy as np
 from fastdiff.grid import GridOptions, make_grid
 from fastdiff.plan import Plan
 from fastdiff.schedules import Flow
+from fastdiff.solvers.multistep_sde import nonnegative
 
 __all__ = ["KINDS", "flow_ancestral"]
 
@@ -26,9 +27,10 @@ def flow_ancestral(kind: str, levels: np.ndarray, eta: float, s_noise: float) ->
     Args: kind: one of KINDS. levels: [n + 1] sigma, decreasing, in [0, 1]; a final 0 is a clean end, x' = p. eta >= 0,
         so small that down > 0.
     Returns: Plan, one row a step (euler) or two, the last one alone where it ends clean.
-    Raises: ValueError: eta too large.
+    Raises: ValueError: eta negative or too large, s_noise negative.
     Source: ComfyUI, k_diffusion/sampling.py, the functions that end in _RF.
     """
+    nonnegative(eta=eta, s_noise=s_noise)
     clean = levels[-1] == 0
     given: GridOptions = {"prediction": "x0", "sigmas": levels[:-1], "final": "zero"} if clean else {
         "prediction": "x0", "sigmas": levels, "final": "min"}  # fmt: skip

@@ -70,8 +70,9 @@ def maker(solver: Callable[..., Plan], s_noise: float = 1.0, *, known_alpha: boo
     def make(sigmas: np.ndarray) -> Plan:
         clean = sigmas[-1] == 0
         levels = sigmas[:-1] if clean else sigmas
-        top, low = float(levels[0]), float(levels[-1])
-        of: Schedule = Flow() if on_flow else EDM(low if len(levels) > 1 else 0.5 * top, top)
+        top = float(levels[0])
+        # eta > 1 takes the middle of a step below the last level
+        of: Schedule = Flow() if on_flow else EDM(0.0, top)
         ends = {"final": "zero"} if clean else {"final": "min"}
         plan = solver(of, len(sigmas) - 1, prediction="x0", sigmas=levels, **ends, **options)
         return plan if s_noise == 1 else replace(plan, s=s_noise * plan.s)

@@ -95,6 +95,14 @@ def _shares(plan: Plan) -> np.ndarray:
     return shares
 
 
+def _stages(times: np.ndarray, levels: np.ndarray, wanted: list[int]) -> list[int]:
+    """Model calls a step: as wanted, but one where a step to all of its noise leaves nothing to do from its middle."""
+    if len(times) == sum(wanted):
+        return wanted
+    starts = [int(np.argmin(np.abs(times - level))) for level in levels[: len(wanted)]]
+    return np.diff([*starts, len(times)]).tolist()
+
+
 class Loop:
     """One call of a sampler: `stages` model calls a step, one in a step that ends clean."""
 
@@ -110,6 +118,7 @@ class Loop:
         self.compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self.steps:
             self.table = _table(make, _key(make), levels, hat)
+            self.stages = _stages(self.table.times, levels, self.stages)
 
     def run(self, callback: Callable[[dict[str, Any]], Any] | None, disable: bool | None, draw: Draw | None = None,
             before: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:  # fmt: skip
@@ -123,7 +132,7 @@ class Loop:
             state = x.to(self.compute)
             history, k = History(self.table.places), 0
             told = torch.from_numpy(self.table.times).to(x.device, self.sigmas.dtype)
-            sigma_of = (told[:, None] * x.new_ones([x.shape[0]])).unbind(0)
+            sigma_of = (told[:, None] * x.new_ones([x.shape[0]])).to(x.dtype).unbind(0)  # 0-d times [B] is [B]'s dtype
             for i in trange(self.steps, disable=disable):
                 if before is not None:
                     state = before(i, state)
@@ -193,7 +202,7 @@ class Loop:
                 return None
             at = sum(self.stages[:i])
             if stage == 0:
-                first[:] = [noise(level[i], middle[i])]
+                first[:] = [noise(level[i], middle[i]).clone()]  # its buffer may serve the next draw too
                 return first[0]
             q, w = float(self.table.shares[at + 1]), noise(level[i], level[i + 1])
             return (w - q * first[0]) / (1 - q * q) ** 0.5

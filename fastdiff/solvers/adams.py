@@ -100,7 +100,7 @@ def gradient_estimation(schedule: Schedule, steps: int, *, gamma: float = 2.0, *
 
         e = gamma eps + (1 - gamma) eps_prev,   x' = (alpha'/alpha) x - (alpha' sigma/alpha - sigma') e
 
-    The first row and a row that ends clean are DDIM's.
+    The first row and a row that ends clean are DDIM's. On Flow too eps is along sigma/alpha.
     Args: gamma: finite, 1 is DDIM, 1.5 iPNDM's second order; the rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 2 slots, order 1. Raises: ValueError for a start of zero signal.
     Source: Permenter and Yuan 2023, arXiv:2306.04848 (their second-order sampler).

@@ -17,8 +17,10 @@ def groups(grid: Grid, order: int, *, own: bool, lower_final: bool) -> tuple[Arr
     n, from_nothing = len(grid.at.t), grid.alpha[0] == 0
     if not own:
         sizes = np.full(n, order)
-        sizes[0] = 1 if from_nothing else order
-        sizes[-1] = 1 if grid.clean else order
+        if from_nothing:
+            sizes[0] = 1
+        if grid.clean:
+            sizes[-1] = 1
         return np.arange(n), sizes
     found = [1] if from_nothing else []
     while (left := n - sum(found)) > 0:

@@ -69,6 +69,8 @@ class Trainer:
         self.data, self.held_out = _tensors("data", data), _tensors("held_out", held_out)
         if not self.data or not len(self.data[0]):
             raise ValueError("data must hold at least one sample")
+        if self.held_out and not len(self.held_out[0]):
+            raise ValueError("held_out must be None or hold at least one sample")
         for name, value in (("epochs", epochs), ("batch", batch), ("validate_every", validate_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")

@@ -97,6 +97,12 @@ def _accelerated(scheduler: Any, noise: str, seed: int, compiled: bool) -> Any:
 def _restored(scheduler: Any) -> Any:
     if not is_accelerated(scheduler):
         return scheduler
+    run = scheduler._fastdiff.run
+    if run is not None and run.started and run.next < run.count and not run.reading.memoryless:
+        raise RuntimeError(
+            f"{scheduler._stock_class.__name__} is in the middle of a loop whose past the stock one has not seen: "
+            f"restore it before set_timesteps, or after its last step"
+        )
     new: Any = object.__new__(scheduler._stock_class)
     new.__dict__.update({k: v for k, v in vars(scheduler).items() if k != "_fastdiff"})
     return new

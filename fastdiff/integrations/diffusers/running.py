@@ -294,10 +294,10 @@ class Run:
             batch = m.shape[0]
             index = torch.arange(batch, device="cpu")
             if isinstance(generator, Sequence):
-                seeds, index = (
-                    torch.tensor([g.initial_seed() for g in generator], device="cpu"),
-                    torch.zeros(batch, dtype=torch.int64, device="cpu"),
-                )
+                if len(generator) != batch:
+                    raise ValueError(f"generator must be one or {batch} (one a sample), got {len(generator)}")
+                seeds = torch.tensor([g.initial_seed() % LARGEST for g in generator], device="cpu")
+                index = torch.zeros(batch, dtype=torch.int64, device="cpu")
             else:
                 seed = kept.seed if generator is None else generator.initial_seed() % LARGEST
                 seeds = torch.full((batch,), seed, device="cpu")
