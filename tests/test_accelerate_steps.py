@@ -199,6 +199,10 @@ def test_philox_noise_does_not_depend_on_the_batch():
     assert not torch.equal(run(x), run(x, seed=12))
     generators = [torch.Generator().manual_seed(s) for s in (5, 6, 7)]
     assert torch.equal(run(x, generators)[2:], run(x[2:], generators[2:]))
+    negative = torch.Generator().manual_seed(-1)  # its seed is 2^64 - 1, as a list and alone
+    assert torch.equal(run(x[:1], [negative]), run(x[:1], negative))
+    with pytest.raises(ValueError, match=r"generator must be one or 3 \(one a sample\), got 2"):
+        run(x, generators[:2])
     plan = fd.probe(make(case, 6), steps=6)
     want = fd.sample(lambda x, t: torch.tanh(x), plan, x.shape, x_T=x, seed=11)
     assert far(run(x), want) <= 1e-5
