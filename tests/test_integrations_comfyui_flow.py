@@ -348,13 +348,30 @@ def test_stock_noise_is_comfyuis_own(name, flow, comfy):
         own = comfy.BrownianTreeNoiseSampler(x, sigmas[-2], sigmas[0], seed=5, cpu=True)
     else:
         own = comfy.default_noise_sampler(x, seed=5)
-    with k_diffusion.flow() if flow else torch.no_grad():
+    with k_diffusion.flow(flow):
         want = SAMPLERS[name](model, x, sigmas, {}, disable=True, noise_sampler=own)
     assert torch.equal(got, want)
     comfy.default_noise_sampler = lambda x: lambda a, b: torch.zeros_like(x)  # an older one, without a seed
     if name not in comfyui.ON_A_TREE:
         quiet = comfyui.sampler_function(name, noise="stock")(model, x, sigmas, {"seed": 5}, disable=True)
         assert (quiet - got).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_the_tree_is_asked_at_the_sigmas_themselves(flow):
+    """A Brownian tree answers the last digit; exp(ln sigma) is another number than sigma."""
+    x, sigmas = start([0.97, 0.9, 0.77, 0.5, 0.2, 0.0], torch.float32)
+    assert not torch.equal(sigmas[:-1].log().exp(), sigmas[:-1])
+    asked = []
+
+    def counted(a, b):
+        asked.append((float(a), float(b)))
+        return noise(a, b)
+
+    sample = comfyui.sampler_function("dpmpp_sde")
+    sample(Model(CONST() if flow else object()), x, sigmas, {}, disable=True, noise_sampler=counted)
+    assert asked[1::2] == list(zip(sigmas[:-2].tolist(), sigmas[1:-1].tolist(), strict=True))
+    assert [a for a, _ in asked[::2]] == sigmas[:-2].tolist()
 
 
 def test_noise_scale():

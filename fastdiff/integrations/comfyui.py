@@ -58,8 +58,7 @@ def sampler_function(name: str, *, noise: str = "philox") -> Any:
             sigmas = sigmas.clone()
             sigmas[0] = sampling.percent_to_sigma(FIRST)
         with contextlib.ExitStack() as inside:
-            if _is_flow(sampling):
-                inside.enter_context(flow())
+            inside.enter_context(flow(_is_flow(sampling)))
             if noise == "philox" and options.get("noise_sampler") is None:
                 inside.enter_context(philox(int(seed or 0) % SEED))
             return sampler(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)

@@ -44,19 +44,22 @@ Callback = Callable[[dict[str, Any]], Any] | None
 Sampler = Callable[[Any, Any], Tensor] | None
 ANY_ALPHA = ("dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "er_sde", "lcm", "seeds")  # solvers whose formulas know alpha
 _of_a_flow: ContextVar[bool] = ContextVar("fastdiff_k_diffusion_flow", default=False)
+_as_comfyui: ContextVar[bool] = ContextVar("fastdiff_k_diffusion_as_comfyui", default=False)
 
 
 @contextmanager
-def flow() -> Iterator[None]:
+def flow(on: bool = True) -> Iterator[None]:
     """Inside, x = (1 - sigma) x0 + sigma n (Flux, SD3), where k-diffusion knows x = x0 + sigma n alone.
 
-    The samplers of the ODE in sigma are the same; those with noise take alpha = 1 - sigma, as ComfyUI's do.
+    The samplers of the ODE in sigma are the same; those with noise take alpha = 1 - sigma, as ComfyUI's do. Also with
+    on=False, for its other models, noise is asked for at the sigmas themselves, as ComfyUI asks, not at exp(ln sigma).
     """
-    token = _of_a_flow.set(True)
+    tokens = _of_a_flow.set(on), _as_comfyui.set(True)
     try:
         yield
     finally:
-        _of_a_flow.reset(token)
+        _of_a_flow.reset(tokens[0])
+        _as_comfyui.reset(tokens[1])
 
 
 def maker(solver: Callable[..., Plan], s_noise: float = 1.0, *, known_alpha: bool = True, **options: Any) -> Maker:
@@ -172,7 +175,7 @@ def sample_dpmpp_sde(
     """DPM-Solver++ for the SDE: two calls a step, two increments of one Brownian path."""
     make = maker(solvers.dpmpp_sde, eta=eta, s_noise=s_noise, r=r)
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
-    return loop.run(callback, disable, loop.twice(noise_sampler, r, flow=_of_a_flow.get()))
+    return loop.run(callback, disable, loop.twice(noise_sampler, r, flow=_of_a_flow.get(), exact=_as_comfyui.get()))
 
 
 def sample_dpmpp_2m_sde(

@@ -182,7 +182,9 @@ class Loop:
 
         return draw
 
-    def twice(self, noise_sampler: Callable[..., Tensor] | None, r: float, *, flow: bool = False) -> Draw:
+    def twice(
+        self, noise_sampler: Callable[..., Tensor] | None, r: float, *, flow: bool = False, exact: bool = False
+    ) -> Draw:
         """A draw to the middle and one over the whole step, w and w': the second row's is (w' - q w) / sqrt(1 - q^2).
 
         Philox draws are independent, as the rows want them. The levels are rounded as k-diffusion rounds them: a
@@ -195,7 +197,7 @@ class Loop:
         lam = (self.sigmas.logit() if flow else self.sigmas.log()).neg()
         middle = lam[:-1] + lam.diff() * r
         middle = middle.neg().sigmoid() if flow else middle.neg().exp()
-        level = self.sigmas if flow else lam.neg().exp()
+        level = self.sigmas if exact else lam.neg().exp()
 
         def draw(i: int, stage: int) -> Tensor | None:
             if self.levels[i + 1] == 0:
