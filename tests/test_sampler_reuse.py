@@ -53,6 +53,29 @@ def test_the_cache_of_runs_is_bounded() -> None:
     assert len(sampler._runs) == 4
 
 
+@pytest.mark.parametrize("mode", ["auto", "eager"])
+def test_another_plan_is_another_run(mode: str) -> None:
+    """Of one length too: with x0 = t, ddim into a clean end returns its last time."""
+    sampler = fd.Sampler(lambda x, t: torch.zeros_like(x) + t[:, None], PLAN, mode=mode)
+    ends = []
+    for spacing in ([0.9, 0.5, 0.1], [0.9, 0.5, 0.2], [0.9, 0.5, 0.1]):
+        sampler.plan = solvers.ddim(VP(), 3, prediction="x0", spacing=spacing)
+        ends.append(sampler((1, 1)).item())
+    assert ends == pytest.approx([0.1, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("mode", ["auto", "eager", "compile"])
+def test_another_model_is_the_one_that_runs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: (compiled.append(model), model)[1])
+    models = [lambda x, t, v=v: torch.full_like(x, v) for v in (1.0, 2.0)]
+    sampler, got = fd.Sampler(models[0], PLAN, mode=mode), []
+    for model in (models[0], models[0], models[1], models[0]):
+        sampler.model = model
+        got.append(sampler((1, 1)).item())
+    assert got == [1, 1, 2, 1] and len(compiled) == (3 if mode == "compile" else 0)
+
+
 STOCHASTIC = solvers.dpmpp_2m_sde(VP(), 8)
 
 
