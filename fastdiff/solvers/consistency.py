@@ -98,11 +98,11 @@ def consistency(schedule: Schedule, steps: int, *, floor: float | None = None, *
     With prediction="edm" the model is the raw network F of a consistency model, with its boundary at r = floor:
         p = d^2 / ((r - floor)^2 + d^2) y + (r - floor) d / sqrt(r^2 + d^2) F(c_in x, ln(r) / 4),  d = sigma_data
     Args: floor: the level at which the model's x0 lives, default the schedule's lowest sigma/alpha; spacing: default
-        "trailing" (t_start down to t_start / steps); the rest: fastdiff.grid.GridOptions.
+        "trailing" (t_max down to t_max / steps), without t_start and t_end; the rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot; as good as the model, no order. draws: one a row; a single row without s: none.
     Source: Song et al. 2023, arXiv:2303.01469, algorithm 1 and appendix C.
     """
-    if all(options.get(name) is None for name in GRID[:3]):
+    if all(options.get(name) is None for name in GRID):
         options["spacing"] = "trailing"
     grid = make_grid(schedule, steps, options)
     low = float(schedule.sigma(0.0) / schedule.alpha(0.0)) if floor is None else float(floor)
