@@ -32,7 +32,7 @@ Callback = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 class Options:
     """Everything fd.sample takes besides the model, the plan and the shape: see fd.sample."""
 
-    seed: int = 0
+    seed: int | None = None  # 0 where seeds are not given either
     seeds: Sequence[int] | Tensor | None = None
     first: int = 0
     generator: torch.Generator | Sequence[torch.Generator] | None = None
@@ -66,6 +66,9 @@ class Options:
 
 
 class Request(NamedTuple):
+        for name, other in (("seed", "seeds"), ("seeds", "seed")):  # a default gives way to the other one
+            if changes.get(name) is not None and changes.get(other) is None:
+                new.__dict__[other] = None
     """Checked and resolved options."""
 
     options: Options
@@ -180,6 +183,10 @@ def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
 
 
 def _host(value: Any) -> Any:  # noqa: ANN401 - number, sequence, array or tensor
+        if o.guidance is None and plan.guidance is not None and np.any(plan.guidance != 1):
+            raise ValueError(
+                f"plan {plan.name!r} has a column of guidance weights: give uncond, or guidance=1 for no guidance"
+            )
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
 
 
@@ -189,7 +196,7 @@ def _generators(o: Options, batch: int, device: torch.device) -> tuple[torch.Gen
             raise ValueError(f"generator is used with noise='torch' only, got noise={o.noise!r}")
         return ()
     if o.generator is None:
-        seeds = [o.seed] if o.seeds is None else [int(s) for s in o.seeds]
+        seeds = [o.seed or 0] if o.seeds is None else [int(s) for s in o.seeds]
         given: list[Any] = [torch.Generator(device).manual_seed(s) for s in seeds]
     else:
         given = list(o.generator) if isinstance(o.generator, Sequence) else [o.generator]
@@ -209,6 +216,10 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
     if not isinstance(plan, Plan):
+    if o.first != 0:
+        raise ValueError(
+            f"first goes with noise='philox': a generator's stream starts at its seed; got first={o.first}"
+        )
         raise TypeError(f"plan must be a fastdiff.Plan (from fastdiff.solvers), got {type(plan).__name__}")
     size = _shape(shape)
     batch, parameter = size[0], _parameter(model)
@@ -282,5 +293,7 @@ def _keys(
     if o.seeds is not None:
         made = rng.keys(seeds=o.seeds, first=o.first, batch=batch, device=device)
         return lambda: made, None
-    seed = rng.checked_seed(o.seed, o.first, batch)
+    seed = rng.checked_seed(0 if o.seed is None else o.seed, o.first, batch)
     return partial(rng.keys, seed, first=o.first, batch=batch, device=device), (seed, o.first)
+        if o.seed is not None:
+            raise ValueError("give either seed or seeds, got both")

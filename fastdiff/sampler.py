@@ -256,7 +256,7 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
     plan: Plan,
     shape: Sequence[int],
     *,
-    seed: int = 0,
+    seed: int | None = None,
     seeds: Sequence[int] | Tensor | None = None,
     first: int = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -286,7 +286,7 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
     Args:
         model: model(x, t, **cond) -> Tensor of x's shape, t [B] float32 or int64.
         plan: fastdiff.Plan. shape: (B, ...).
-        seed: the samples are (seed, first), (seed, first + 1), ...; seeds: [B], each sample (seeds[i], 0).
+        seed: the samples are (seed, first), (seed, first + 1), ..., default 0; or seeds: [B], samples (seeds[i], 0).
         noise: "philox" (the same sample whatever the batch, device or mode), "torch" (generator's own stream; a
             generator or a list of B), or a function (row, like) -> Tensor called plan.draws[row] times a row.
         cond, uncond, guidance: m = uncond + w (cond - uncond); w a number, (B,), (nfe, 1) or (nfe, B); 1 is none. The

@@ -69,6 +69,17 @@ PLAN = PLANS["heun"]
         (lambda: fd.sample(MODEL, PLAN, (1, 2), seed=2**63), ValueError, r"2\*\*63"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), seed=1.5), TypeError, "seed must be an int"),
         (lambda: fd.sample(MODEL, PLAN, (2, 2), seeds=[1]), ValueError, "one seed a sample"),
+        (lambda: fd.sample(MODEL, PLAN, (2, 2), seed=0, seeds=[1, 2]), ValueError, "either seed or seeds, got both"),
+        (
+            lambda: fd.sample(MODEL, PLAN, (1, 2), noise="torch", seed=1, first=2),
+            ValueError,
+            "first goes with noise='ph",
+        ),
+        (
+            lambda: fd.sample(MODEL, PLAN, (1, 2), noise="torch", generator=torch.Generator(), first=2),
+            ValueError,
+            "starts at its seed; got first=2",
+        ),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), first=-1), ValueError, "first must be"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), generator=torch.Generator()), ValueError, "noise='torch' only"),
         (lambda: fd.sample(MODEL, PLAN, (3, 2), noise="torch", generator=[torch.Generator()] * 2), ValueError, "or 3"),

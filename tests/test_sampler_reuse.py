@@ -96,6 +96,17 @@ def test_keys_are_those_of_the_call(mode: str) -> None:
     assert torch.equal(got[3], fd.Sampler(squashed, STOCHASTIC, mode=mode)((4, 5), seed=3)[2:])
 
 
+def test_a_calls_own_seeds_take_the_place_of_a_default_seed() -> None:
+    """And the other way round; nothing at all is seed 0."""
+    of = {key: fd.sample(squashed, STOCHASTIC, (2, 5), **{key: v}) for key, v in (("seed", 3), ("seeds", [3, 9]))}
+    for default, other in ({"seed": 3}, {"seeds": [3, 9]}), ({"seeds": [3, 9]}, {"seed": 3}):
+        sampler = fd.Sampler(squashed, STOCHASTIC, **default)
+        for given in ({}, other, {}):
+            assert torch.equal(sampler((2, 5), **given), of[next(iter(given or default))])
+    nothing = fd.Sampler(squashed, STOCHASTIC)((2, 5))
+    assert torch.equal(nothing, fd.sample(squashed, STOCHASTIC, (2, 5), seed=0))
+
+
 @pytest.mark.parametrize("mode", ["auto", "eager"])
 def test_threads_share_a_sampler(mode: str) -> None:
     sampler = fd.Sampler(squashed, STOCHASTIC, mode=mode)
