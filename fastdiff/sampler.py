@@ -291,7 +291,7 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
             generator or a list of B), or a function (row, like) -> Tensor called plan.draws[row] times a row.
         cond, uncond, guidance: m = uncond + w (cond - uncond); w a number, (B,), (nfe, 1) or (nfe, B); 1 is none. The
             model is called once on [uncond; cond], or twice with batched_guidance=False.
-        guide, guide_options: the rule that combines them (cfg, rescale, apg, zero_star) and its options: fd.ops.guide.
+        guide, guide_options: the rule that combines them (cfg, rescale, apg, zero_star) and its own: fd.ops.guide.
         threshold: (quantile, maximum), dynamic thresholding of x0-hat: fd.ops.threshold.
         x_T: the starting state itself. x_init: clean data, noised to the plan's start (plans made with start=k).
         mode: auto | eager | compile (the model through torch.compile) | step_graph | loop_graph (CUDA). On a CPU all
