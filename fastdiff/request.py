@@ -299,6 +299,8 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     _state("x_T", o.x_T, state, device)
     if o.x_init is not None and not np.isfinite(plan.alpha[0]):
         raise ValueError(f"plan {plan.name!r} does not record its alpha, so x_init cannot be noised; give x_T")
+    if o.x_T is None and o.x_init is None and plan.init_scale == plan.init_noise == 0 and plan.alpha[0] != 0:
+        raise ValueError(f"plan {plan.name!r} starts from data, not from noise: give x_init, or x_T, the state itself")
     for name in ("cond", "uncond"):
         value = getattr(o, name)
         if value is not None and not isinstance(value, Mapping):

@@ -45,6 +45,7 @@ def test_nan_passes_the_clamp() -> None:
 
 MODEL: Any = elementwise
 PLAN = PLANS["heun"]
+UPWARD = fd.solvers.ddim_inversion(fd.schedules.VP(), 3)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,7 @@ PLAN = PLANS["heun"]
             ValueError,
             "not both",
         ),
+        (lambda: fd.sample(MODEL, UPWARD, (1, 2)), ValueError, "'ddim_inversion' starts from data, .* x_init, or x_T"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), guidance=2.0), ValueError, "guidance needs uncond"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), uncond={}), ValueError, "without guidance"),
         (lambda: fd.sample(MODEL, PLAN, (2, 2), uncond={}, guidance=[1.0, 2.0, 3.0]), ValueError, r"\(2,\) per sample"),

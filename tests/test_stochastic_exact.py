@@ -358,6 +358,10 @@ def mixture_eps(schedule: S.Schedule) -> Callable[[Tensor, Tensor], Tensor]:
         (lambda: solvers.seeds(CHAIN, 4, kind="phi_2"), ValueError, "valid: midpoint, heun"),
         (lambda: solvers.seeds(CHAIN, 4, eta=-1.0), ValueError, "eta must be a finite number >= 0"),
         (lambda: solvers.gradient_estimation(CHAIN, 4, gamma=math.inf), ValueError, "gamma must be a finite number"),
+        (lambda: solvers.restart(S.EDM(), 10, intervals=[(1, 2, 1.5, 1)]), ValueError, r"got \(1, 2, 1.5, 1\)"),
+        (lambda: solvers.restart(S.EDM(), 10, intervals=[(1, 2, 3)]), ValueError, r"low < high .* got \(1, 2, 3\)"),
+        (lambda: solvers.restart(S.EDM(), 10, intervals=(0.06, 0.2, 5, 3)), ValueError, "low < high .* got 0.06"),
+        (lambda: solvers.restart(S.EDM(), 10, intervals=3), ValueError, "low < high .* got 3"),
     ],
 )
 def test_bad_input(call: Callable[[], Plan], kind: type[Exception], text: str) -> None:
