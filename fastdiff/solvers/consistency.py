@@ -66,7 +66,7 @@ def tcd(
 ) -> Plan:
     """Trajectory consistency distillation: along the trajectory below the next level, then noise up to it.
 
-        t_s = (1 - gamma) t'  (a whole number on a chain),   x_s = alpha_s p + sigma_s eps
+        t_s = (1 - gamma) t'  (whole where a chain's t' is),   x_s = alpha_s p + sigma_s eps
         x' = (alpha'/alpha_s) x_s + sqrt(sigma'^2 - (alpha'/alpha_s)^2 sigma_s^2) n
 
     Args: gamma: in [0, 1]; 0 is deterministic (ddim), 1 noises x0 again (lcm). original_steps: see lcm; the rest:
@@ -78,8 +78,10 @@ def tcd(
         raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
     grid = make_grid(schedule, steps, _distilled_times(schedule, steps, original_steps, options))
     n = len(grid.at.t) - grid.clean
-    below = (1 - gamma) * grid.t[1 : n + 1]
-    below = np.floor(below) if isinstance(schedule, Betas) else below
+    at = grid.t[1 : n + 1]
+    below = (1 - gamma) * at
+    if isinstance(schedule, Betas):
+        below = np.where(at == np.floor(at), np.floor(below), below)
     with np.errstate(divide="ignore"):
         lam = np.append(np.log(schedule.alpha(below)) - np.log(schedule.sigma(below)), grid.lam[n + 1 :])
     alpha, sigma = grid.alpha[1:], grid.sigma[1:]
