@@ -78,10 +78,8 @@ def tcd(
         raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
     grid = make_grid(schedule, steps, _distilled_times(schedule, steps, original_steps, options))
     n = len(grid.at.t) - grid.clean
-    at = grid.t[1 : n + 1]
-    below = (1 - gamma) * at
-    if isinstance(schedule, Betas):
-        below = np.where(at == np.floor(at), np.floor(below), below)
+    at, chain = grid.t[1 : n + 1], isinstance(schedule, Betas)
+    below = np.where(chain & (at == np.floor(at)), np.floor((1 - gamma) * at), (1 - gamma) * at)
     with np.errstate(divide="ignore"):
         lam = np.append(np.log(schedule.alpha(below)) - np.log(schedule.sigma(below)), grid.lam[n + 1 :])
     alpha, sigma = grid.alpha[1:], grid.sigma[1:]
