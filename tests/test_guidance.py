@@ -253,6 +253,12 @@ def test_cfg_plus_plus(solver: str, schedule: S.Schedule, prediction: str) -> No
         assert mine == pytest.approx(x, rel=1e-7, abs=1e-9)
 
 
+def test_cfg_plus_plus_takes_numpys_numbers() -> None:
+    scale = np.float32(0.7)
+    got, want = (ops.cfg_plus_plus(PLANS[0], v).guidance for v in (scale, float(scale)))
+    np.testing.assert_array_equal(got, want)
+
+
 def test_cfg_plus_plus_of_rows_on_the_models_output() -> None:
     """The same map of (x, m), written with d in place of b as a probed plan may be."""
     for schedule in (CHAIN, S.EDM(0.02, 10.0)):
@@ -284,6 +290,7 @@ class Rows:
     ("call", "error", "text"),
     [
         (lambda: ops.cfg_plus_plus(PLANS[1], 0.5), ValueError, "has 2 slots"),
+        (lambda: ops.cfg_plus_plus(PLANS[0], True), ValueError, "scale must be a finite number, got True"),
         (lambda: ops.cfg_plus_plus(PLANS[0], math.nan), ValueError, "scale must be a finite number, got nan"),
         (lambda: ops.cfg_plus_plus("ddim", 0.5), TypeError, "plan must be a fastdiff.Plan, got str"),
         (lambda: ops.cfg_plus_plus(solvers.ddim(CHAIN, 8, clip=(-1, 1)), 0.5), ValueError, "with clip=None"),

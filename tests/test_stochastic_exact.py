@@ -281,6 +281,24 @@ def test_tcd_rounds_whole_times_only() -> None:
         np.testing.assert_allclose(plan.s[:2, 0] ** 2, want, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("seeds", {"eta": 0.7, "s_noise": 0.9}), ("dpmpp_sde", {"eta": 0.7}), ("dpmpp_2m_sde", {"eta": 0.7}),
+        ("dpmpp_3m_sde", {"s_noise": 0.9}), ("er_sde", {"s_noise": 0.9}), ("edm_stochastic", {"s_churn": 0.7}),
+        ("gradient_estimation", {"gamma": 1.7}),
+    ],
+)  # fmt: skip
+def test_numpy_numbers_are_numbers(solver: str, options: dict[str, float]) -> None:
+    """Of a narrow type too, and then computed with in float64."""
+    make = getattr(solvers, solver)
+    got = make(CHAIN, 4, spacing="linspace", t_start=900.0, **{k: np.float32(v) for k, v in options.items()})
+    want = make(CHAIN, 4, spacing="linspace", t_start=900.0, **{k: float(np.float32(v)) for k, v in options.items()})
+    assert got.name == want.name
+    for name in ("A", "b", "s"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+
+
 NEW = ("ancestral consistency ddim_inversion dpmpp_2m_sde dpmpp_3m_sde dpmpp_sde edm_stochastic er_sde langevin lcm "
        "restart reverse_diffusion sa_solver seeds tcd").split()  # fmt: skip
 
@@ -380,6 +398,17 @@ def mixture_eps(schedule: S.Schedule) -> Callable[[Tensor, Tensor], Tensor]:
         (lambda: solvers.seeds(CHAIN, 4, order=0), ValueError, r"seeds: order must be in 1..3, got 0"),
         (lambda: solvers.seeds(CHAIN, 4, kind="phi_2"), ValueError, "valid: midpoint, heun"),
         (lambda: solvers.seeds(CHAIN, 4, eta=-1.0), ValueError, "eta must be a finite number >= 0"),
+        (
+            lambda: solvers.seeds(CHAIN, 4, eta=np.float32(-1)),
+            ValueError,
+            "eta must be a finite number >= 0, got .*-1.0",
+        ),
+        (lambda: solvers.seeds(CHAIN, 4, eta=True), ValueError, "eta must be a finite number >= 0, got True"),
+        (
+            lambda: solvers.gradient_estimation(CHAIN, 4, gamma="2"),
+            ValueError,
+            "gamma must be a finite number, got '2'",
+        ),
         (lambda: solvers.gradient_estimation(CHAIN, 4, gamma=math.inf), ValueError, "gamma must be a finite number"),
     ],
 )

@@ -56,7 +56,7 @@ def er_sde(
     Source: Cui et al. 2023, arXiv:2309.06169 (ER-SDE-Solver-1 to 3), and the authors' code (vp_3_order_taylor).
     """
     order, grid = check_order("er_sde", order, 3), make_grid(schedule, steps, options)
-    nonnegative(s_noise=s_noise)
+    (s_noise,) = nonnegative(s_noise=s_noise)
     if not callable(scaler) and scaler not in SCALERS:
         raise ValueError(f"unknown scaler {scaler!r}; valid: {', '.join(SCALERS)}, or a function")
     n, given = len(grid.at.t), scaler if callable(scaler) else SCALERS[scaler]
