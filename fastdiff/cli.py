@@ -59,6 +59,8 @@ def run_sample(args: argparse.Namespace) -> int:
         raise UsageError(f"--out must end in .npy, got {args.out!r}")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise UsageError(f"--out: {str(out.parent)!r} is not a folder that can be written")
+    if args.start or any(text.partition("=")[0].strip() == "start" for text in args.set):
+        raise UsageError("start=k noises data of yours to the plan's start, and sample has none: leave out --start")
     plan = make_plan(args)
     model = load_model(args.model)
     if isinstance(model, torch.nn.Module):
@@ -66,7 +68,7 @@ def run_sample(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     with torch.no_grad():
         x = fd.sample(
-            guarded(model) if args.mode == "eager" else model, plan, args.shape, seed=args.seed, first=args.first,
+            model if args.mode == "compile" else guarded(model), plan, args.shape, seed=args.seed, first=args.first,
             mode=args.mode, device=args.device, dtype=dtype_of(model), check_finite="warn",
             progress=not args.json and sys.stderr.isatty(),
         )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops, rng
+from fastdiff.categorical import make_run
 from fastdiff.plan import Plan
 from fastdiff.request import Options, Request, resolve
 from fastdiff.sampler import Trajectory, sample
@@ -55,24 +56,17 @@ class _Corrector:
     def __init__(
         self, model: Callable[..., Any], plan: Plan, request: Request, count: int, snr: float, norm: str
     ) -> None:
-        self.model, self.plan, self.request, self.count = model, plan, request, count
+        self.plan, self.request, self.count = plan, request, count
         self.step = {"snr": snr, "norm": norm}
         self.keys = request.keys()
-        o = request.options
-        self.cond = dict(o.cond or {})
-        self.uncond = {**self.cond, **(o.uncond or {})}
+        self.run = make_run(model, plan, request, compiled=False)
+        self.run.bind(model, request.options.cond, request.options.uncond)
         self.after = [*plan.alpha[1:].tolist(), plan.end[0]]
-        self.rule = {"rule": o.guide, **(o.guide_options or {})} if o.guide != "cfg" else {}
 
     def start(self) -> Tensor:
-        """The state before row 0, drawn as the sampler would."""
-        o, plan = self.request.options, self.plan
-        if o.x_T is not None:
-            return o.x_T.to(self.request.device, torch.float32)
-        x = plan.init_scale * self.draw(0, rng.START)
-        if o.x_init is not None:
-            x = x + float(plan.alpha[0]) * o.x_init
-        return x + plan.init_noise * self.draw(1, rng.START) if plan.init_noise else x
+        """The state before row 0, drawn as the sampler does."""
+        self.run.start(self.request)
+        return self.run.x.clone()
 
     def draw(self, row: int, stream: int) -> Tensor:
         r = self.request
@@ -85,18 +79,20 @@ class _Corrector:
 
     def output(self, k: int, x: Tensor) -> Tensor:
         """The model's output at row k, guided, in float32."""
-        plan, r = self.plan, self.request
-        kind = torch.int64 if plan.times.dtype.kind == "i" else torch.float32
-        t = torch.full((len(x),), plan.times[k].item(), dtype=kind, device=x.device)
-        seen = (float(plan.c_in[k]) * x).to(r.dtype)
-        m = self.model(seen, t, **self.cond).to(x.dtype)
-        if r.weight is None:
+        run = self.run
+        run.x.copy_(x)
+        run.refresh(k)
+        m, u = run.evaluate(run.t[k])
+        m = m.to(x.dtype)
+        if u is None or run.weight is None:
             return m
-        w = r.weight.to(x.device)[k if r.weight.shape[0] > 1 else 0].expand(len(x))
-        return ops.guide(m, self.model(seen, t, **self.uncond).to(x.dtype), w, **self.rule)
+        w = run.weight[k if run.weight.shape[0] > 1 else 0].expand(len(x))
+        return ops.guide(m, u.to(x.dtype), w, **run.rule)
 
     def __call__(self, k: int, x: Tensor) -> Tensor:
         plan = self.plan
+        if plan.sigma[k] == 0:  # no noise, no score
+            return x
         alpha, variance = float(plan.alpha[k]), float(plan.sigma[k]) ** 2
         skip, out = float(plan.c_skip[k]), float(plan.c_out[k])
         for i in range(self.count):
@@ -129,12 +125,13 @@ def predictor_corrector(
 
     Args:
         model, shape: as fd.sample. plan: the predictor, any plan of one slot (reverse_diffusion, ancestral, ddpm,
-        euler_maruyama, ...). snr: 0.16 for VE, 0.01 for VP on images in the paper. corrections: Langevin steps a row,
-        each a model evaluation (two with guidance); 0 is fd.sample. norm: see langevin_snr.
+        euler_maruyama, ...); of a learned variance the score takes the mean's half. snr: 0.16 for VE, 0.01 for VP on
+        images in the paper. corrections: Langevin steps a row, each a model evaluation (two with guidance); 0 is
+        fd.sample. A row whose sigma is 0 has none. norm: see langevin_snr.
         sampling: any of fd.sample's options. callback(row, t, x, x0) runs after the row, before the next corrections.
         noise="torch" draws the start, then for every row its corrections' noise and its own, as the reference code; a
         function gives the rows' noise, the corrector's stays Philox's.
-    Returns: as fd.sample. nfe = plan.nfe (1 + corrections); the corrector's noise is Philox's stream 3.
+    Returns: as fd.sample. nfe = plan.nfe (1 + corrections) where no sigma is 0. The corrector's noise: stream 3.
     alpha of a step is (alpha_k / alpha_{k+1})^2: 1 on VE, 1 - beta_i where every step of a chain is taken, as the
     reference code has it (the paper's text can be read as the cumulative product).
     Source: Song et al. 2021, arXiv:2011.13456, algorithm 1 with 4 or 5.
@@ -146,10 +143,11 @@ def predictor_corrector(
         raise ValueError(f"plan {plan.name!r} reads its prediction out of {plan.classes} classes or bins: no score")
     if plan.slots != 1:
         raise ValueError(f"the predictor must have one slot, plan {plan.name!r} has {plan.slots}")
-    if corrections == 0:
+    if corrections == 0 or 0 in request.shape:
         return sample(model, plan, shape, **sampling)
-    correct, after_row = _Corrector(model, plan, request, corrections, snr, norm), request.options.callback
-    with torch.no_grad():
+    after_row = request.options.callback
+    with torch.inference_mode(False), torch.no_grad():
+        correct = _Corrector(model, plan, request, corrections, snr, norm)
         x = correct(0, correct.start())
 
     # made of a seed again, they would start anew

@@ -32,7 +32,7 @@ class GridOptions(TypedDict, total=False):
         clean end of final="zero".
     final: "zero" (the last row returns x0-hat) or "min" (the last point is the schedule's t_end).
     start: skip the first `start` intervals (image-to-image).
-    t_start, t_end: override the schedule's first and last time.
+    t_start, t_end: override the schedule's first and last time; not with sigmas, ays_* or an array, which say both.
     sign: -1 for models that return minus the prediction. sigma_data: std of the data (prediction="edm").
     """
 
@@ -216,7 +216,12 @@ def _spaced(
     if isinstance(schedule, Betas):
         return _betas_times(spacing, steps, top, low, final, options.get("steps_offset", 0))
     if spacing == "trailing":
-        return top * (1 - np.arange(count) / steps)
+        if final == "zero" and options.get("t_end") is not None:
+            raise ValueError(
+                f"spacing 'trailing' with final='zero' ends at t_start/steps = {top / steps:g}, got "
+                f"t_end={options['t_end']!r}; give final='min', or take spacing='linspace'"
+            )
+        return top - (top - (low if final == "min" else 0.0)) * np.arange(count) / steps
     if spacing == "leading":
         raise ValueError(
             f"spacing 'leading' is defined on a chain of betas only; valid here: "
@@ -233,6 +238,13 @@ def _check_spacing_options(spacing: object, options: GridOptions) -> None:
         raise ValueError(f"steps_offset belongs to spacing 'leading', got spacing={spacing!r}")
     if options.get("sigmas") is not None and spacing is not None:
         raise ValueError("give either sigmas or spacing, got both")
+    fixed = "sigmas" if options.get("sigmas") is not None else spacing
+    if fixed in ("sigmas", "an array", *AYS):
+        for name in ("t_start", "t_end"):
+            if (value := options.get(name)) is not None:
+                raise ValueError(
+                    f"{name} has no meaning with {fixed}, whose ends are given: leave out {name}={value!r}"
+                )
 
 
 def _times(schedule: Schedule, steps: int, final: str, options: GridOptions) -> Array:

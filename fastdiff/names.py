@@ -51,6 +51,10 @@ def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
+        pass
+    try:
+        return float(text)  # inf is no literal
+    except ValueError:
         return text
 
 

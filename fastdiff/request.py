@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,14 +15,17 @@ from torch import Tensor, nn
 from fastdiff import rng
 from fastdiff.noise import NoiseFunction
 from fastdiff.ops._categorical import channels
-from fastdiff.ops.guide import RULES
+from fastdiff.ops.guide import RULES, check_rule
+from fastdiff.ops.threshold import check_threshold
 from fastdiff.plan import Plan
 from fastdiff.readout import BINNED, CATEGORICAL
 
 __all__ = ["CHECK_FINITE", "MODES", "Options", "Request", "resolve"]
 
 MODES = ("auto", "eager", "compile", "step_graph", "loop_graph")
-GUIDE_OPTIONS = ("rescale", "eta", "norm_threshold")
+GUIDE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "cfg": (), "rescale": ("rescale",), "apg": ("eta", "norm_threshold"), "zero_star": (),
+}  # fmt: skip
 CHECK_FINITE = ("off", "warn", "raise")
 GRAPH_DEVICES = ("cuda",)
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +36,7 @@ Callback = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 class Options:
     """Everything fd.sample takes besides the model, the plan and the shape: see fd.sample."""
 
-    seed: int = 0
+    seed: int | None = None  # 0 where seeds are not given either
     seeds: Sequence[int] | Tensor | None = None
     first: int = 0
     generator: torch.Generator | Sequence[torch.Generator] | None = None
@@ -62,6 +66,9 @@ class Options:
                 raise TypeError(f"unknown option {name!r}; valid: {', '.join(self.__dict__)}")
         new = object.__new__(Options)  # frozen fields set one by one take longer than a row
         new.__dict__.update(self.__dict__, **changes)
+        for name, other in (("seed", "seeds"), ("seeds", "seed")):  # a default gives way to the other one
+            if changes.get(name) is not None and changes.get(other) is None:
+                new.__dict__[other] = None
         return new
 
 
@@ -98,9 +105,26 @@ def _one_of(name: str, value: object, valid: Sequence[str]) -> None:
         raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
 
 
-def _threshold(value: object) -> None:
-    if value is not None and not (isinstance(value, Sequence) and len(value) == 2):
-        raise TypeError(f"threshold must be None or (quantile, maximum), got {value!r}")
+def _guide_options(guide: str, given: Mapping[str, Any] | None) -> None:
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"guide_options must be a dict of the rule's options, got {type(given).__name__}")
+    own = GUIDE_OPTIONS[guide]
+    for name, value in (given or {}).items():
+        if name not in own:
+            raise ValueError(f"unknown option {name!r} of guide {guide!r}; valid: {', '.join(own) or 'none'}")
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"guide option {name!r} must be a number, got {value!r}")
+    if given:
+        check_rule(**given)
+
+
+def _threshold(value: Any) -> tuple[float, float]:  # noqa: ANN401 - a pair of numbers
+    try:
+        quantile, maximum = map(float, value)
+    except (TypeError, ValueError):
+        raise TypeError(f"threshold must be None or (quantile, maximum), got {value!r}") from None
+    check_threshold(quantile, maximum)
+    return quantile, maximum
 
 
 def _parameter(model: object) -> Tensor | None:
@@ -159,6 +183,10 @@ def _categorical(o: Options, plan: Plan, shape: tuple[int, ...], device: torch.d
 def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
     value = plan.guidance[:, None] if o.guidance is None and plan.guidance is not None else o.guidance
     if o.uncond is None:
+        if o.guidance is None and plan.guidance is not None and np.any(plan.guidance != 1):
+            raise ValueError(
+                f"plan {plan.name!r} has a column of guidance weights: give uncond, or guidance=1 for no guidance"
+            )
         if o.guidance is not None and not (np.ndim(_host(o.guidance)) == 0 and float(_host(o.guidance)) == 1):
             raise ValueError("guidance needs uncond, the model's arguments without the condition; got uncond=None")
         return None
@@ -188,8 +216,12 @@ def _generators(o: Options, batch: int, device: torch.device) -> tuple[torch.Gen
         if o.generator is not None:
             raise ValueError(f"generator is used with noise='torch' only, got noise={o.noise!r}")
         return ()
+    if o.first != 0:
+        raise ValueError(
+            f"first goes with noise='philox': a generator's stream starts at its seed; got first={o.first}"
+        )
     if o.generator is None:
-        seeds = [o.seed] if o.seeds is None else [int(s) for s in o.seeds]
+        seeds = [o.seed or 0] if o.seeds is None else [int(s) for s in o.seeds]
         given: list[Any] = [torch.Generator(device).manual_seed(s) for s in seeds]
     else:
         given = list(o.generator) if isinstance(o.generator, Sequence) else [o.generator]
@@ -217,9 +249,9 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     _one_of("guide", o.guide, RULES)
     if (o.guide != "cfg" or o.guide_options) and o.uncond is None:
         raise ValueError(f"guide={o.guide!r} needs uncond and guidance, got uncond=None")
-    for name in o.guide_options or {}:
-        _one_of("guide option", name, GUIDE_OPTIONS)
-    _threshold(o.threshold)
+    _guide_options(o.guide, o.guide_options)
+    if o.threshold is not None:
+        o = o.but(threshold=_threshold(o.threshold))
     if not callable(o.noise):
         _one_of("noise", o.noise, ("philox", "torch"))
     sources: list[Any] = [o.x_T, o.x_init, parameter]
@@ -267,6 +299,8 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     _state("x_T", o.x_T, state, device)
     if o.x_init is not None and not np.isfinite(plan.alpha[0]):
         raise ValueError(f"plan {plan.name!r} does not record its alpha, so x_init cannot be noised; give x_T")
+    if o.x_T is None and o.x_init is None and plan.init_scale == plan.init_noise == 0 and plan.alpha[0] != 0:
+        raise ValueError(f"plan {plan.name!r} starts from data, not from noise: give x_init, or x_T, the state itself")
     for name in ("cond", "uncond"):
         value = getattr(o, name)
         if value is not None and not isinstance(value, Mapping):
@@ -280,7 +314,9 @@ def _keys(
     o: Options, batch: int, device: torch.device
 ) -> tuple[Callable[[], tuple[Tensor, Tensor]], tuple[int, int] | None]:
     if o.seeds is not None:
+        if o.seed is not None:
+            raise ValueError("give either seed or seeds, got both")
         made = rng.keys(seeds=o.seeds, first=o.first, batch=batch, device=device)
         return lambda: made, None
-    seed = rng.checked_seed(o.seed, o.first, batch)
+    seed = rng.checked_seed(0 if o.seed is None else o.seed, o.first, batch)
     return partial(rng.keys, seed, first=o.first, batch=batch, device=device), (seed, o.first)

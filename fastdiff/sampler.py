@@ -64,7 +64,7 @@ class Sampler:
 
     def _begin(self) -> None:
         self._runs: OrderedDict[tuple[Any, ...], _Prepared] = OrderedDict()
-        self._compiled_model: Callable[..., Any] | None = None
+        self._compiled_model: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # what was compiled, and that
         self._lock = threading.Lock()
         self._thread: int | None = None  # that samples
         self._stream: torch.cuda.Stream | None = None  # of the last call
@@ -149,16 +149,16 @@ class Sampler:
         return x, Trajectory(states, x0, torch.from_numpy(self.plan.t.copy()))
 
     def _prepared(self, request: Request) -> _Prepared:
-        o = request.options
-        key = _signature(request)
+        o, model = request.options, self._model(request.options.mode)
+        on_host = request.device.type in runs.HOST_DEVICES
+        key = (self.plan, None if on_host else id(model), *_signature(request))  # a graph has captured the model
         prepared = self._runs.get(key)
         if prepared is not None:
             self._runs.move_to_end(key)
-            prepared.run.bind(self._model(o.mode), o.cond, o.uncond)
+            prepared.run.bind(model, o.cond, o.uncond)
             return prepared
-        compiled = request.device.type in runs.HOST_DEVICES and o.mode in ("auto", "compile")
-        run = make_run(self.model, self.plan, request, compiled=compiled)
-        run.bind(self._model(o.mode), o.cond, o.uncond)
+        run = make_run(model, self.plan, request, compiled=on_host and o.mode in ("auto", "compile"))
+        run.bind(model, o.cond, o.uncond)
         graph = None if self._one_shot and o.mode == "auto" else graphs.build(run, request)
         self._runs[key] = _Prepared(run, graph)
         while len(self._runs) > CACHED_RUNS:
@@ -168,13 +168,13 @@ class Sampler:
     def _model(self, mode: str) -> Callable[..., Any]:
         if mode != "compile":
             return self.model
-        if self._compiled_model is None:
-            self._compiled_model = torch.compile(self.model, dynamic=False)
-        return self._compiled_model
+        if self._compiled_model is None or self._compiled_model[0] is not self.model:
+            self._compiled_model = self.model, torch.compile(self.model, dynamic=False)
+        return self._compiled_model[1]
 
 
 def _signature(request: Request) -> tuple[Any, ...]:
-    """What buffers, compiled loops and graphs depend on."""
+    """What buffers, compiled loops and graphs depend on, beside the plan and a graph's model."""
     o = request.options
     weight = None if request.weight is None else (o.batched_guidance, request.weight.shape)
     noise = o.noise if isinstance(o.noise, str) else "callable"
@@ -256,7 +256,7 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
     plan: Plan,
     shape: Sequence[int],
     *,
-    seed: int = 0,
+    seed: int | None = None,
     seeds: Sequence[int] | Tensor | None = None,
     first: int = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -286,12 +286,12 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
     Args:
         model: model(x, t, **cond) -> Tensor of x's shape, t [B] float32 or int64.
         plan: fastdiff.Plan. shape: (B, ...).
-        seed: the samples are (seed, first), (seed, first + 1), ...; seeds: [B], each sample (seeds[i], 0).
+        seed: the samples are (seed, first), (seed, first + 1), ..., default 0; or seeds: [B], samples (seeds[i], 0).
         noise: "philox" (the same sample whatever the batch, device or mode), "torch" (generator's own stream; a
             generator or a list of B), or a function (row, like) -> Tensor called plan.draws[row] times a row.
         cond, uncond, guidance: m = uncond + w (cond - uncond); w a number, (B,), (nfe, 1) or (nfe, B); 1 is none. The
             model is called once on [uncond; cond], or twice with batched_guidance=False.
-        guide, guide_options: the rule that combines them (cfg, rescale, apg, zero_star) and its options: fd.ops.guide.
+        guide, guide_options: the rule that combines them (cfg, rescale, apg, zero_star) and its own: fd.ops.guide.
         threshold: (quantile, maximum), dynamic thresholding of x0-hat: fd.ops.threshold.
         x_T: the starting state itself. x_init: clean data, noised to the plan's start (plans made with start=k).
         mode: auto | eager | compile (the model through torch.compile) | step_graph | loop_graph (CUDA). On a CPU all

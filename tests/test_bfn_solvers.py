@@ -251,6 +251,7 @@ def test_bytes_per_element() -> None:
         (lambda: solvers.bfn_solver(C, 3, method="rk4"), ValueError, "unknown method 'rk4'; valid: sde_euler"),
         (lambda: solvers.bfn_solver(C, 3, readout="sample"), ValueError, "belong to BFNDiscrete"),
         (lambda: solvers.bfn_solver(C, 3, spacing="karras"), TypeError, "grid of its own"),
+        (lambda: solvers.bfn_solver(C, 3, t_end=0.1), TypeError, "grid of its own, .* no t_end"),
         (lambda: solvers.bfn_solver(D, 3, clip=(-1, 1)), TypeError, "unknown option 'clip' for classes"),
         (lambda: solvers.bfn_solver(D, 3, last_readout="mean"), ValueError, "valid: sample, argmax"),
         (lambda: solvers.bfn_solver(D, 3, t_start=0.0), ValueError, r"t_start must be in \(0, 1\]"),

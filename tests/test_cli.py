@@ -20,6 +20,9 @@ def half(x, t):
 def boom(x, t):
     raise KeyError("inside the model")
 
+def wrong(x, t):
+    raise ValueError("a value of the model's")
+
 def short(x, t):
     return x[:1]
 
@@ -134,6 +137,23 @@ def test_model_that_raises_gives_its_traceback_and_keeps_the_old_file(model, tmp
     assert out.read_bytes() == b"old" and not list(tmp_path.glob("*.tmp.*"))
 
 
+@pytest.mark.parametrize("mode", ["eager", "auto"])
+def test_an_error_of_the_models_own_is_no_bad_input(mode, model, tmp_path, capsys):
+    assert main(sample_args(model, tmp_path / "x.npy", "--mode", mode, name="wrong")) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "a value of the model's" in err and "in wrong" in err
+
+
+def test_an_open_end_is_a_number(capsys):
+    args = ["plan", "edm_stochastic", "--schedule", "edm", "--steps", "4", "--set", "s_churn=3", "--json"]
+    assert main([*args, "--set", "s_max=inf", "--set", "s_noise=1e0"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    plan = fd.solvers.edm_stochastic(fd.schedules.EDM(), 4, s_churn=3, s_max=np.inf, s_noise=1.0)
+    np.testing.assert_array_equal(np.array(got["s"]), plan.s)
+    assert main([*args, "--set", "s_noise=-inf"]) == 2
+    assert "s_noise must be a finite number >= 0, got -inf" in capsys.readouterr().err
+
+
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     found = {f["name"]: f for f in json.loads(capsys.readouterr().out)}
@@ -191,11 +211,15 @@ def test_bad_input_is_one_line_and_exit_code_2(args, says, capsys):
     [
         ({"--model": "nowhere.py:half"}, "no file"),
         ({"--model": "half"}, "path.py:function"),
-        ({"--model": "{model}:third"}, "it has: boom, half, short"),
+        ({"--model": "{model}:third"}, "it has: boom, half, short, wrong"),
         ({"--model": "{model}:number"}, "no callable"),
         ({"--model": "{model}:short"}, "(16, 2), got (1, 2)"),
         ({"--model": "{broken}:f"}, "NameError"),
         ({"--solver": "dimm"}, "valid: ancestral"),
+        ({"--start": "2"}, "sample has none: leave out --start"),
+        ({"--solver": "bfn_continuous", "--schedule": "bfncontinuous", "--set": "start=2"}, "leave out --start"),
+        ({"--solver": "ddim_inversion"}, "starts from data, not from noise"),
+        ({"--solver": "restart", "--set": "intervals=(0.06,0.2)"}, "intervals must be (low, high, repeats, inner)"),
         ({"--shape": "16,x"}, "integers"),
         ({"--shape": "0,2"}, ">= 1"),
         ({"--seed": "-1"}, "seed"),

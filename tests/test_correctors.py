@@ -129,6 +129,53 @@ def test_guidance_reaches_the_corrector() -> None:
     assert float((plain - got).abs().max()) > 0.01
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_condition_of_batch_1_is_everyones(batched: bool) -> None:
+    def model(x: Tensor, t: Tensor, by: Tensor) -> Tensor:
+        assert len(by) == len(x) or not batched
+        return score(x, t) + by.view(-1, 1, 1, 1)
+
+    plan = solvers.reverse_diffusion(S.VE(0.01, 20.0), 4, prediction="score")
+    one, many = (
+        fd.predictor_corrector(
+            model, plan, SHAPE, seed=2, cond={"by": torch.full((n,), 0.3)}, uncond={"by": torch.full((n,), -0.1)},
+            guidance=2.0, batched_guidance=batched,
+        )
+        for n in (1, 5)
+    )  # fmt: skip
+    assert torch.equal(one, many)
+
+
+def test_the_score_of_a_learned_variance_is_its_means() -> None:
+    """v = 1 is the larger fixed variance, whatever its plane holds for the score."""
+    chain = S.Betas(S.linear_betas(100))
+    learned, fixed = (solvers.ddpm(chain, 6, variance=v) for v in ("learned_range", "fixed_large"))
+    got = fd.predictor_corrector(lambda x, t: torch.cat([0.3 * x, torch.ones_like(x)], 1), learned, SHAPE, seed=1)
+    want = fd.predictor_corrector(lambda x, t: 0.3 * x, fixed, SHAPE, seed=1)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(want, fd.sample(lambda x, t: 0.3 * x, fixed, SHAPE, seed=1), atol=1e-2)
+
+
+def test_no_correction_where_nothing_is_noise() -> None:
+    """A Bayesian flow starts from 0 for certain: its first row is evaluated once, the others twice."""
+    plan, seen = solvers.bfn_continuous(S.BFNContinuous(0.05), 3, prediction="x0"), []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((float(t[0]), bool(x.any())))
+        return torch.full_like(x, 0.25)
+
+    assert plan.sigma[0] == 0
+    assert torch.equal(fd.predictor_corrector(model, plan, SHAPE), torch.full(SHAPE, 0.25))
+    assert [t for t, _ in seen] == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])
+    assert [x for _, x in seen] == [False] + 6 * [True]
+
+
+def test_in_inference_mode() -> None:
+    with torch.inference_mode():
+        got = run(steps=4, seed=1)
+    assert torch.equal(got, run(steps=4, seed=1))
+
+
 def test_torch_noise_in_the_reference_order() -> None:
     """The start; for every row the correction's draws, then the row's: a generator's stream, in algorithm 2's order."""
     plan = solvers.reverse_diffusion(S.VE(0.01, 20.0), 6, prediction="score")
@@ -145,6 +192,10 @@ def test_torch_noise_in_the_reference_order() -> None:
     for given in ({"generator": torch.Generator().manual_seed(11)}, {"seed": 11}):
         got = fd.predictor_corrector(score, plan, SHAPE, noise="torch", corrections=2, **given)
         torch.testing.assert_close(got.double(), x, rtol=1e-4, atol=1e-4)
+
+
+def test_no_samples() -> None:
+    assert run(shape=(0, 3)).shape == (0, 3)
 
 
 def test_samples_without_axes() -> None:
@@ -176,6 +227,10 @@ def test_dynamic_thresholding_reaches_the_corrector() -> None:
     torch.testing.assert_close(got, fd.predictor_corrector(score, clamped, SHAPE), rtol=1e-4, atol=1e-5)
 
 
+def outputs(model: Any) -> Tensor:
+    return fd.predictor_corrector(model, solvers.reverse_diffusion(S.VP(), 3, prediction="score"), SHAPE)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -185,6 +240,10 @@ def test_dynamic_thresholding_reaches_the_corrector() -> None:
         (lambda: run("dpmpp_2m"), ValueError, "must have one slot"),
         (lambda: run(corrections=-1), ValueError, "corrections must be an integer >= 0"),
         (lambda: run(guidance=2.0), ValueError, "uncond"),
+        (lambda: outputs(lambda x, t: (x,)), TypeError, "the model must return a Tensor, got tuple; wrap it"),
+        (lambda: outputs(lambda x, t: x[:1]), ValueError, r"must return the shape of its input, .* got \(1, 3, 4, 4\)"),
+        (lambda: outputs(lambda x, t: x.double()), TypeError, "got torch.float64"),
+        (lambda: outputs(lambda x, t: x.mul_(2)), ValueError, "changed its input x in place"),
         (lambda: run(sed=1), TypeError, "unknown option 'sed'"),
     ],
 )

@@ -37,6 +37,16 @@ def test_modes(plan: fd.Plan, mode: str, request: pytest.FixtureRequest) -> None
     assert close(got[0], want[0]) and close(got[1], want[1]) and torch.equal(got[0], got[2])
 
 
+def test_another_model_or_plan_is_another_graph(device_path: None) -> None:  # noqa: F811
+    first, second = PLANS["ddpm"], solvers.ddpm(CHAIN, PLANS["ddpm"].nfe, spacing="linspace")
+    sampler = fd.Sampler(model, first, mode="step_graph")
+    sampler(SHAPE, seed=3)
+    for network, plan in ((lambda x, t: 0.5 * model(x, t), first), (model, second), (model, first)):
+        sampler.model, sampler.plan = network, plan
+        assert close(sampler(SHAPE, seed=3), fd.Sampler(network, plan, mode="step_graph")(SHAPE, seed=3))
+    assert len(sampler._runs) == 3
+
+
 def classes(x: Tensor, t: Tensor) -> Tensor:
     ramp = torch.arange(x.shape[-1]) / x.shape[-1]
     return 3 * torch.sin(2 * x + t.view(-1, 1, 1) + 4 * ramp)

@@ -77,6 +77,26 @@ def test_threshold(plan: fd.Plan) -> None:
     assert (plain - got).abs().max() > 5e-3  # the threshold was active
 
 
+def never(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+    raise AssertionError("the model was called")
+
+
+def test_a_threshold_may_be_a_list() -> None:
+    plan = PLANS[0]
+    pairs = ([0.9, 2.0], np.array([0.9, 2.0]), torch.tensor([0.9, 2.0], dtype=torch.float64))
+    got = [sampled(plan, guidance=3.0, threshold=pair) for pair in ((0.9, 2.0), *pairs)]
+    assert all(torch.equal(x, got[0]) for x in got)
+
+
+def test_a_column_of_weights_needs_what_it_guides_away_from() -> None:
+    plan, given = ops.guidance_interval(PLANS[0], 3.0, 200, 800), {"cond": {"shift": C}, "seed": 1}
+    with pytest.raises(ValueError, match="a column of guidance weights: give uncond, or guidance=1"):
+        fd.sample(never, plan, SHAPE, **given)
+    plain = fd.sample(model, PLANS[0], SHAPE, **given)
+    assert torch.equal(fd.sample(model, plan, SHAPE, guidance=1, **given), plain)
+    assert torch.equal(fd.sample(model, ops.guidance_interval(plan, 1.0, 0, 999), SHAPE, **given), plain)
+
+
 @pytest.mark.parametrize("clip", [None, (-0.7, 0.6)])
 @pytest.mark.parametrize("path", ["host", "device_path"])
 def test_threshold_where_the_output_has_no_share(
@@ -233,6 +253,12 @@ def test_cfg_plus_plus(solver: str, schedule: S.Schedule, prediction: str) -> No
         assert mine == pytest.approx(x, rel=1e-7, abs=1e-9)
 
 
+def test_cfg_plus_plus_takes_numpys_numbers() -> None:
+    scale = np.float32(0.7)
+    got, want = (ops.cfg_plus_plus(PLANS[0], v).guidance for v in (scale, float(scale)))
+    np.testing.assert_array_equal(got, want)
+
+
 def test_cfg_plus_plus_of_rows_on_the_models_output() -> None:
     """The same map of (x, m), written with d in place of b as a probed plan may be."""
     for schedule in (CHAIN, S.EDM(0.02, 10.0)):
@@ -264,6 +290,7 @@ class Rows:
     ("call", "error", "text"),
     [
         (lambda: ops.cfg_plus_plus(PLANS[1], 0.5), ValueError, "has 2 slots"),
+        (lambda: ops.cfg_plus_plus(PLANS[0], True), ValueError, "scale must be a finite number, got True"),
         (lambda: ops.cfg_plus_plus(PLANS[0], math.nan), ValueError, "scale must be a finite number, got nan"),
         (lambda: ops.cfg_plus_plus("ddim", 0.5), TypeError, "plan must be a fastdiff.Plan, got str"),
         (lambda: ops.cfg_plus_plus(solvers.ddim(CHAIN, 8, clip=(-1, 1)), 0.5), ValueError, "with clip=None"),
@@ -280,12 +307,32 @@ def test_cfg_plus_plus_refuses(call: Any, error: type[Exception], text: str) -> 
     ("options", "error", "text"),
     [
         ({"guide": "cfgg", "guidance": 2.0}, ValueError, "valid: cfg, rescale, apg, zero_star"),
-        ({"guide": "apg", "guidance": 2.0, "guide_options": {"etta": 1}}, ValueError, "valid: rescale, eta"),
+        ({"guide": "apg", "guidance": 2.0, "guide_options": {"etta": 1}}, ValueError, "valid: eta, norm_threshold$"),
+        ({"guide": "apg", "guidance": 2.0, "guide_options": {"rescale": 0.5}}, ValueError, "'rescale' of guide 'apg'"),
+        ({"guide": "rescale", "guidance": 2.0, "guide_options": {"eta": 0.5}}, ValueError, "valid: rescale$"),
+        ({"guidance": 2.0, "guide_options": {"rescale": 0.5}}, ValueError, "of guide 'cfg'; valid: none"),
+        ({"guide": "zero_star", "guidance": 2.0, "guide_options": {"eta": 0.5}}, ValueError, "valid: none"),
+        ({"guide": "apg", "guidance": 2.0, "guide_options": ["eta"]}, TypeError, "must be a dict .* got list"),
+        (
+            {"guide": "apg", "guidance": 2.0, "guide_options": {"eta": "1"}},
+            TypeError,
+            "'eta' must be a number, got '1'",
+        ),
+        ({"guide": "apg", "guidance": 2.0, "guide_options": {"eta": math.nan}}, ValueError, "eta must be finite"),
+        (
+            {"guide": "apg", "guidance": 2.0, "guide_options": {"norm_threshold": -1}},
+            ValueError,
+            "norm_threshold must be",
+        ),
+        ({"guide": "rescale", "guidance": 2.0, "guide_options": {"rescale": 2}}, ValueError, "rescale must be in 0..1"),
         ({"guide": "apg", "guidance": 2.0, "uncond": None}, ValueError, "guide='apg' needs uncond"),
         ({"guidance": 2.0, "threshold": 0.9}, TypeError, "quantile, maximum"),
+        ({"guidance": 2.0, "threshold": (0.9, 2.0, 3.0)}, TypeError, "quantile, maximum"),
         ({"guidance": 2.0, "threshold": (1.5, 2.0)}, ValueError, "quantile must be in 0..1"),
+        ({"guidance": 2.0, "threshold": [0.9, 0.5]}, ValueError, "maximum must be at least 1, got 0.5"),
     ],
 )
 def test_bad_input(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    """Before any model call."""
     with pytest.raises(error, match=text):
-        fd.sample(model, PLANS[0], SHAPE, **{"cond": {"shift": C}, "uncond": {"shift": U}, **options})
+        fd.sample(never, PLANS[0], SHAPE, **{"cond": {"shift": C}, "uncond": {"shift": U}, **options})

@@ -203,6 +203,13 @@ def test_interval():
     column = torch.tensor(chosen.guidance)[:, None]
     got = fd.sample(model, chosen, (2, 3), **options)
     assert torch.equal(got, fd.sample(model, plan, (2, 3), guidance=column, **options))
-    for args, text in (((math.nan, 0, 1), "w must"), ((2.0, "a", 1), "start"), ((2.0, 0, math.inf), "end")):
+    counted = ops.guidance_interval(plan, np.int64(4), np.float32(0.75), np.float64(0.25))
+    assert counted.guidance.tolist() == np.where((plan.t >= 0.25) & (plan.t <= 0.75), 4.0, 1.0).tolist()
+    for args, text in (
+        ((math.nan, 0, 1), "w must"),
+        ((True, 0, 1), "w must"),
+        ((2.0, "a", 1), "start"),
+        ((2.0, 0, math.inf), "end"),
+    ):
         with pytest.raises(ValueError, match=text):
             ops.guidance_interval(plan, *args)

@@ -71,6 +71,11 @@ def test_a_low_precision_network_sees_its_own_dtype():
     assert network.seen == {torch.bfloat16} and result["wall_us"] > 0
 
 
+def test_a_plan_that_starts_from_data_is_profiled_on_some():
+    result = profile_run(lambda x, t: 0.5 * x, fd.solvers.ddim_inversion(fd.schedules.VP(), 3), (1, 8))
+    assert result["plan"] == "ddim_inversion" and result["nfe"] == 3 and result["wall_us"] > 0
+
+
 def test_operations_of_the_model_are_counted():
     ops = profile_run(lambda x, t: x.sin().cos(), fd.solvers.ddim(fd.schedules.VP(), 4), (1, 8))["counts"]
     none = profile_run(lambda x, t: x, fd.solvers.ddim(fd.schedules.VP(), 4), (1, 8))["counts"]

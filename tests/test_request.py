@@ -45,6 +45,7 @@ def test_nan_passes_the_clamp() -> None:
 
 MODEL: Any = elementwise
 PLAN = PLANS["heun"]
+UPWARD = fd.solvers.ddim_inversion(fd.schedules.VP(), 3)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,17 @@ PLAN = PLANS["heun"]
         (lambda: fd.sample(MODEL, PLAN, (1, 2), seed=2**63), ValueError, r"2\*\*63"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), seed=1.5), TypeError, "seed must be an int"),
         (lambda: fd.sample(MODEL, PLAN, (2, 2), seeds=[1]), ValueError, "one seed a sample"),
+        (lambda: fd.sample(MODEL, PLAN, (2, 2), seed=0, seeds=[1, 2]), ValueError, "either seed or seeds, got both"),
+        (
+            lambda: fd.sample(MODEL, PLAN, (1, 2), noise="torch", seed=1, first=2),
+            ValueError,
+            "first goes with noise='ph",
+        ),
+        (
+            lambda: fd.sample(MODEL, PLAN, (1, 2), noise="torch", generator=torch.Generator(), first=2),
+            ValueError,
+            "starts at its seed; got first=2",
+        ),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), first=-1), ValueError, "first must be"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), generator=torch.Generator()), ValueError, "noise='torch' only"),
         (lambda: fd.sample(MODEL, PLAN, (3, 2), noise="torch", generator=[torch.Generator()] * 2), ValueError, "or 3"),
@@ -86,6 +98,7 @@ PLAN = PLANS["heun"]
             ValueError,
             "not both",
         ),
+        (lambda: fd.sample(MODEL, UPWARD, (1, 2)), ValueError, "'ddim_inversion' starts from data, .* x_init, or x_T"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), guidance=2.0), ValueError, "guidance needs uncond"),
         (lambda: fd.sample(MODEL, PLAN, (1, 2), uncond={}), ValueError, "without guidance"),
         (lambda: fd.sample(MODEL, PLAN, (2, 2), uncond={}, guidance=[1.0, 2.0, 3.0]), ValueError, r"\(2,\) per sample"),

@@ -91,7 +91,7 @@ def test_a_compiled_sample_does_not_depend_on_its_batch(name: str) -> None:
     out = []
     for batch in (1, 7, 64):
         sampler = fd.Sampler(elementwise, PLANS[name], mode="compile")
-        sampler._compiled_model = elementwise  # the step and the noise are what is compiled here
+        sampler._compiled_model = elementwise, elementwise  # the step and the noise are what is compiled here
         out.append(sampler((batch, *ELEMENTS), seed=5))
     assert torch.equal(out[0], out[1][:1]) and torch.equal(out[1], out[2][:7])
 

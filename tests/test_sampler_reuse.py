@@ -53,6 +53,29 @@ def test_the_cache_of_runs_is_bounded() -> None:
     assert len(sampler._runs) == 4
 
 
+@pytest.mark.parametrize("mode", ["auto", "eager"])
+def test_another_plan_is_another_run(mode: str) -> None:
+    """Of one length too: with x0 = t, ddim into a clean end returns its last time."""
+    sampler = fd.Sampler(lambda x, t: torch.zeros_like(x) + t[:, None], PLAN, mode=mode)
+    ends = []
+    for spacing in ([0.9, 0.5, 0.1], [0.9, 0.5, 0.2], [0.9, 0.5, 0.1]):
+        sampler.plan = solvers.ddim(VP(), 3, prediction="x0", spacing=spacing)
+        ends.append(sampler((1, 1)).item())
+    assert ends == pytest.approx([0.1, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("mode", ["auto", "eager", "compile"])
+def test_another_model_is_the_one_that_runs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: (compiled.append(model), model)[1])
+    models = [lambda x, t, v=v: torch.full_like(x, v) for v in (1.0, 2.0)]
+    sampler, got = fd.Sampler(models[0], PLAN, mode=mode), []
+    for model in (models[0], models[0], models[1], models[0]):
+        sampler.model = model
+        got.append(sampler((1, 1)).item())
+    assert got == [1, 1, 2, 1] and len(compiled) == (3 if mode == "compile" else 0)
+
+
 STOCHASTIC = solvers.dpmpp_2m_sde(VP(), 8)
 
 
@@ -71,6 +94,17 @@ def test_keys_are_those_of_the_call(mode: str) -> None:
         assert torch.equal(x, fd.Sampler(squashed, STOCHASTIC, mode=mode)((2, 5), **given)), given
     assert torch.equal(got[1][0], got[0][0]) and not torch.equal(got[1][1], got[0][1])
     assert torch.equal(got[3], fd.Sampler(squashed, STOCHASTIC, mode=mode)((4, 5), seed=3)[2:])
+
+
+def test_a_calls_own_seeds_take_the_place_of_a_default_seed() -> None:
+    """And the other way round; nothing at all is seed 0."""
+    of = {key: fd.sample(squashed, STOCHASTIC, (2, 5), **{key: v}) for key, v in (("seed", 3), ("seeds", [3, 9]))}
+    for default, other in ({"seed": 3}, {"seeds": [3, 9]}), ({"seeds": [3, 9]}, {"seed": 3}):
+        sampler = fd.Sampler(squashed, STOCHASTIC, **default)
+        for given in ({}, other, {}):
+            assert torch.equal(sampler((2, 5), **given), of[next(iter(given or default))])
+    nothing = fd.Sampler(squashed, STOCHASTIC)((2, 5))
+    assert torch.equal(nothing, fd.sample(squashed, STOCHASTIC, (2, 5), seed=0))
 
 
 @pytest.mark.parametrize("mode", ["auto", "eager"])

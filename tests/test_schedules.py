@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,8 +129,28 @@ def test_model_time() -> None:
 
 
 @pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (S.VP, (0.1, 20.3)), (S.VE, (0.013, 50.0)), (S.Flow, (3.1,)), (S.EDM, (0.002, 80.0, 7.0, 0.55)),
+        (S.Cosine, (0.008,)), (S.BFNContinuous, (0.03,)), (lambda beta: S.BFNDiscrete(beta, 5), (2.1,)),
+    ],
+)  # fmt: skip
+def test_numpy_numbers_are_numbers(make: Any, values: tuple[float, ...]) -> None:
+    """Of a narrow type too, and then computed with in float64."""
+    given = make(*map(np.float32, values))
+    assert given == (want := make(*(float(np.float32(v)) for v in values)))
+    t = np.linspace(0.1, 0.9, 5)
+    for got, exact in zip(given.alpha_sigma(t), want.alpha_sigma(t), strict=True):
+        np.testing.assert_array_equal(got, exact)
+
+
+@pytest.mark.parametrize(
     ("make", "text"),
     [
+        (lambda: S.VP(True, 20.0), "beta_min must be a finite number > 0, got True"),
+        (lambda: S.VP(np.float32(-1), 20.0), "beta_min must be a finite number > 0, got -1.0"),
+        (lambda: S.VP("1", 20.0), "beta_min must be a finite number > 0, got '1'"),
+        (lambda: S.BFNContinuous(np.float32(2)), r"sigma_1 must be in \(0, 1\), got 2.0"),
         (lambda: S.VP(0.0, 20.0), "beta_min must be a finite number > 0"),
         (lambda: S.VP(math.nan, 20.0), "beta_min must be a finite number > 0, got nan"),
         (lambda: S.VP(2.0, 1.0), "beta_max must be >= beta_min"),

@@ -155,6 +155,11 @@ def test_ramps_need_finite_levels(name: str) -> None:
         (lambda: solvers.ddim(CHAIN, 2, sigmas=[1.0, math.nan]), "not on the schedule"),
         (lambda: solvers.ddim(CHAIN, 2, sigmas=[1.0, 3.0]), "noise must decrease"),
         (lambda: solvers.ddim(CHAIN, 10, spacing="ays_svd"), "spacing 'ays_svd': sigma/alpha = 700 is not on"),
+        (lambda: solvers.ddim(S.VP(), 3, spacing=[0.9, 0.5, 0.1], t_start=0.6), "t_start has no meaning with an array"),
+        (lambda: solvers.ddim(S.VP(), 3, spacing=[0.9, 0.5, 0.1], t_end=0.2), "t_end has no meaning with an array"),
+        (lambda: solvers.ddim(S.VP(), 2, sigmas=[3.0, 1.0], t_start=0.6), "t_start has no meaning with sigmas"),
+        (lambda: solvers.ddim(CHAIN, 5, spacing="ays_sd15", t_end=9.0), "t_end has no meaning with ays_sd15"),
+        (lambda: solvers.ddim(S.VP(), 4, spacing="trailing", t_end=0.3), "ends at t_start/steps = 0.25, got t_end=0.3"),
         (lambda: S.zero_terminal_snr([0.1]), "at least two betas"),
         (lambda: S.laplace_betas(10, max_beta=0.0), r"max_beta must be in \(0, 1\]"),
         (lambda: S.sigmoid_betas(0), "T, the number of betas"),
@@ -165,6 +170,22 @@ def test_ramps_need_finite_levels(name: str) -> None:
 def test_bad_input(call: Callable[[], object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_trailing_ends_where_it_is_told() -> None:
+    """final="min": equal steps from t_start to t_end, 0.8 to 0.2; a chain's last times are not below t_end."""
+    plan = solvers.ddim(S.VP(), 4, spacing="trailing", t_start=0.8, t_end=0.2, final="min")
+    np.testing.assert_allclose(plan.t, [0.8, 0.65, 0.5, 0.35])
+    assert plan.end == pytest.approx((S.VP().alpha(0.2), S.VP().sigma(0.2)), rel=1e-14)
+    plan = solvers.ddim(S.Cosine(), 4, spacing="trailing", prediction="v", final="min")  # its own t_end: 1/steps
+    np.testing.assert_allclose(plan.t, [1, 0.8125, 0.625, 0.4375])
+    np.testing.assert_allclose(solvers.ddim(S.VP(), 4, spacing="trailing", t_start=0.8).t, [0.8, 0.6, 0.4, 0.2])
+    assert solvers.ddim(CHAIN, 4, spacing="trailing", t_end=300.0).times.tolist() == [999, 749, 499, 300]
+
+
+def test_consistency_ends_where_it_is_told() -> None:
+    np.testing.assert_allclose(solvers.consistency(S.EDM(), 3, t_end=0.4).t, [1, 0.7, 0.4])
+    np.testing.assert_allclose(solvers.consistency(S.EDM(), 3).t, [1, 2 / 3, 1 / 3])
 
 
 def test_repeated_levels_are_merged() -> None:

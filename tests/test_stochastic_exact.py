@@ -262,6 +262,43 @@ def test_restart_needs_a_point_to_restart_from() -> None:
         solvers.restart(S.VP(), 1)
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "karras", "exponential"])
+@pytest.mark.parametrize("final", ["zero", "min"])
+def test_tcd_without_noise_is_ddim_on_fractional_times_too(spacing: str, final: str) -> None:
+    plan = solvers.tcd(CHAIN, 6, gamma=0.0, spacing=spacing, final=final)
+    want = solvers.ddim(CHAIN, 6, spacing=spacing, final=final)
+    assert not plan.stochastic and plan.end == want.end
+    for name in ("times", "A", "b", "s"):
+        np.testing.assert_allclose(getattr(plan, name), getattr(want, name), rtol=1e-13)
+
+
+def test_tcd_rounds_whole_times_only() -> None:
+    """t_s = 0.7 t', down to a whole time of the chain where t' is one; its noise is what sigma' lacks."""
+    for spacing, rounded in (([900.0, 505.0, 101.0], [353.0, 70.0]), ([900.0, 505.5, 101.5], [353.85, 71.05])):
+        plan = solvers.tcd(CHAIN, 3, gamma=0.3, spacing=spacing)
+        alpha, sigma = CHAIN.alpha_sigma(np.array(rounded))
+        want = plan.sigma[1:] ** 2 - (plan.alpha[1:] / alpha * sigma) ** 2
+        np.testing.assert_allclose(plan.s[:2, 0] ** 2, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("seeds", {"eta": 0.7, "s_noise": 0.9}), ("dpmpp_sde", {"eta": 0.7}), ("dpmpp_2m_sde", {"eta": 0.7}),
+        ("dpmpp_3m_sde", {"s_noise": 0.9}), ("er_sde", {"s_noise": 0.9}), ("edm_stochastic", {"s_churn": 0.7}),
+        ("gradient_estimation", {"gamma": 1.7}),
+    ],
+)  # fmt: skip
+def test_numpy_numbers_are_numbers(solver: str, options: dict[str, float]) -> None:
+    """Of a narrow type too, and then computed with in float64."""
+    make = getattr(solvers, solver)
+    got = make(CHAIN, 4, spacing="linspace", t_start=900.0, **{k: np.float32(v) for k, v in options.items()})
+    want = make(CHAIN, 4, spacing="linspace", t_start=900.0, **{k: float(np.float32(v)) for k, v in options.items()})
+    assert got.name == want.name
+    for name in ("A", "b", "s"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+
+
 NEW = ("ancestral consistency ddim_inversion dpmpp_2m_sde dpmpp_3m_sde dpmpp_sde edm_stochastic er_sde langevin lcm "
        "restart reverse_diffusion sa_solver seeds tcd").split()  # fmt: skip
 
@@ -339,6 +376,10 @@ def mixture_eps(schedule: S.Schedule) -> Callable[[Tensor, Tensor], Tensor]:
         (lambda: solvers.langevin(S.EDM(0.0, 80.0), 10, spacing=[1, 0] * 5), ValueError, "noise must decrease"),
         (lambda: solvers.restart(S.EDM(), 10, intervals=[(2, 1, 1, 1)]), ValueError, "0 < low < high"),
         (lambda: solvers.restart(S.EDM(), 10, intervals=[(1, 2, 0, 1)]), ValueError, "repeats, inner >= 1"),
+        (lambda: solvers.restart(S.EDM(), 10, intervals=[(1, 2, 1.5, 1)]), ValueError, r"got \(1, 2, 1.5, 1\)"),
+        (lambda: solvers.restart(S.EDM(), 10, intervals=[(1, 2, 3)]), ValueError, r"low < high .* got \(1, 2, 3\)"),
+        (lambda: solvers.restart(S.EDM(), 10, intervals=(0.06, 0.2, 5, 3)), ValueError, "low < high .* got 0.06"),
+        (lambda: solvers.restart(S.EDM(), 10, intervals=3), ValueError, "low < high .* got 3"),
         (lambda: solvers.restart(S.EDM(), 10, intervals=[(1, 200, 1, 1)]), ValueError, "must lie inside the grid"),
         (lambda: solvers.lcm(CHAIN, 60), ValueError, "steps must be <= 50"),
         (lambda: solvers.lcm(CHAIN, 4, original_steps=0), ValueError, "original_steps must be an integer >= 1"),
@@ -357,6 +398,17 @@ def mixture_eps(schedule: S.Schedule) -> Callable[[Tensor, Tensor], Tensor]:
         (lambda: solvers.seeds(CHAIN, 4, order=0), ValueError, r"seeds: order must be in 1..3, got 0"),
         (lambda: solvers.seeds(CHAIN, 4, kind="phi_2"), ValueError, "valid: midpoint, heun"),
         (lambda: solvers.seeds(CHAIN, 4, eta=-1.0), ValueError, "eta must be a finite number >= 0"),
+        (
+            lambda: solvers.seeds(CHAIN, 4, eta=np.float32(-1)),
+            ValueError,
+            "eta must be a finite number >= 0, got .*-1.0",
+        ),
+        (lambda: solvers.seeds(CHAIN, 4, eta=True), ValueError, "eta must be a finite number >= 0, got True"),
+        (
+            lambda: solvers.gradient_estimation(CHAIN, 4, gamma="2"),
+            ValueError,
+            "gamma must be a finite number, got '2'",
+        ),
         (lambda: solvers.gradient_estimation(CHAIN, 4, gamma=math.inf), ValueError, "gamma must be a finite number"),
     ],
 )

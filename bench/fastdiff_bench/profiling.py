@@ -120,7 +120,10 @@ def profile_run(
         raise ValueError("--nvtx marks ranges for Nsight Systems: it needs --device cuda")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # a build of torch prints a line at each start and stop
     dtype = dtype or dtype_of(model)
-    sampler = fd.Sampler(model if mode == "compile" else guarded(model), plan, mode=mode, device=device, dtype=dtype)
+    from_data = plan.init_scale == plan.init_noise == 0 and plan.alpha[0] != 0
+    x_T = torch.zeros(*shape, device=device) if from_data else None
+    seen = model if mode == "compile" else guarded(model)
+    sampler = fd.Sampler(seen, plan, mode=mode, device=device, dtype=dtype, x_T=x_T)
     for _ in range(2):
         sampler(shape, seed=0)
     wall = _wall_us(sampler, shape, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:
     Source: Kynkaanniemi et al. 2024, arXiv:2404.07724, eq. 5.
     """
     for name, value in (("w", w), ("start", start), ("end", end)):
-        if not isinstance(value, (int, float)) or not np.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
     inside = (plan.t >= min(start, end)) & (plan.t <= max(start, end))
     return replace(plan, guidance=np.where(inside, float(w), 1.0))
@@ -45,7 +46,7 @@ def cfg_plus_plus(plan: Plan, scale: float) -> Plan:
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a fastdiff.Plan, got {type(plan).__name__}")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not np.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not np.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if plan.readout != "affine":
         raise ValueError(f"CFG++ is defined for predictions of numbers, plan {plan.name!r} predicts classes or bins")
@@ -62,4 +63,4 @@ def cfg_plus_plus(plan: Plan, scale: float) -> Plan:
             f"CFG++ needs rows (sigma_down / sigma) x + b x0 + s n that keep the mean, not those of {plan.name!r}: "
             f"use ddim, ddpm, euler or euler_ancestral"
         )
-    return replace(plan, guidance=scale * alpha[1:] / b)
+    return replace(plan, guidance=float(scale) * alpha[1:] / b)

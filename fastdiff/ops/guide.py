@@ -185,6 +185,16 @@ def _of_row(weight: Tensor, row: Tensor | None) -> Tensor:
     return weight[0] if row is None or weight.shape[0] == 1 else weight.index_select(0, row)[0]
 
 
+def check_rule(rescale: float = 0.7, eta: float = 0.0, norm_threshold: float = 0.0) -> None:
+    """Refuses numbers that a rule has no meaning for."""
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale must be in 0..1, got {rescale!r}")
+    if not math.isfinite(eta):
+        raise ValueError(f"eta must be finite, got {eta!r}")
+    if not 0 <= norm_threshold < math.inf:
+        raise ValueError(f"norm_threshold must be finite and >= 0, got {norm_threshold!r}")
+
+
 def _checked(
     cond: Tensor, uncond: Tensor, w: Weight, rule: str, rescale: float, eta: float, norm_threshold: float,
     row: Tensor | None = None,
@@ -194,12 +204,7 @@ def _checked(
     check_tensor("uncond", uncond, shape=cond.shape, dtypes=FLOATS64, like=cond)
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; valid: {', '.join(RULES)}")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale must be in 0..1, got {rescale!r}")
-    if not math.isfinite(eta):
-        raise ValueError(f"eta must be finite, got {eta!r}")
-    if not 0 <= norm_threshold < math.inf:
-        raise ValueError(f"norm_threshold must be finite and >= 0, got {norm_threshold!r}")
+    check_rule(rescale, eta, norm_threshold)
     if row is not None:
         check_tensor("row", row, shape=(1,), dtypes=INTS, like=cond)
     if isinstance(w, Tensor):

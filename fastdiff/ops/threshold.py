@@ -153,6 +153,11 @@ def threshold_bound_ref(
 def _checked(x0: Tensor, quantile: float, maximum: float) -> None:
     check_tensor("x0", x0, dtypes=FLOATS64)
     check_batched("x0", x0)
+    check_threshold(quantile, maximum)
+
+
+def check_threshold(quantile: float, maximum: float) -> None:
+    """Refuses what is no quantile and no largest bound."""
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be in 0..1, got {quantile!r}")
     if not maximum >= 1:

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,8 +34,16 @@ def xp_of(t: Array) -> Any:  # noqa: ANN401 - a module
 
 def positive(**values: float) -> None:
     for name, value in values.items():
-        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def plain(schedule: object, *names: str) -> None:
+    """Python's numbers in place of NumPy's, in whose own precision a schedule would go on computing."""
+    for name in names:
+        value = getattr(schedule, name)
+        if isinstance(value, np.generic):
+            object.__setattr__(schedule, name, value.item())
 
 
 class Schedule(ABC):

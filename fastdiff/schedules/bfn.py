@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
-from fastdiff.schedules.base import Array, Schedule, positive, quiet, xp_of
+from fastdiff.schedules.base import Array, Schedule, plain, positive, quiet, xp_of
 
 
 def _check_step(i: Array, steps: int) -> np.ndarray:
@@ -35,7 +36,8 @@ class BFNContinuous(Schedule):
     sigma_1: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.sigma_1, bool) or not isinstance(self.sigma_1, int | float) or not 0 < self.sigma_1 < 1:
+        plain(self, "sigma_1")
+        if isinstance(self.sigma_1, bool) or not isinstance(self.sigma_1, Real) or not 0 < self.sigma_1 < 1:
             raise ValueError(f"sigma_1 must be in (0, 1), got {self.sigma_1!r}")
 
     @property
@@ -107,6 +109,7 @@ class BFNDiscrete(Schedule):
     num_classes: int
 
     def __post_init__(self) -> None:
+        plain(self, "beta_1")
         positive(beta_1=self.beta_1)
         K = self.num_classes
         if isinstance(K, bool) or not isinstance(K, int | np.integer):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdiff.schedules.base import Array, Schedule, positive, quiet, xp_of
+from fastdiff.schedules.base import Array, Schedule, plain, positive, quiet, xp_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Flow(Schedule):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
+        plain(self, "shift")
         positive(shift=self.shift)
 
     def _shifted(self, t: Array) -> Array:
@@ -81,6 +82,7 @@ class EDM(Schedule):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        plain(self, "sigma_min", "sigma_max", "rho", "sigma_data")
         positive(sigma_max=self.sigma_max, rho=self.rho, sigma_data=self.sigma_data)
         if not 0 <= self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min must be in [0, sigma_max), got {self.sigma_min!r}")
@@ -130,6 +132,7 @@ class Cosine(Schedule):
     s: float = 0.008
 
     def __post_init__(self) -> None:
+        plain(self, "s")
         positive(s=self.s)
 
     def _theta(self, t: Array) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdiff.schedules.base import Array, Schedule, positive, xp_of
+from fastdiff.schedules.base import Array, Schedule, plain, positive, xp_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class VP(Schedule):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
+        plain(self, "beta_min", "beta_max")
         positive(beta_min=self.beta_min, beta_max=self.beta_max)
         if self.beta_max < self.beta_min:
             raise ValueError(f"beta_max must be >= beta_min, got {self.beta_max} < {self.beta_min}")
@@ -106,6 +107,7 @@ class VE(Schedule):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
+        plain(self, "sigma_min", "sigma_max")
         positive(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         if self.sigma_max <= self.sigma_min:
             raise ValueError(f"sigma_max must be > sigma_min, got {self.sigma_max} <= {self.sigma_min}")

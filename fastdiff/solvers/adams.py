@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Unpack
 
 import numpy as np
@@ -105,9 +106,9 @@ def gradient_estimation(schedule: Schedule, steps: int, *, gamma: float = 2.0, *
     Returns: Plan, nfe = steps, 2 slots, order 1. Raises: ValueError for a start of zero signal.
     Source: Permenter and Yuan 2023, arXiv:2306.04848 (their second-order sampler).
     """
-    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not np.isfinite(gamma):
+    if isinstance(gamma, bool) or not isinstance(gamma, Real) or not np.isfinite(gamma):
         raise ValueError(f"gamma must be a finite number, got {gamma!r}")
-    grid = make_grid(schedule, steps, options)
+    gamma, grid = float(gamma), make_grid(schedule, steps, options)
     grid.require_signal("gradient_estimation")
     w = np.tile([gamma, 1.0 - gamma], (len(grid.at.t), 1))
     w[orders(grid, 2, lower_final=False) < 2] = 1, 0

@@ -110,8 +110,8 @@ def bfn_solver(
         raise TypeError(f"bfn_solver needs BFNContinuous or BFNDiscrete, got {type(schedule).__name__}")
     if (readout, last_readout) != ("mean", "sample"):
         raise ValueError("readout and last_readout belong to BFNDiscrete; continuous data has neither")
-    if "spacing" in options or "sigmas" in options:
-        raise TypeError("bfn_solver has a grid of its own, u = 0, 1/n, ..., 1: no spacing, no sigmas")
+    if {"spacing", "sigmas", "t_end"} & options.keys():
+        raise TypeError("bfn_solver has a grid of its own, u = 0, 1/n, ..., 1: no spacing, no sigmas, no t_end")
     options = {"prediction": "eps", **options}
     plan = flow_plan(CONTINUOUS[method], schedule, steps, start=start, t_start=t_start, **options)
     return replace(plan, name=f"bfn_solver({method})")

@@ -66,7 +66,7 @@ def tcd(
 ) -> Plan:
     """Trajectory consistency distillation: along the trajectory below the next level, then noise up to it.
 
-        t_s = (1 - gamma) t'  (a whole number on a chain),   x_s = alpha_s p + sigma_s eps
+        t_s = (1 - gamma) t'  (whole where a chain's t' is),   x_s = alpha_s p + sigma_s eps
         x' = (alpha'/alpha_s) x_s + sqrt(sigma'^2 - (alpha'/alpha_s)^2 sigma_s^2) n
 
     Args: gamma: in [0, 1]; 0 is deterministic (ddim), 1 noises x0 again (lcm). original_steps: see lcm; the rest:
@@ -78,8 +78,8 @@ def tcd(
         raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
     grid = make_grid(schedule, steps, _distilled_times(schedule, steps, original_steps, options))
     n = len(grid.at.t) - grid.clean
-    below = (1 - gamma) * grid.t[1 : n + 1]
-    below = np.floor(below) if isinstance(schedule, Betas) else below
+    at, chain = grid.t[1 : n + 1], isinstance(schedule, Betas)
+    below = np.where(chain & (at == np.floor(at)), np.floor((1 - gamma) * at), (1 - gamma) * at)
     with np.errstate(divide="ignore"):
         lam = np.append(np.log(schedule.alpha(below)) - np.log(schedule.sigma(below)), grid.lam[n + 1 :])
     alpha, sigma = grid.alpha[1:], grid.sigma[1:]
@@ -98,11 +98,11 @@ def consistency(schedule: Schedule, steps: int, *, floor: float | None = None, *
     With prediction="edm" the model is the raw network F of a consistency model, with its boundary at r = floor:
         p = d^2 / ((r - floor)^2 + d^2) y + (r - floor) d / sqrt(r^2 + d^2) F(c_in x, ln(r) / 4),  d = sigma_data
     Args: floor: the level at which the model's x0 lives, default the schedule's lowest sigma/alpha; spacing: default
-        "trailing" (t_start down to t_start / steps); the rest: fastdiff.grid.GridOptions.
+        "trailing" (t_max down to t_max / steps), without t_start and t_end; the rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot; as good as the model, no order. draws: one a row; a single row without s: none.
     Source: Song et al. 2023, arXiv:2303.01469, algorithm 1 and appendix C.
     """
-    if all(options.get(name) is None for name in GRID[:3]):
+    if all(options.get(name) is None for name in GRID):
         options["spacing"] = "trailing"
     grid = make_grid(schedule, steps, options)
     low = float(schedule.sigma(0.0) / schedule.alpha(0.0)) if floor is None else float(floor)

@@ -40,7 +40,7 @@ def dpmpp_sde(
     Returns: Plan, nfe = 2 steps - 1 (2 steps with final="min"), 2 slots, order 2 at eta = 0, weak order 1 or better.
     Source: k-diffusion's sample_dpmpp_sde; Lu et al. 2022, arXiv:2211.01095.
     """
-    nonnegative(eta=eta, s_noise=s_noise)
+    eta, s_noise = nonnegative(eta=eta, s_noise=s_noise)
     if not 0 < r <= 1:
         raise ValueError(f"r must be in (0, 1], got {r!r}")
     if path not in PATHS:

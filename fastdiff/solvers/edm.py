@@ -92,7 +92,7 @@ def edm_stochastic(
     Raises: ValueError for zero signal, or churn above the top of a schedule whose model time is not sigma.
     Source: Karras et al. 2022, arXiv:2206.00364, algorithm 2.
     """
-    nonnegative(s_churn=s_churn, s_min=s_min, s_noise=s_noise)
+    s_churn, s_min, s_noise = nonnegative(s_churn=s_churn, s_min=s_min, s_noise=s_noise)
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
     grid = make_grid(schedule, steps, options)

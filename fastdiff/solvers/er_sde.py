@@ -48,15 +48,16 @@ def er_sde(
     Args:
         order: 1..3. scaler: g, how noise is scaled, which must not fall as rho grows: "er" (e^(rho^0.3) + 10, the
         paper's ER-SDE 5), "sde" (rho: the reverse SDE), "ode" (1: no noise), or a function of a float64 array.
-        s_noise >= 0. exact: D1 as the parabola's slope at rho, of order 3 without noise; published is the first
-        difference. The rest: fastdiff.grid.GridOptions.
-    Returns: Plan, nfe = steps, `order` slots.
+        s_noise >= 0. exact: D1 as the parabola's slope at rho; published is the first difference. The rest:
+        fastdiff.grid.GridOptions.
+    Returns: Plan, nfe = steps, `order` slots. Without noise order 2, 3 from an exact start with exact=True: the
+        solver's own low-order first rows dominate where the first steps are not noise-dominated.
     Raises: ValueError for a scaler that falls or is not finite and > 0 inside the schedule.
     Numerics: the integrals by 48 Gauss-Legendre nodes in ln rho; published codes sum 100 or 200 rectangles.
     Source: Cui et al. 2023, arXiv:2309.06169 (ER-SDE-Solver-1 to 3), and the authors' code (vp_3_order_taylor).
     """
     order, grid = check_order("er_sde", order, 3), make_grid(schedule, steps, options)
-    nonnegative(s_noise=s_noise)
+    (s_noise,) = nonnegative(s_noise=s_noise)
     if not callable(scaler) and scaler not in SCALERS:
         raise ValueError(f"unknown scaler {scaler!r}; valid: {', '.join(SCALERS)}, or a function")
     n, given = len(grid.at.t), scaler if callable(scaler) else SCALERS[scaler]

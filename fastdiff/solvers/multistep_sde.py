@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Unpack
 
 import numpy as np
@@ -18,11 +19,12 @@ __all__ = ["dpmpp_2m_sde", "dpmpp_3m_sde"]
 KINDS = ("midpoint", "heun")
 
 
-def nonnegative(**values: float) -> None:
-    """Refuses options that are not finite numbers >= 0."""
+def nonnegative(**values: float) -> tuple[float, ...]:
+    """The options as Python's floats; refuses what are no finite numbers >= 0."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < np.inf:
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    return tuple(float(value) for value in values.values())
 
 
 def _moments(H: np.ndarray, count: int) -> np.ndarray:
@@ -61,7 +63,7 @@ def dpmpp_2m_sde(
     Returns: Plan, nfe = steps, 2 slots (x, p_prev), order 2 as an ODE solver, weak order 2 on Gaussian data.
     Source: Lu et al. 2022, arXiv:2211.01095, section 5 and appendix; heun and eta: k-diffusion's sample_dpmpp_2m_sde.
     """
-    nonnegative(eta=eta, s_noise=s_noise)
+    eta, s_noise = nonnegative(eta=eta, s_noise=s_noise)
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; valid: {', '.join(KINDS)}")
     grid = make_grid(schedule, steps, options)
@@ -94,7 +96,7 @@ def dpmpp_3m_sde(
     Returns: Plan, nfe = steps, 3 slots (x, p_1, p_2), order 2 after its first-order start.
     Source: k-diffusion's sample_dpmpp_3m_sde; Lu et al. 2022, arXiv:2211.01095, for the expansion.
     """
-    nonnegative(eta=eta, s_noise=s_noise)
+    eta, s_noise = nonnegative(eta=eta, s_noise=s_noise)
     grid = make_grid(schedule, steps, options)
     n = len(grid.at.t)
     keep, H, noise = _first_order(grid, eta, s_noise)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Unpack
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -15,6 +16,20 @@ from fastdiff.solvers.edm import noisy_heun
 __all__ = ["restart"]
 
 RHO = 7.0
+
+
+def _interval(value: Any) -> tuple[float, float, int, int]:
+    try:
+        low, high, repeats, inner = value
+        good = 0 < low < high < np.inf and operator.index(repeats) >= 1 and operator.index(inner) >= 1
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"intervals must be (low, high, repeats, inner) with 0 < low < high and integers repeats, inner >= 1, "
+            f"got {value!r}"
+        )
+    return low, high, repeats, inner
 
 
 def restart(
@@ -31,7 +46,7 @@ def restart(
         intervals: (low, high, repeats, inner) each, low and high in units of sigma/alpha; low is taken at the nearest
         point of the grid. The inner levels are Karras's ramp with rho = 7. The rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = heun's + 2 sum(repeats inner), 2 slots.
-    Raises: ValueError for zero signal, or low >= high, high above the top, or repeats, inner < 1.
+    Raises: ValueError for zero signal, or low >= high, high above the top, repeats, inner < 1, or not four numbers.
     Source: Xu et al. 2023, arXiv:2306.14878, algorithm 1.
     """
     grid = make_grid(schedule, steps, options)
@@ -40,12 +55,7 @@ def restart(
     r = grid.sigma / grid.alpha
     back: dict[int, list[np.ndarray]] = {}
     reachable = np.log(r[1 : n + 1 - grid.clean])
-    for low, high, repeats, inner in intervals:
-        if not 0 < low < high < np.inf or min(repeats, inner) < 1:
-            raise ValueError(
-                f"intervals must be (low, high, repeats, inner) with 0 < low < high and repeats, inner >= 1, "
-                f"got {(low, high, repeats, inner)}"
-            )
+    for low, high, repeats, inner in map(_interval, intervals if isinstance(intervals, Iterable) else [intervals]):
         j = 1 + int(np.argmin(np.abs(reachable - np.log(low)))) if len(reachable) else 0
         if j == 0 or not r[j] < high <= r[0]:
             raise ValueError(

@@ -34,7 +34,7 @@ def seeds(
     Source: Gonzalez et al. 2023, arXiv:2305.14267 (SEEDS-1 to 3, here on x0).
     """
     order = check_order("seeds", order, 3)
-    nonnegative(eta=eta, s_noise=s_noise)
+    eta, s_noise = nonnegative(eta=eta, s_noise=s_noise)
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; valid: {', '.join(KINDS)}")
 

@@ -57,8 +57,9 @@ def unipc(
         lower_order_final: fall to first order at the end. keep_start: correct the last step from its start (a slot
         holds what is known of the result) and not x': the same, but that an outside edit of x (a callback, inpainting)
         counts through p alone, as in diffusers. The rest: fastdiff.grid.GridOptions.
-    Returns: Plan, nfe = steps, order + 1 slots (x', p_1, .., p_k); UniP: `order`. Order k + 1 (UniP: k, from its
-        first-order start 2 to 3) with lower_order_final=False; else 2, as the first-order last row is not corrected.
+    Returns: Plan, nfe = steps, order + 1 slots (x', p_1, .., p_k); UniP: `order`. Order k + 1 (UniP: k) from an
+        exact start with lower_order_final=False: the solver's own low-order first rows dominate where the first steps
+        are not noise-dominated. Else 2, as the first-order last row is not corrected.
     Source: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 to 4; B(h): section 3.4.
     """
     order = check_order("unipc", order, 3)
