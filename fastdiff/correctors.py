@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,6 +144,9 @@ def predictor_corrector(
         raise ValueError(f"plan {plan.name!r} reads its prediction out of {plan.classes} classes or bins: no score")
     if plan.slots != 1:
         raise ValueError(f"the predictor must have one slot, plan {plan.name!r} has {plan.slots}")
+    levels = [*plan.alpha, *plan.sigma, *plan.end, *plan.c_skip, *plan.c_out]
+    if not np.all(np.isfinite(levels)):
+        raise ValueError(f"plan {plan.name!r} does not record its alpha and sigma: no score")
     if corrections == 0 or 0 in request.shape:
         return sample(model, plan, shape, **sampling)
     after_row = request.options.callback
@@ -151,7 +155,7 @@ def predictor_corrector(
         x = correct(0, correct.start())
 
     # made of a seed again, they would start anew
-    draws = {"generator": request.generators} if request.generators else {}
+    draws = {"generator": request.generators, "seed": None, "seeds": None} if request.generators else {}
 
     def callback(k: int, t: Tensor, x: Tensor, x0: Tensor) -> Tensor | None:
         changed = None if after_row is None else after_row(k, t, x, x0)

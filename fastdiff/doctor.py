@@ -35,8 +35,9 @@ def _version(name: str) -> str | None:
 
 
 def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    return next((p for p in map(shutil.which, [*([named] if named else []), "g++", "clang++", "c++", "cl"]) if p), None)
+    """What torch will call: $CXX, else its platform's own; it looks for no other."""
+    own = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX") or own)
 
 
 def _device() -> Finding:

@@ -67,6 +67,21 @@ def drift(
     return velocity
 
 
+def _followed(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The model, refused where autograd does not see that its output depends on x: its divergence would be lost."""
+
+    def followed(x: Tensor, t: Tensor, **cond: Any) -> Tensor:  # noqa: ANN401 - the model's own
+        m = model(x, t, **cond)
+        if not m.requires_grad:
+            raise ValueError(
+                "the model's output does not depend on x through autograd (no_grad, inference_mode or detach in it?): "
+                "its divergence cannot be taken"
+            )
+        return m
+
+    return followed
+
+
 def log_likelihood(
     model: Callable[..., Any],
     schedule: Schedule,
@@ -96,7 +111,8 @@ def log_likelihood(
         default N(0, sigma^2 I). seed, seeds: of the probes. rtol, atol: of the integrator (Runge-Kutta 4(5) of scipy,
         else torchdiffeq). The rest: see drift.
     Returns: [B] float64, in nats.
-    Raises: ImportError without scipy and torchdiffeq; ValueError for bad options; RuntimeError if integration fails.
+    Raises: ImportError without scipy and torchdiffeq; ValueError for bad options, or a model autograd does not follow;
+        RuntimeError if integration fails.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 39; trace: Grathwohl et al. 2019, arXiv:1810.01367.
     """
     if trace not in TRACES:
@@ -108,12 +124,14 @@ def log_likelihood(
     if not 0 <= low < top:
         raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}")
     solve = _integrator(rtol, atol)
-    batch, n = x0.shape[0], x0[0].numel()
+    batch, n = x0.shape[0], x0.shape[1:].numel()
+    if batch == 0:
+        return torch.zeros(0, dtype=torch.float64, device=x0.device)
     keys, index = rng.keys(None if seeds is not None else seed, seeds, batch=batch, device=x0.device)
     with torch.inference_mode(False):  # autograd does not follow what inference mode has made
         given = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in (cond or {}).items()}
         probe = rng.normal(keys, x0.shape[1:], stream=STREAM, index=index).sign().to(x0.dtype)
-    field = drift(model, schedule, prediction, cond=given, sign=sign, sigma_data=sigma_data)
+    field = drift(_followed(model), schedule, prediction, cond=given, sign=sign, sigma_data=sigma_data)
 
     def augmented(t: float, state: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():

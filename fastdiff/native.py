@@ -54,7 +54,7 @@ def unusable(error: Exception | None = None) -> bool:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(
             f"the CPU compiler is not usable ({reason[0][:200]}); steps and noise run eagerly. "
-            "Installing a C++ compiler (g++ or clang++) makes them several times faster.",
+            "A C++ compiler (g++, or another one named by CXX) makes them several times faster.",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -26,6 +26,7 @@ MODES = ("auto", "eager", "compile", "step_graph", "loop_graph")
 GUIDE_OPTIONS: dict[str, tuple[str, ...]] = {
     "cfg": (), "rescale": ("rescale",), "apg": ("eta", "norm_threshold"), "zero_star": (),
 }  # fmt: skip
+SOURCES = ("seed", "seeds", "generator")
 CHECK_FINITE = ("off", "warn", "raise")
 GRAPH_DEVICES = ("cuda",)
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,9 +67,10 @@ class Options:
                 raise TypeError(f"unknown option {name!r}; valid: {', '.join(self.__dict__)}")
         new = object.__new__(Options)  # frozen fields set one by one take longer than a row
         new.__dict__.update(self.__dict__, **changes)
-        for name, other in (("seed", "seeds"), ("seeds", "seed")):  # a default gives way to the other one
-            if changes.get(name) is not None and changes.get(other) is None:
-                new.__dict__[other] = None
+        given = [name for name in SOURCES if changes.get(name) is not None]
+        for name in SOURCES:  # a default gives way to another one that is given
+            if given and name not in given:
+                new.__dict__[name] = None
         return new
 
 
@@ -174,8 +176,6 @@ def _categorical(o: Options, plan: Plan, shape: tuple[int, ...], device: torch.d
         raise ValueError(f"x_init must have the shape asked for, {shape}, got {tuple(x.shape)}")
     if x.device.type != device.type:
         raise ValueError(f"x_init must be on {device}, got {x.device}")
-    if plan.alpha[0] == 0:
-        raise ValueError(f"x_init is lost where plan {plan.name!r} starts, knowing nothing; build it with start=k")
     if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < plan.classes:
         raise ValueError(f"x_init must be in 0..{plan.classes - 1}, got {int(x.min())}..{int(x.max())}")
 
@@ -220,6 +220,8 @@ def _generators(o: Options, batch: int, device: torch.device) -> tuple[torch.Gen
         raise ValueError(
             f"first goes with noise='philox': a generator's stream starts at its seed; got first={o.first}"
         )
+    if o.generator is not None and not (o.seed is None and o.seeds is None):
+        raise ValueError("give either a generator or seed and seeds, got both")
     if o.generator is None:
         seeds = [o.seed or 0] if o.seeds is None else [int(s) for s in o.seeds]
         given: list[Any] = [torch.Generator(device).manual_seed(s) for s in seeds]
@@ -299,6 +301,8 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     _state("x_T", o.x_T, state, device)
     if o.x_init is not None and not np.isfinite(plan.alpha[0]):
         raise ValueError(f"plan {plan.name!r} does not record its alpha, so x_init cannot be noised; give x_T")
+    if o.x_init is not None and plan.alpha[0] == 0:
+        raise ValueError(f"x_init is lost where plan {plan.name!r} starts, knowing nothing; build it with start=k")
     if o.x_T is None and o.x_init is None and plan.init_scale == plan.init_noise == 0 and plan.alpha[0] != 0:
         raise ValueError(f"plan {plan.name!r} starts from data, not from noise: give x_init, or x_T, the state itself")
     for name in ("cond", "uncond"):

@@ -14,6 +14,7 @@ from fastdiff.cpu import CompiledStep, EagerStep
 from fastdiff.noise import CallableNoise, Noise, PhiloxNoise, TorchNoise
 from fastdiff.ops._relaunch import Relaunch
 from fastdiff.plan import Plan
+from fastdiff.readout import BINNED
 from fastdiff.request import MODEL_DTYPES, Request
 
 __all__ = ["Run"]
@@ -175,7 +176,7 @@ class Run:
                 self.x.zero_()
             if x_init is not None:
                 self._add_data(x_init, float(plan.alpha[0]))
-            if plan.init_noise:
+            if plan.init_noise and not (x_init is not None and plan.readout in BINNED):  # a bin in the data's place
                 self.x.add_(self._second(self.noise.start(1)), alpha=plan.init_noise)
         if self.bad is not None:
             self.bad.fill_(plan.nfe)

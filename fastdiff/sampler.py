@@ -296,7 +296,8 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
         x_T: the starting state itself. x_init: clean data, noised to the plan's start (plans made with start=k).
         mode: auto | eager | compile (the model through torch.compile) | step_graph | loop_graph (CUDA). On a CPU all
             but eager run rows as C++ loops. auto captures no graph in this one-shot call; a fd.Sampler may.
-        callback: (row, t, x, x0) -> None or a replacement of x, after each row; x may be edited in place.
+        callback: (row, t, x, x0) -> None or a replacement of x, after each row; x may be edited in place. Both are
+            buffers that the next row writes: clone what you keep.
         trajectory: also return a Trajectory. check_finite: off | warn | raise (read once, at the end).
         device, dtype (of the model's input): default those of the model's parameters, else torch's default device and
             float32. out_dtype: default float32.

@@ -136,6 +136,22 @@ def test_what_is_no_result_is_refused(data, says, tmp_path, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"shape": None}, {"us": None}, {"us": {"torch": 18.0, "fastdiff eager": 3}}, {"schedule": ["x"]},
+     {"times_faster": {"fastdiff eager": 1.0}}],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_result_is_refused_before_anything_is_measured(damage, tmp_path, capsys):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(ONE | {"method": METHOD, "rows": [ONE["rows"][0] | damage]}))
+    assert main(["bench", "--quick", "--device", "cpu", "--steps", "5", "--compare", str(path)]) == 2
+    assert "is not a result of fastdiff bench" in capsys.readouterr().err
+    path.write_text("[" * 100_000)
+    assert main(["bench", "--quick", "--compare", str(path)]) == 2
+    assert "is not JSON" in capsys.readouterr().err
+
+
 def test_the_same_measurement_is_compared(tmp_path):
     path = tmp_path / "old.json"
     path.write_text(json.dumps(ONE | {"method": METHOD}))

@@ -1,12 +1,17 @@
 """How fastdiff bench ends: bad input and what fails in one line with exit code 2, what was measured before kept."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 from fastdiff.cli import main
-from fastdiff_bench import options, page, suite, timing
+from fastdiff.commands import bench
+from fastdiff_bench import options, page, roofline, suite, timing
 
 
 @pytest.fixture
@@ -31,6 +36,9 @@ def nothing(x, t):
 
 def pair(x, t):
     return x, t
+
+def nan(x, t):
+    return x * float("nan")
 """
 
 
@@ -44,6 +52,8 @@ def pair(x, t):
         (["--dtype", "fp8"], "unknown dtype 'fp8'; valid: fp32, bf16, fp16"),
         (["--shapes", "1x0"], "unknown shape '1x0'; valid: policy, latent, batch"),
         (["--shapes", "big"], "unknown shape 'big'"),
+        (["--shapes", "99999999999999999999"], "unknown shape '99999999999999999999'"),
+        (["--compile-only", "--json", "a.json", "--plot", "p"], "--compile-only does not read --json, --plot"),
         (["--roofline", "--kernels", "gemm"], "unknown kernel 'gemm'; valid: affine_step"),
         (["--codegen", "--kernels", "gemm"], "unknown kernel 'gemm'; valid: affine_step"),
         (["--roofline", "--largest", "0"], "--largest must be in 10 .. 30, got 0"),
@@ -93,13 +103,58 @@ def test_pictures_without_matplotlib_are_refused_before_anything_is_measured(mon
 @pytest.mark.parametrize(
     ("name", "says"),
     [("wide", "the model must return the shape of its input, (1, 16), got (1, 3, 5)"),
-     ("nothing", "the model must return a Tensor, got NoneType"), ("pair", "must return a Tensor, got tuple")],
+     ("nothing", "the model must return a Tensor, got NoneType"), ("pair", "must return a Tensor, got tuple"),
+     ("nan", "the model's loop ends in numbers that are not finite")],
 )  # fmt: skip
 def test_a_model_that_returns_something_else_is_one_line(name, says, small, tmp_path, capsys):
     (tmp_path / "m.py").write_text(MODEL)
     assert suite.main([*SMALL, "--peers", "torch", "--shapes", "1x16", "--model", f"{tmp_path}/m.py:{name}"]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert says in error
+
+
+def test_the_steps_and_sizes_asked_for_are_measured():
+    def request(text):
+        return options.Request(options.parser().parse_args(["--device", "cpu", *text.split()]))
+
+    asked = ["", "--model unet1d", "--model unet1d --steps 20", "--model unet1d --steps 50"]
+    assert [request(text).steps for text in asked] == [50, 100, 20, 50]
+    sizes = ["--roofline --quick", "--roofline --quick --largest 24", "--roofline --quick --largest 16"]
+    assert [roofline.exponents(request(text)) for text in sizes] == [[10, 16, 20], [10, 16, 20, 24], [10, 16]]
+
+
+@pytest.mark.parametrize(("code", "says"), [(-9, "was ended by signal 9"), (3, "")])
+def test_a_measuring_process_that_is_killed_is_one_line(code, says, monkeypatch, tmp_path, capsys):
+    kept = tmp_path / "a.json"
+    kept.write_text("{}")
+    argv = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {-code}) if {code} < 0 else os._exit({code})"]
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env: start(argv))
+    assert main(["bench", "--quick", "--device", "cpu", "--json", str(kept)]) == (2 if code < 0 else code)
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == (code < 0) and (code > 0 or str(kept) in err)
+
+
+def test_an_interrupt_that_only_the_command_heard_is_passed_on(monkeypatch, capsys):
+    program = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *a: sys.exit(0)); time.sleep(60)"
+    start, told = subprocess.Popen, []
+
+    def heard(command, env):
+        process = start([sys.executable, "-c", program])
+        wait, send = process.wait, process.send_signal
+
+        def waiting(timeout=None):
+            if timeout is None and not told:
+                time.sleep(0.5)  # its handler is there
+                raise KeyboardInterrupt
+            return wait(timeout)
+
+        process.wait, process.send_signal = waiting, lambda sent: (told.append(sent), send(sent))
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", heard)
+    monkeypatch.setattr(bench, "GRACE", 0.2)
+    assert main(["bench", "--quick", "--device", "cpu"]) == 130 and told == [signal.SIGINT]
 
 
 def test_a_failing_model_keeps_the_rows_before_it(small, tmp_path, capsys):

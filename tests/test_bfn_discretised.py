@@ -191,3 +191,15 @@ X, M = torch.zeros(2, 3), torch.zeros(2, 6)
 def test_bad_input(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_x_init_is_noised_once() -> None:
+    """Where an eps plan begins a bin of the prior stands in for the data; given data need no stand-in."""
+    flow = S.BFNContinuous(0.02)
+    for start in (0, 1):  # both begin at u = 1/5
+        plan = solvers.bfn_discretised(flow, 5, start=start)
+        x_init = torch.full((20_000, 1), 0.5)
+        _, seen = fd.sample(lambda x, u: torch.cat([x, x], 1), plan, (20_000, 1), x_init=x_init, trajectory=True)
+        alpha, sigma = plan.alpha[0], plan.sigma[0]
+        assert abs(seen.x[0].mean() - 0.5 * alpha) <= 4.5 * sigma / math.sqrt(20_000)
+        assert abs(seen.x[0].std() / sigma - 1) <= 4.5 / math.sqrt(40_000)

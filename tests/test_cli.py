@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -162,6 +164,10 @@ def test_doctor(capsys):
     assert {"Python", "triton", "C++ compiler"} <= set(found) and all(
         f["meaning"] for f in found.values() if not f["ok"]
     )
+    for named, there in (("none", False), (sys.executable, True)):  # torch calls $CXX and looks for no other
+        with mock.patch.dict(os.environ, {"CXX": named}):
+            assert main(["doctor", "--json"]) == 0
+        assert {f["name"]: f["ok"] for f in json.loads(capsys.readouterr().out)}["C++ compiler"] is there
     assert main(["doctor"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(found)
 

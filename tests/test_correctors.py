@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from typing import Any
@@ -250,3 +251,10 @@ def outputs(model: Any) -> Tensor:
 def test_bad_input(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_plan_without_levels_has_no_score() -> None:
+    plan = solvers.ddpm(S.VP(), 4)
+    unknown = dataclasses.replace(plan, alpha=plan.alpha * math.nan, sigma=plan.sigma * math.nan)
+    with pytest.raises(ValueError, match="does not record its alpha and sigma: no score"):
+        fd.predictor_corrector(lambda x, t: 0.1 * x, unknown, (1, 3))

@@ -161,6 +161,18 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], text: str) -
         fd.log_likelihood(lambda x, t: x, S.VP(), x0, **options)
 
 
+@pytest.mark.parametrize("around", [torch.no_grad(), torch.inference_mode()], ids=["no_grad", "inference"])
+def test_a_model_without_a_graph_is_refused(around: Any) -> None:
+    """Its divergence would be left out: 44 nats of 53 here."""
+    model = around(model_of(S.VP(), "eps"))
+    with pytest.raises(ValueError, match="does not depend on x through autograd"):
+        fd.log_likelihood(model, S.VP(), torch.zeros(2, 8, dtype=torch.float64))
+
+
+def test_the_likelihood_of_nothing() -> None:
+    assert fd.log_likelihood(model_of(S.VP(), "eps"), S.VP(), torch.zeros(0, 3)).shape == (0,)
+
+
 def test_an_infinite_drift_is_refused() -> None:
     with pytest.raises(ValueError, match="is not finite at t = 1"):
         fd.drift(lambda x, t: x, S.Cosine(), "v")(1.0, torch.zeros(1, 2))

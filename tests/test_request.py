@@ -72,6 +72,18 @@ UPWARD = fd.solvers.ddim_inversion(fd.schedules.VP(), 3)
         (lambda: fd.sample(MODEL, PLAN, (2, 2), seeds=[1]), ValueError, "one seed a sample"),
         (lambda: fd.sample(MODEL, PLAN, (2, 2), seed=0, seeds=[1, 2]), ValueError, "either seed or seeds, got both"),
         (
+            lambda: fd.sample(MODEL, PLAN, (2, 2), noise="torch", seed=0, generator=torch.Generator()),
+            ValueError,
+            "either a generator or seed and seeds",
+        ),
+        (
+            lambda: fd.sample(
+                MODEL, fd.solvers.euler(fd.schedules.Flow(), 3, prediction="v"), (2, 2), x_init=torch.ones(2, 2)
+            ),
+            ValueError,
+            "x_init is lost where plan 'euler' starts",
+        ),
+        (
             lambda: fd.sample(MODEL, PLAN, (1, 2), noise="torch", seed=1, first=2),
             ValueError,
             "first goes with noise='ph",

@@ -178,3 +178,12 @@ def test_in_inference_mode_and_out() -> None:
     with torch.inference_mode():
         a = sampler((2, 4), seed=1)
     assert torch.equal(a, sampler((2, 4), seed=1)) and not a.requires_grad
+
+
+def test_a_seed_takes_the_place_of_a_samplers_generator() -> None:
+    plan, shape = solvers.ddpm(VP(), 4), (2, 3)
+    sampler = fd.Sampler(lambda x, t: 0.3 * x, plan, noise="torch", generator=torch.Generator().manual_seed(1))
+    assert torch.equal(sampler(shape, seed=4), sampler(shape, seed=4))
+    mine = fd.Sampler(lambda x, t: 0.3 * x, plan, noise="torch", seed=4)
+    given = [mine(shape, generator=torch.Generator().manual_seed(9)) for _ in range(2)]
+    assert torch.equal(*given) and not torch.equal(given[0], mine(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 STEPS = 50
+MOST_ELEMENTS = 1 << 40
 PEERS = ("torch", "torch.compile", "torch graph", "diffusers", "k-diffusion")
 GPU_PEERS = ("torch graph",)
 GRAPHS = ("step_graph", "loop_graph")
@@ -171,8 +173,10 @@ def parse_shape(text: str) -> tuple[int, ...]:
         shape = tuple(int(n) for n in text.split("x"))
     except ValueError:
         shape = ()
-    if not shape or min(shape) < 1:
-        raise ValueError(f"unknown shape {text!r}; valid: {', '.join(SHAPES)}, or sizes >= 1 such as 16x4x128x128")
+    if not shape or min(shape) < 1 or math.prod(shape) >= MOST_ELEMENTS:
+        raise ValueError(
+            f"unknown shape {text!r}; valid: {', '.join(SHAPES)}, or sizes >= 1 such as 16x4x128x128, in all < 2^40"
+        )
     return shape
 
 

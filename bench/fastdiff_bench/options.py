@@ -15,6 +15,7 @@ from fastdiff.commands.options import device, writable
 from fastdiff.names import pick
 from fastdiff_bench import cases
 from fastdiff_bench.cases import COLUMNS, GPU_PEERS, KERNELS, PEERS
+from fastdiff_bench.compare import compare, comparison_text
 from fastdiff_bench.networks import NETWORKS
 
 __all__ = ["Request", "add_options", "as_arguments", "parser"]
@@ -40,19 +41,20 @@ class Request:
         known = [p for p in PEERS if self.device.type == "cuda" or p not in GPU_PEERS]
         peers = known if args.peers is None else [pick("peer", p, known) for p in _listed(args.peers)]
         self.columns = tuple(c for c in COLUMNS if c.startswith("fastdiff") or c in peers)
-        if self.device.type == "cpu" and args.no_compile:
-            self.columns = tuple(c for c in self.columns if "compile" not in c)
+        if args.no_compile:
+            self.columns = tuple(c for c in self.columns if "compile" not in c and c not in GPU_PEERS)
         self.dtypes = {name: cases.dtype_of(name) for name in _listed(args.dtype)}
         given = _listed(args.shapes) if args.shapes else []
         self.shapes = [cases.parse_shape(text) for text in given]
         self.schedules, self.solvers = _listed(args.schedules), _listed(args.solvers)
-        self.steps = args.steps
+        self.steps = cases.STEPS if args.steps is None else args.steps
         if self.steps < 1:
             raise ValueError(f"--steps must be >= 1, got {self.steps}")
         self.network = NETWORKS.get(args.model) if args.model else None
         if self.network is not None and not (self.schedules or self.solvers):
             net = self.network
-            self.schedules, self.solvers, self.steps = [net.schedule], [net.solver], net.steps
+            self.schedules, self.solvers = [net.schedule], [net.solver]
+            self.steps = net.steps if args.steps is None else args.steps
         asked = list(cases.make_cases(self.schedules, self.solvers, quick=args.quick, steps=self.steps))
         self.cases = [c for c in asked if isinstance(c, cases.Case)]
         self.refused = [c for c in asked if isinstance(c, cases.Refused)]
@@ -61,6 +63,7 @@ class Request:
             raise ValueError(f"no case is left to run: {reasons}")
         default = 28 if self.device.type == "cuda" else 24
         self.largest = default if args.largest is None else args.largest
+        self.asked_largest = args.largest is not None
         if not SMALLEST <= self.largest <= LARGEST:
             raise ValueError(f"--largest must be in {SMALLEST} .. {LARGEST}, got {self.largest}")
         self.kernels = [pick("kernel", name, KERNELS) for name in _listed(args.kernels)] or list(KERNELS)
@@ -121,9 +124,16 @@ def _check_read(args: argparse.Namespace) -> None:
         raise ValueError("--roofline and --codegen are two runs: leave one of them out")
     mode = "".join(modes)
     known = parser()
-    given = [name for name in NOT_READ[mode] if _given(getattr(args, name), known.get_default(name))]
+    unread = (*NOT_READ[mode], *(("json", "plot", "compare") if args.compile_only else ()))
+    given = [name for name in unread if _given(getattr(args, name), known.get_default(name))]
     if given:
-        which = f"--{mode}" if mode else "the main table"
+        which = (
+            "--compile-only"
+            if args.compile_only and given[0] in ("json", "plot", "compare")
+            else f"--{mode}"
+            if mode
+            else "the main table"
+        )
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{which} does not read {names}: leave {'it' if len(given) == 1 else 'them'} out")
 
@@ -142,7 +152,7 @@ def _stored(text: str) -> dict[str, Any]:
         data = json.loads(Path(text).read_text())
     except OSError as error:
         raise ValueError(f"--compare: {text!r} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--compare: {text!r} is not JSON: {error}") from None
     found = data if isinstance(data, dict) else {}
     rows = found.get("rows")
@@ -152,6 +162,10 @@ def _stored(text: str) -> dict[str, Any]:
         raise ValueError(f"--compare: {text!r} is not a result of fastdiff bench")
     if not rows:
         raise ValueError(f"--compare: {text!r} has no rows of the main table")
+    try:
+        comparison_text(compare(found, found))
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        raise ValueError(f"--compare: {text!r} is not a result of fastdiff bench, or a damaged one") from None
     return found
 
 
@@ -174,7 +188,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"who to compare with: {', '.join(PEERS)}; default all there are here",
     )
-    parser.add_argument("--steps", type=int, default=cases.STEPS, help="intervals of a loop; default %(default)s")
+    parser.add_argument("--steps", type=int, help=f"intervals of a loop; default {cases.STEPS}, or the network's own")
     parser.add_argument("--model", metavar="FILE.py:NAME", help=f"your model(x, t), or {', '.join(NETWORKS)}")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device, default=here, help="default %(default)s")

@@ -42,6 +42,8 @@ GAP = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 3e-3}
 def exponents(request: Request) -> list[int]:
     """log2 of the sizes: a quick run's few, or every second one up to the largest."""
     quick = [12, 20, 24, 26] if request.device.type == "cuda" else [10, 16, 20]
+    if request.asked_largest:
+        quick = [*(n for n in quick if n < request.largest), request.largest]
     return [n for n in (quick if request.quick else range(SMALLEST, LARGEST + 1, 2)) if n <= request.largest]
 
 

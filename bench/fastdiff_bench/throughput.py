@@ -234,7 +234,9 @@ def _models(set_: Settings, plan: fd.Plan, shape: tuple[int, ...], dtype: torch.
     if isinstance(set_.model, torch.nn.Module):
         set_.model.to(set_.device, dtype).eval()
     model = guarded(set_.model)
-    _ours(plan, model, "eager", dtype, set_.device).run(_start(plan, shape, set_.device), None)
+    end = _ours(plan, model, "eager", dtype, set_.device).run(_start(plan, shape, set_.device), None)
+    if not bool(torch.isfinite(end).all()):
+        raise ValueError("the model's loop ends in numbers that are not finite: nothing can be compared with them")
     return model, guarded(torch.compile(set_.model, dynamic=False))
 
 

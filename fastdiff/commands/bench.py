@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from fastdiff.commands.options import INTERRUPTED
+from fastdiff.commands.options import INTERRUPTED, failed
 
 __all__ = ["add_bench", "run_bench"]
 
@@ -17,6 +18,8 @@ __all__ = ["add_bench", "run_bench"]
 COMPILED_AS = {"binned_mean": "binned/mean", "add_noise_flow": "levels/Flow"}
 QUICK_TARGETS = ("--arch", "90")
 TARGETS = ("--arch", "80", "89", "90", "100", "--hip", "gfx942")
+
+GRACE = 10.0  # seconds for a process that was told by the terminal to keep what it has
 
 
 def add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse's own type is private
@@ -55,9 +58,17 @@ def run_bench(args: argparse.Namespace) -> int:
     process = subprocess.Popen([sys.executable, "-m", *command], env=measuring(large=args.roofline))
     before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))  # it keeps what it has
     try:
-        return process.wait()
-    except KeyboardInterrupt:  # the terminal has told the other process too
-        process.wait()
+        code = process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(GRACE)  # a terminal has told it too
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            process.wait()
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
+    if code < 0:
+        kept = f"; what was measured before is in {args.json}" if args.json and Path(args.json).exists() else ""
+        return failed("bench", ValueError(f"the measuring process was ended by signal {-code} (no memory?){kept}"))
+    return code

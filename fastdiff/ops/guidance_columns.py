@@ -37,7 +37,8 @@ def cfg_plus_plus(plan: Plan, scale: float) -> Plan:
         x' = alpha' (p_u + scale (p_c - p_u)) + sigma_down eps_u + s n
            = the row itself with guidance w = scale alpha' / b,   b = alpha' - alpha sigma_down / sigma, of x0
 
-    So it costs nothing beside guidance: sampling takes the weights where it is given none.
+    So it costs nothing beside guidance: sampling takes the weights where it is given none. They are CFG++'s for plain
+    guidance alone: a threshold or another rule would act on the row's weight, not on scale.
     Args: plan: one slot, of a solver whose rows are x' = (sigma_down / sigma) x + b x0 + s n (ddim, ddpm, euler,
         euler_ancestral), without a clamp. scale: the paper's lambda, finite, in [0, 1] as a rule.
     Returns: the plan with its column `guidance`, [nfe].

@@ -26,7 +26,7 @@ class Trainer:
     """Trains a network; every random number comes from (seed, epoch), so a resumed run is the run itself.
 
         learning rate at step k of N:  lr (k + 1) / W for k < W = warmup N, then lr (1 + cos(pi (k - W) / (N - W))) / 2
-        average' = d average + (1 - d) weights,   d = min(ema, (1 + k) / (10 + k))
+        average' = d average + (1 - d) weights,   d = min(ema, (1 + k) / (10 + k)), from k = 1; at first the weights
 
     Args:
         net: trained in place.   data: Tensor [N, ...], or several of one N.
