@@ -67,7 +67,8 @@ def sampled(make, shape=(3, 6), **options):
     def run():
         plan = make()
         given = {k: v() if callable(v) else v for k, v in options.items()}
-        return fd.sample(model, plan, shape, seed=5, device=place, dtype=torch.float32, **given)
+        seed = {} if "generator" in given else {"seed": 5}
+        return fd.sample(model, plan, shape, device=place, dtype=torch.float32, **seed, **given)
 
     return run
 
