@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = ["lasting", "traced_constant"]
 
 Made = TypeVar("Made", bound=Callable[..., torch.Tensor])
-NAMES = 64  # tables of one kind in one compiled graph
+NAMES = 64  # of one kind; two in a graph whose numbers are a multiple of it apart are still refused
 
 
 @contextmanager

@@ -49,20 +49,21 @@ def sampler_function(name: str, *, noise: str = "philox") -> Any:
         if len(sigmas) <= 1:
             return x
         seed, sampling = (extra_args or {}).get("seed"), _sampling(model)
-        own = takes_noise and options.get("noise_sampler") is None
-        if noise == "stock" and own:
+        of_flow = _is_flow(sampling)
+        if noise == "stock" and takes_noise and options.get("noise_sampler") is None:
             options["noise_sampler"] = _stock(name, x, sigmas, seed)
-        if takes_noise and (name in IN_LOGSNR or _is_flow(sampling)) and hasattr(sampling, "noise_scale"):
+        if takes_noise and (name in IN_LOGSNR or of_flow) and hasattr(sampling, "noise_scale"):
             options["s_noise"] = options.get("s_noise", 1.0) * sampling.noise_scale
-        if _is_flow(sampling) and name in IN_LOGSNR and sigmas[0] >= 1:
+        if of_flow and name in IN_LOGSNR and sigmas[0] >= 1:
             sigmas = sigmas.clone()
             sigmas[0] = sampling.percent_to_sigma(FIRST)
         with contextlib.ExitStack() as inside:
-            inside.enter_context(flow(_is_flow(sampling)))
+            inside.enter_context(flow(of_flow))
             if noise == "philox" and options.get("noise_sampler") is None:
                 inside.enter_context(philox(int(seed or 0) % SEED))
             return sampler(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
 
+    sample.__name__ = f"sample_{name}"
     return sample
 
 

@@ -28,7 +28,7 @@ def sample_er_sde(
 ) -> Tensor:  # fmt: skip
     """ER-SDE-Solver; noise_scaler: phi of a tensor of sigma / alpha; the integrals are exact, not sums of 200 terms."""
     given = "er" if noise_scaler is None else _scaler(noise_scaler) if isfunction(noise_scaler) else _g(noise_scaler)
-    make = maker(solvers.er_sde, order=max_stage, scaler=given, s_noise=s_noise)
+    make = maker(solvers.er_sde, of_alpha=True, order=max_stage, scaler=given, s_noise=s_noise)
     loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler, used=s_noise != 0))
 
@@ -49,7 +49,7 @@ def sample_seeds_2(
     """SEEDS-2 with its middle at r = 1/2; solver_type: "phi_1" or "phi_2"."""
     if solver_type not in KINDS:
         raise ValueError(f"solver_type must be 'phi_1' or 'phi_2', got {solver_type!r}")
-    make = maker(solvers.seeds, order=2, eta=eta, s_noise=s_noise, kind=KINDS[solver_type])
+    make = maker(solvers.seeds, of_alpha=True, order=2, eta=eta, s_noise=s_noise, kind=KINDS[solver_type])
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.each(noise_sampler, used=eta > 0 and s_noise != 0))
 
@@ -59,7 +59,7 @@ def sample_seeds_3(
     disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """SEEDS-3 with its stages at a third and two thirds of a step."""
-    make = maker(solvers.seeds, order=3, eta=eta, s_noise=s_noise)
+    make = maker(solvers.seeds, of_alpha=True, order=3, eta=eta, s_noise=s_noise)
     loop = Loop(make, 3, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.each(noise_sampler, used=eta > 0 and s_noise != 0))
 
@@ -87,7 +87,7 @@ def sample_lcm(
     disable: bool | None = None, noise_sampler: Sampler = None, s_noise: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Latent consistency sampling: x0, noised again to the next level."""
-    loop = Loop(maker(solvers.lcm, s_noise), 1, checked(sigmas), model, x, sigmas, extra_args)
+    loop = Loop(maker(solvers.lcm, s_noise, of_alpha=True), 1, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler))
 
 
@@ -96,7 +96,7 @@ def sample_res_multistep(
     disable: bool | None = None, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """The exponential two-step method with the exact phi_2; it draws no noise."""
-    make = maker(solvers.dpmpp_2m_sde, eta=0.0, kind="heun", lower_order_final=False, known_alpha=False)
+    make = maker(solvers.dpmpp_2m_sde, eta=0.0, kind="heun", lower_order_final=False)
     return Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args).run(callback, disable)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastdiff import solvers
 from fastdiff.integrations.brownian import BrownianTreeNoiseSampler
-from fastdiff.integrations.flow_ancestral import KINDS as FLOW_ANCESTRAL
 from fastdiff.integrations.flow_ancestral import flow_ancestral
 from fastdiff.integrations.levels import Loop, Maker, checked, churned, philox
 from fastdiff.plan import Plan
@@ -42,9 +41,7 @@ Model = Callable[..., Tensor]
 Extra = Mapping[str, Any] | None
 Callback = Callable[[dict[str, Any]], Any] | None
 Sampler = Callable[[Any, Any], Tensor] | None
-ANY_ALPHA = ("dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "er_sde", "lcm", "seeds")  # solvers whose formulas know alpha
-_of_a_flow: ContextVar[bool] = ContextVar("fastdiff_k_diffusion_flow", default=False)
-_as_comfyui: ContextVar[bool] = ContextVar("fastdiff_k_diffusion_as_comfyui", default=False)
+_comfyui: ContextVar[bool | None] = ContextVar("fastdiff_k_diffusion_comfyui", default=None)  # inside: is it a flow?
 
 
 @contextmanager
@@ -54,21 +51,25 @@ def flow(on: bool = True) -> Iterator[None]:
     The samplers of the ODE in sigma are the same; those with noise take alpha = 1 - sigma, as ComfyUI's do. Also with
     on=False, for its other models, noise is asked for at the sigmas themselves, as ComfyUI asks, not at exp(ln sigma).
     """
-    tokens = _of_a_flow.set(on), _as_comfyui.set(True)
+    token = _comfyui.set(on)
     try:
         yield
     finally:
-        _of_a_flow.reset(tokens[0])
-        _as_comfyui.reset(tokens[1])
+        _comfyui.reset(token)
 
 
-def maker(solver: Callable[..., Plan], s_noise: float = 1.0, *, known_alpha: bool = True, **options: Any) -> Maker:
-    """sigmas -> the plan of a denoiser model from the first to the last; known_alpha: a flow's, inside `flow`."""
-    on_flow = known_alpha and _of_a_flow.get() and solver.__name__ in ANY_ALPHA
-    ancestral = solver.__name__.replace("dpm2", "dpm_2")
-    if _of_a_flow.get() and ancestral in FLOW_ANCESTRAL:
+def maker(
+    solver: Callable[..., Plan], s_noise: float = 1.0, *, of_alpha: bool = False, ancestral: str = "", **options: Any
+) -> Maker:
+    """sigmas -> the plan of a denoiser model from the first to the last of them.
+
+    Inside `flow`: of_alpha, the solver's formula on a flow's alpha; ancestral, a kind of `flow_ancestral` in its place.
+    """
+    of_flow = bool(_comfyui.get())
+    if of_flow and ancestral:
         eta = options["eta"]
         return lambda sigmas: flow_ancestral(ancestral, sigmas, eta, s_noise)
+    on_flow = of_flow and of_alpha
 
     def make(sigmas: np.ndarray) -> Plan:
         clean = sigmas[-1] == 0
@@ -142,7 +143,7 @@ def sample_euler_ancestral(
     disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """Euler steps to sigma_down, then noise up to the next sigma."""
-    make = maker(solvers.euler_ancestral, s_noise, eta=eta)
+    make = maker(solvers.euler_ancestral, s_noise, ancestral="euler_ancestral", eta=eta)
     loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler))
 
@@ -152,7 +153,7 @@ def sample_dpm_2_ancestral(
     disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver-2 steps to sigma_down, then noise up to the next sigma."""
-    make = maker(solvers.dpm2_ancestral, eta=eta, s_noise=s_noise)
+    make = maker(solvers.dpm2_ancestral, s_noise, ancestral="dpm_2_ancestral", eta=eta)
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler))
 
@@ -162,7 +163,7 @@ def sample_dpmpp_2s_ancestral(
     disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2S) steps to sigma_down, then noise up to the next sigma."""
-    make = maker(solvers.dpmpp_2s_ancestral, eta=eta, s_noise=s_noise)
+    make = maker(solvers.dpmpp_2s_ancestral, s_noise, ancestral="dpmpp_2s_ancestral", eta=eta)
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler))
 
@@ -173,9 +174,11 @@ def sample_dpmpp_sde(
     r: float = 1 / 2,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++ for the SDE: two calls a step, two increments of one Brownian path."""
-    make = maker(solvers.dpmpp_sde, eta=eta, s_noise=s_noise, r=r)
+    make = maker(solvers.dpmpp_sde, of_alpha=True, eta=eta, s_noise=s_noise, r=r)
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
-    return loop.run(callback, disable, loop.twice(noise_sampler, r, flow=_of_a_flow.get(), exact=_as_comfyui.get()))
+    return loop.run(
+        callback, disable, loop.twice(noise_sampler, r, flow=bool(_comfyui.get()), exact=_comfyui.get() is not None)
+    )
 
 
 def sample_dpmpp_2m_sde(
@@ -186,7 +189,8 @@ def sample_dpmpp_2m_sde(
     """DPM-Solver++(2M) for the SDE; solver_type: "midpoint" or "heun"."""
     if solver_type not in ("heun", "midpoint"):
         raise ValueError(f"solver_type must be 'heun' or 'midpoint', got {solver_type!r}")
-    make = maker(solvers.dpmpp_2m_sde, eta=eta, s_noise=s_noise, kind=solver_type, lower_order_final=False)
+    options: dict[str, Any] = {"eta": eta, "kind": solver_type, "lower_order_final": False}
+    make = maker(solvers.dpmpp_2m_sde, s_noise, of_alpha=True, **options)
     loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler, tree=True, used=eta != 0))
 
@@ -196,7 +200,7 @@ def sample_dpmpp_3m_sde(
     disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Sampler = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(3M) for the SDE."""
-    make = maker(solvers.dpmpp_3m_sde, eta=eta, s_noise=s_noise)
+    make = maker(solvers.dpmpp_3m_sde, of_alpha=True, eta=eta, s_noise=s_noise)
     loop = Loop(make, 1, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(callback, disable, loop.once(noise_sampler, tree=True, used=eta != 0))
 
