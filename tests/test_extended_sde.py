@@ -12,6 +12,8 @@ from scipy.integrate import quad
 
 from fastdiff import Plan, solvers
 from fastdiff import schedules as S
+from fastdiff.solvers.er_sde import SCALERS as OURS
+from fastdiff.solvers.er_sde import _tails
 from tests.oracles import slope
 from tests.probe_cases import response
 from tests.test_stochastic_exact import SMOOTH, error
@@ -22,6 +24,8 @@ SCALERS: dict[str, Any] = {
     "ode": lambda r: 1.0,
     "own": lambda r: 2 + np.tanh(r),
 }
+
+PUBLISHED = OURS["er"]
 
 
 def written_out(plan: Plan, g: Callable[[float], float], order: int) -> np.ndarray:
@@ -95,6 +99,27 @@ def test_the_parabolas_slope_is_of_third_order() -> None:
         steps = [256, 512, 1024, 2048]
         options: dict[str, Any] = {"scaler": "ode", "exact": True}
         assert slope(steps, [error("er_sde", schedule, n, options) for n in steps]) == pytest.approx(3, abs=0.15)
+
+
+def test_how_far_sums_of_rectangles_are_off() -> None:
+    """The published sums, 100 or 200 terms from the low end: what docs/differences.md says of them."""
+    off: dict[int, list[float]] = {1: [], 2: []}
+    for schedule, options in ((S.VP(), {}), (S.VP(), {"spacing": "logsnr"}), (S.EDM(), {})):
+        for steps in (10, 20, 50):
+            at = solvers.ddim(schedule, steps, prediction="x0", **options)  # type: ignore[arg-type]
+            rho = at.sigma / at.alpha
+            low, high = rho[1:, None], rho[:-1, None]
+            for count in (100, 200):
+                u = low + np.arange(count) / count * (high - low)
+                share = 1 - low * PUBLISHED(low) / (u * PUBLISHED(u))
+                width = (high - low)[:, 0] / count
+                # in the second one the published code has half of the square in closed form
+                closed = 0.5 * (high - low)[:, 0] ** 2 - (high - u).sum(1) * width
+                sums = {1: -share.sum(1) * width, 2: ((high - u) * share).sum(1) * width + closed}
+                for k, exact in zip((1, 2), _tails(PUBLISHED, rho[1:], rho[:-1]), strict=True):
+                    off[k].append(float(np.abs(sums[k] / exact - 1).max()))
+    assert 0.0035 <= min(off[1]) and max(off[1]) <= 0.0105
+    assert 0.01 <= min(off[2]) and max(off[2]) <= 0.285 and max(off[2]) > 0.25
 
 
 @pytest.mark.parametrize("schedule", SMOOTH, ids=str)
