@@ -239,3 +239,17 @@ def test_a_loop_that_cannot_be_captured_makes_room_for_the_next(monkeypatch):
     tried.clear()
     with pytest.raises(CaptureError, match="not permitted"):
         textbook_graph.Graphed([eager])(x)
+
+
+def test_without_a_compiler_no_column_needs_one():
+    args = options.parser().parse_args(["--no-compile", "--quick", "--device", "cpu"])
+    args.device = torch.device("cuda")
+    columns = options.Request(args).columns
+    assert columns == (
+        "torch",
+        "diffusers",
+        "k-diffusion",
+        "fastdiff eager",
+        "fastdiff step_graph",
+        "fastdiff loop_graph",
+    )
