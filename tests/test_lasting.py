@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastdiff as fd
 from fastdiff import ops
 from fastdiff import schedules as S
+from fastdiff.ops._noising import table_of
+from fastdiff.ops.posterior import _columns
 
 T, SEEDS = torch.tensor([1, 20, 50, 99]), torch.arange(4)
 M = 2.0 + torch.arange(5) + torch.zeros(4, 5)
@@ -57,6 +59,15 @@ def test_a_table_made_inside_serves_later_calls(name: str, around: str) -> None:
     got = function(m)
     got.sum().backward()
     assert torch.allclose(got, want, rtol=1e-5) and torch.isfinite(m.grad).all()
+
+
+def test_what_inference_mode_made_can_be_saved_for_a_backward() -> None:
+    chain, plan = S.Betas(S.linear_betas(100)), fd.solvers.ddim(S.VP(), 3)
+    with torch.inference_mode():
+        made = [table_of(chain, _columns, ("eps",), torch.device("cpu")), plan.pack()]
+    for table in made:
+        assert not table.is_inference()
+        (torch.ones(1, requires_grad=True) * table).sum().backward()  # an inference tensor cannot be saved
 
 
 CHAIN, OTHER = S.Betas(S.linear_betas(100)), S.Betas(S.cosine_betas(100))
