@@ -84,7 +84,7 @@ class CategoricalRun(Run):
                 into.copy_(torch.tanh(0.5 * z) if z.shape[-1] == 1 else 2 * torch.softmax(z, -1) - 1)
 
     def _finite(self, m: Tensor) -> Tensor:
-        return ~(m.isnan() | m.isposinf()).any()  # -inf forbids a class, without guidance
+        return ~(m.isnan() | m.isposinf()).any()  # -inf forbids a class
 
     def readout(self, k: int) -> str:
         """The readout of row k."""

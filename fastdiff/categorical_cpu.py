@@ -93,7 +93,7 @@ def weighted(m: Tensor, uncond: Tensor | None, w: Tensor | None) -> Tensor:
     if uncond is None or w is None:
         return m
     u = uncond.float()
-    return u + w * (m - u)
+    return torch.where(m == u, m, u + w * (m - u))
 
 
 def belief_(z: Tensor) -> Tensor:

@@ -287,6 +287,9 @@ def test_check_finite_and_forbidden_classes() -> None:
         return torch.where(torch.arange(5) == 2, -torch.inf, network(x, t))
 
     assert (fd.sample(forbid, plan, (50, 4), check_finite="raise") != 2).all()
+    shifts = {"cond": {"shift": torch.ones(50, 1, 5)}, "uncond": {"shift": torch.zeros(50, 1, 5)}}
+    guided = fd.sample(lambda x, t, shift: forbid(x, t) + shift, plan, (50, 4), guidance=3.0, **shifts)
+    assert (guided != 2).all()
 
     def bad(x: Tensor, t: Tensor) -> Tensor:
         return torch.where(t.view(-1, 1, 1, 1) > 0.4, torch.nan, network(x, t))

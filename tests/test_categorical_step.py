@@ -205,6 +205,22 @@ def test_nan_and_infinity(device):
 
 
 @pytest.mark.parametrize("K", [2, 27, 513])
+def test_guided_classes_stay_forbidden(K, device):
+    """A class of -inf in both outputs is never drawn, whatever w, and changes nothing of the others."""
+    state, m, u, options = random_case(K, 6)
+    among = torch.arange(width(K)) % 3 == 0  # of two classes: class 1
+    options |= dict(guidance=torch.tensor([[4.0, -1.0]]))  # one a sample
+    args = (state[:1], plain_table(), torch.tensor([0]))
+    for readout in ("sample", "argmax", "mean"):
+        barred = [torch.where(among, -math.inf, v) for v in (m, u)]
+        low = [torch.where(among, -1e4, v) for v in (m, u)]
+        got, want = (run(device, args[0], c, *args[1:], readout=readout, uncond=d, **options) for c, d in (barred, low))
+        assert not (among[got[2]] if K > 2 else got[2]).any()
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("K", [2, 27, 513])
 def test_batch_invariance(K, device):
     """A sample's bits are the same alone, in a batch, and in another order."""
     state, m, _, options = random_case(K, 7, batch=1)

@@ -74,8 +74,8 @@ def categorical_step(
     Raises:  TypeError, ValueError: a tensor of another dtype, shape, device or layout; K' = 0 or 2; an unknown readout;
         guidance without uncond or the reverse; readout "sample" without seeds or gumbel; index without seeds; seeds
         that nothing would use; a row outside the table (on the CPU).
-    Numerics: fp32; a NaN among a token's logits makes its state and model_in NaN and its class 0. A class agrees with
-        categorical_step_ref in float64 except for ties within 4e-6.
+    Numerics: fp32; a NaN among a token's logits makes its state and model_in NaN and its class 0; -inf forbids a class
+        (with guidance: in both). A class agrees with categorical_step_ref in float64 except for ties within 4e-6.
     Source:  Graves et al. 2023, arXiv:2308.07037, section 6, on logits; Xue et al. 2024, arXiv:2404.15766.
     """
     _check(state, model_out, table, row, slots, readout, uncond, guidance, seeds, index, noise, gumbel, model_in,
@@ -130,7 +130,7 @@ def categorical_step_ref(
         w = (w[row.long()] if w.shape[0] > 1 else w).expand(-1, batch)  # [1 or B, B]
         w = w[0] if w.shape[0] == 1 else w.diagonal()
         u = uncond.to(dtype)
-        m = u + spread(w, m) * (m - u)
+        m = torch.where(m == u, m, u + spread(w, m) * (m - u))  # two of -inf are a class forbidden by both
     v, binary = m, sample[-1] == 1
     if readout == "sample":
         if gumbel is None:

@@ -29,6 +29,12 @@ def log2(x, MATH: tl.constexpr):
 
 
 @triton.jit
+def guided(m, u, w):
+    """u + w (m - u); a class that both forbid by -inf stays forbidden."""
+    return tl.where(m == u, m, tl.fma(w, m - u, u))
+
+
+@triton.jit
 def add_gumbel(m, i, MATH: tl.constexpr):
     """m - ln(-log2(1 - v)), which is m plus a Gumbel number plus a constant; v = i (2^-32 - 2^-56) + 2^-33 in (0, 1).
 

@@ -151,7 +151,7 @@ void run(const Call& v, const Job& job, Room& room) {
     const float* u = read(v.uncond, v.uncond_type, job.at, n, room.part(Z));
     for (int k = 0, each = job.each(); k < job.samples; k++) {
       const float w = v.w[row * v.w_row + (job.b + k) * v.w_each];
-      for (int i = k * each; i < (k + 1) * each; i++) mixed[i] = u[i] + w * (m[i] - u[i]);
+      for (int i = k * each; i < (k + 1) * each; i++) mixed[i] = m[i] == u[i] ? m[i] : u[i] + w * (m[i] - u[i]);
     }
     m = mixed;
   }

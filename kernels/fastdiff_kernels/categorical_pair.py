@@ -10,7 +10,7 @@ The state is z_1 - z_0, m the logit of class 1; the element of a noise number is
 import triton
 import triton.language as tl
 
-from fastdiff_kernels.categorical import MEAN, SAMPLE, key_of, lanes, logistic, tanh_half
+from fastdiff_kernels.categorical import MEAN, SAMPLE, guided, key_of, lanes, logistic, tanh_half
 from fastdiff_kernels.categorical_row import table_row
 from fastdiff_kernels.philox import normal4, philox_sample
 from fastdiff_kernels.tiles import load_float, sample_size, tile
@@ -79,7 +79,7 @@ def categorical_pair_kernel(
         m = load_float(model_ptr + at + lane, inside)
         if GUIDED:
             u = load_float(uncond_ptr + at + lane, inside)
-            m = tl.fma(w, m - u, u)
+            m = guided(m, u, w)
         slots = (tl.load(state_ptr + at + lane, mask=inside),)
         for j in tl.static_range(1, SLOTS):
             slot = c[READ + j].to(tl.int64)

@@ -9,6 +9,7 @@ from fastdiff_kernels.categorical import (
     SAMPLE,
     begin,
     covered,
+    guided,
     key_of,
     spots,
     window_gumbel,
@@ -32,7 +33,7 @@ def perturbed(
     if GUIDED:
         at = spots(d, start, uncond_row, COLS, QUADS, VECTOR)
         u = load_float(begin(uncond_ptr, base, uncond_row, VECTOR) + at, near)
-        m = tl.fma(w, m - u, u)
+        m = guided(m, u, w)
     if READOUT == SAMPLE:
         if GUMBEL == 1:
             m = window_gumbel(m, counter, key_of(row, 2, seed_ptr, index_ptr, b), ROWS, COLS, MATH)
