@@ -35,6 +35,7 @@ def test_flows_of_classes(run):
 
 
 def test_training(run):
-    """The weighted loss of every sample, and gradients."""
+    """The weighted loss of every sample, and gradients, a policy's too."""
     names = run("training.md")
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in names["policy"].parameters())
     assert names["loss"].shape == (64,) and all(p.grad.isfinite().all() for p in names["net"].parameters())

@@ -39,6 +39,7 @@ CASES = [
     Case("heun", {}, True, 2, lambda steps: 2 * steps - 1),
     Case("dpmpp_2m", {}, True, 2),
     Case("euler_maruyama", {}, False, 1),
+    Case("euler_maruyama", {"eta": 0.5}, False, 1),
     Case("probability_flow", {}, False, 1),
     Case("deis", {"order": 1}, True, 1),
     Case("deis", {"order": 2}, True, 2, rough=True),

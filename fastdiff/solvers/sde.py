@@ -13,8 +13,8 @@ from fastdiff.schedules import Schedule
 __all__ = ["euler_maruyama", "probability_flow"]
 
 
-def _integrate(name: str, schedule: Schedule, steps: int, options: GridOptions, *, noisy: bool) -> Plan:
-    """x' = x - h (f x + w g^2 eps / sigma) + noise, w = 1 for the SDE, 1/2 for the ODE; a clean end is x' = p."""
+def _integrate(name: str, schedule: Schedule, steps: int, options: GridOptions, *, eta: float) -> Plan:
+    """x' = x - h (f x + (1 + eta^2)/2 g^2 eps / sigma) + eta g sqrt(h) n; a clean end is x' = p."""
     grid = make_grid(schedule, steps, options)
     n = len(grid.at.t) - grid.clean
     t, sigma = grid.t[:n], grid.sigma[:n]
@@ -26,12 +26,11 @@ def _integrate(name: str, schedule: Schedule, steps: int, options: GridOptions, 
             f"{name} needs a finite drift and diffusion, {schedule} has none at t = {t[infinite][0]:g}; "
             f"give t_start below it, or use euler or ddim"
         )
-    pull = (1.0 if noisy else 0.5) * g2 * h / sigma  # x' = (1 - f h) x - pull eps
+    pull = 0.5 * (1 + eta**2) * g2 * h / sigma  # x' = (1 - f h) x - pull eps
     A, b, d, s = (np.zeros(len(grid.at.t)) for _ in range(4))
     A[:n] = 1 - f * h
     _add_eps(grid, -pull, A, b, d, clipped=options.get("clip") is not None or options.get("prediction") == "edm")
-    if noisy:
-        s[:n] = np.sqrt(g2 * h)
+    s[:n] = eta * np.sqrt(g2 * h)
     if grid.clean:
         A[n:], b[n:], d[n:], s[n:] = 0, 1, 0, 0
     return Plan.of(name, grid.at, A, b, d=d, s=s, end=grid.end)
@@ -48,19 +47,24 @@ def _add_eps(grid: Grid, c: np.ndarray, A: np.ndarray, b: np.ndarray, d: np.ndar
         d[:n] += c * grid.at.convert.e_out[:n]
 
 
-def euler_maruyama(schedule: Schedule, steps: int, **options: Unpack[GridOptions]) -> Plan:
-    """Euler-Maruyama on the reverse-time SDE dx = (f x - g^2 score) dt + g dW.
+def euler_maruyama(schedule: Schedule, steps: int, *, eta: float = 1.0, **options: Unpack[GridOptions]) -> Plan:
+    """Euler-Maruyama on the reverse-time SDE dx = (f x - g^2 score) dt + g dW, or on one with more or less noise.
 
-        x' = x - h (f(t) x - g(t)^2 score) + g(t) sqrt(h) n,   score = -eps / sigma,   h: the grid's own spacing
+        x' = x - h (f(t) x - (1 + eta^2)/2 g(t)^2 score) + eta g(t) sqrt(h) n,   score = -eps / sigma
+        h: the grid's own spacing
 
-    With final="zero" the last row returns p (the denoising step) and has no noise.
-    Args: fastdiff.grid.GridOptions.
+    Every eta has the same marginals. With final="zero" the last row returns p (the denoising step) and has no noise.
+    Args: eta: >= 0; 0 is probability_flow; on Flow a / sqrt(2) is Flow-GRPO's SDE, whose noise is a sqrt(t / (1 - t)).
+        The rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot; weak order 1, strong order 1 (the noise is additive).
-    Raises: ValueError where f or g is infinite (zero signal).
+    Raises: ValueError where f or g is infinite (zero signal: give t_start), or eta is no finite number >= 0.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 6 and appendix D; the reference code uses h = 1/N on a grid whose
-        spacing is (1 - t_end)/(N - 1): this one uses the spacing.
+        spacing is (1 - t_end)/(N - 1): this one uses the spacing. Liu et al. 2025, arXiv:2505.05470, section 4.1.
     """
-    return _integrate("euler_maruyama", schedule, steps, options, noisy=True)
+    if not eta >= 0 or not np.isfinite(eta):
+        raise ValueError(f"eta must be a finite number >= 0, got {eta!r}")
+    name = "euler_maruyama" if eta == 1 else f"euler_maruyama(eta={eta:g})"
+    return _integrate(name, schedule, steps, options, eta=eta)
 
 
 def probability_flow(schedule: Schedule, steps: int, **options: Unpack[GridOptions]) -> Plan:
@@ -73,4 +77,4 @@ def probability_flow(schedule: Schedule, steps: int, **options: Unpack[GridOptio
     Args: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot, order 1. Source: Song et al. 2021, arXiv:2011.13456, eq. 13.
     """
-    return _integrate("probability_flow", schedule, steps, options, noisy=False)
+    return _integrate("probability_flow", schedule, steps, options, eta=0.0)

@@ -20,6 +20,7 @@ from fastdiff.training.times import (
     uniform_times,
 )
 from fastdiff.training.trainer import Trainer
+from fastdiff.training.transition import transition, transition_log_prob
 
 __all__ = [
     "BitsPerDim",
@@ -42,6 +43,8 @@ __all__ = [
     "prior_kl",
     "score",
     "step_times",
+    "transition",
+    "transition_log_prob",
     "uniform_times",
     "vlb_loss",
 ]
