@@ -2,6 +2,7 @@
 
 from fastdiff import correctors, ops, rng, schedules, solvers, training
 from fastdiff.correctors import predictor_corrector
+from fastdiff.flow_map import flow_map
 from fastdiff.integrations.diffusers import accelerate, restore
 from fastdiff.likelihood import drift, log_likelihood
 from fastdiff.plan import Plan
@@ -15,6 +16,7 @@ __all__ = [
     "accelerate",
     "correctors",
     "drift",
+    "flow_map",
     "log_likelihood",
     "ops",
     "predictor_corrector",

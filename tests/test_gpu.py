@@ -340,3 +340,34 @@ def test_a_categorical_step_is_its_launches_and_no_temporary(K: int, launches: i
     torch.cuda.reset_peak_memory_stats()
     assert kernels(lambda: step(*theirs, there)) == launches
     assert torch.cuda.max_memory_allocated() - before < 4 * m.numel() // 4 + 4096
+
+
+def test_step_densities_without_a_sync() -> None:
+    """As on the CPU, of one row and of one a sample; a row outside the plan and one without noise are NaN."""
+    plan, (x, m, y) = PLANS["ddpm"], torch.randn(3, *SHAPE)
+    k = torch.tensor([3, 18, 0, 7])
+    given = [v.cuda() for v in (x, m, y)]
+    wrong = torch.tensor([3, 20, -1, 19], device="cuda")
+    fd.training.transition(plan, 3, *given[:2])  # makes the table
+    rows = k.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one, each, off = (fd.training.transition_log_prob(plan, row, *given) for row in (3, rows, wrong))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, row in ((one, 3), (each, k)):
+        torch.testing.assert_close(got.cpu(), fd.training.transition_log_prob(plan, row, x, m, y), rtol=1e-6, atol=1e-4)
+    assert off.isnan().tolist() == [False, True, True, True]
+
+
+def test_models_of_two_times_in_every_mode() -> None:
+    """The time of the next row, looked up on the device, inside a graph too."""
+    plan = PLANS["flow"]
+
+    def of_two(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return torch.tanh(x) * (t - r).view(-1, 1, 1, 1) + r.view(-1, 1, 1, 1)
+
+    want = fd.sample(fd.flow_map(of_two, plan), plan, SHAPE, seed=3)
+    for mode in ("eager", "step_graph", "loop_graph"):
+        sampler = fd.Sampler(fd.flow_map(of_two, plan), plan, mode=mode, device="cuda")
+        assert close(sampler(SHAPE, seed=3), want) and close(sampler(SHAPE, seed=3), want), mode
