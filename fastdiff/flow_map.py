@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +43,10 @@ def flow_map(model: Callable[..., Any], plan: Plan, *, end: float = 0.0) -> Call
 
 
 @traced_constant
-@functools.lru_cache(64)
 def _rising(plan: Plan, end: float, device: torch.device) -> Tensor:
-    """end and the plan's times, the lowest first."""
-    with lasting():
-        return torch.from_numpy(np.append(plan.times, end)[::-1].copy()).float().to(device)
+    """end and the plan's times, the lowest first; made once, and kept as long as the plan, since a graph reads it."""
+    cache = plan.__dict__.setdefault("_rising", {})
+    if (end, device) not in cache:
+        with lasting():
+            cache[end, device] = torch.from_numpy(np.append(plan.times, end)[::-1].copy()).float().to(device)
+    return cache[end, device]

@@ -82,6 +82,7 @@ def record(body: Callable[[], None], stream: torch.cuda.Stream, device: torch.de
             torch.cuda.synchronize()
             with contextlib.suppress(RuntimeError):  # it was not open
                 torch._C._cuda_endAllocateToPool(index, pool)
+                torch._C._cuda_releasePool(index, pool)  # which a graph does only where its capture ended
             another = torch.cuda.Stream()  # torch's default one may be another device's
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=another, capture_error_mode="thread_local"):
                 torch.zeros(1, device=device)

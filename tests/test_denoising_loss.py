@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdiff import ops, rng
-from fastdiff.ops.denoising_loss import loss_tile
+from fastdiff.ops.denoising_loss import add_parts, loss_tile
 from fastdiff.schedules import EDM, VE, VP, Betas, Flow, SubVP, linear_betas
 from fastdiff.weighting import WeightOptions, target_weight
 
@@ -84,6 +84,17 @@ def test_programs_of_large_samples(kernel_device, monkeypatch):
     for n, programs in ((4097, 5), (9001, 3)):
         assert -(-n // loss_tile(n)["BLOCK"]) == programs
         check(CHAIN, "v", kernel_device, (n,))
+
+
+@pytest.mark.parametrize("tiles", [2, 128, 1000, 1025, 4099])
+def test_sums_of_many_parts(tiles, kernel_device):
+    """One warp's, and of more than 1024 four warps'; a sample's sum is the same alone and in a batch."""
+    parts = torch.rand(3, tiles, generator=torch.Generator().manual_seed(tiles)).to(kernel_device)
+    out, alone = torch.empty(3, device=kernel_device), torch.empty(1, device=kernel_device)
+    add_parts(parts, out)
+    add_parts(parts[1:2], alone)
+    torch.testing.assert_close(out.double(), parts.double().sum(1), rtol=4e-7, atol=0)
+    assert torch.equal(alone, out[1:2])
 
 
 @pytest.mark.parametrize("schedule", [CHAIN, VP(), SubVP(), EDM(sigma_data=0.7)], ids=repr)

@@ -10,6 +10,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff import schedules as S
 from fastdiff import solvers
+from fastdiff.flow_map import _rising
 
 MEAN, STD = 0.7, 0.5  # of Gaussian data
 SHAPE = (3, 2, 5)
@@ -70,6 +71,23 @@ def test_ends() -> None:
     r = []
     fd.sample(fd.flow_map(lambda x, t, s: r.append(float(s[0])) or x, plan, end=0.2), plan, (1, 2), seed=0)
     np.testing.assert_allclose(r, [*plan.times[1:], 0.2], rtol=1e-6)
+
+
+def test_the_times_live_as_long_as_the_plan() -> None:
+    """A captured graph reads them: many other plans later they are the same tensor."""
+    seen: list[int] = []
+
+    def model(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return x
+
+    plan = solvers.euler(S.Flow(), 4, prediction="flow")
+    for _ in range(2):
+        fd.flow_map(model, plan)(torch.zeros(1, 2), torch.ones(1))
+        seen.append(_rising(plan, 0.0, torch.device("cpu")).data_ptr())
+        for steps in range(2, 300):
+            other = solvers.euler(S.Flow(), steps, prediction="flow")
+            fd.flow_map(model, other)(torch.zeros(1, 2), torch.ones(1))
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_number_on_the_host_as_a_condition(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
 def test_under_autocast_a_graph_keeps_no_weights_of_its_cache(mode: str) -> None:
     torch.manual_seed(0)
-    layer = torch.nn.Linear(17, 17, device="cuda")
+    layer = torch.nn.Linear(SHAPE[-1], SHAPE[-1], device="cuda")
     plan, sampler = PLANS["heun"], fd.Sampler(lambda x, t: layer(x).float(), PLANS["heun"], mode=mode, device="cuda")
     for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
         with torch.autocast("cuda", dtype):

@@ -209,17 +209,17 @@ def test_classes_keep_p_apart():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: exp
-def test_a_gpus_exponential_overflows_to_infinity():
+def test_a_gpus_exponential_overflows_to_infinity(kernel_device):
     """The kernel as a GPU has it: what rounding lost is put back, but not into infinity."""
     kernels = pytest.importorskip("fastdiff_kernels.gaussian_kl")
-    log1 = torch.tensor([[0.5, 60.0, 87.0, 89.5, 95.0, 100.0, 120.0, 300.7]])
-    zero = torch.zeros(1, 8)
-    out, of_mean, of_log = torch.empty(1, 1), torch.empty(1, 8), torch.empty(1, 8)
+    log1 = torch.tensor([[0.6, 60.0, 87.0, 89.5, 95.0, 100.0, 120.0, 300.7]], device=kernel_device)
+    zero = torch.zeros_like(log1)
+    out, of_mean, of_log = torch.empty_like(log1[:, :1]), torch.empty_like(log1), torch.empty_like(log1)
     options = {"BLOCK": 128, "PARTS": 1, "ALIGNED": True, "WIDE": False, "FULL1": True, "FULL2": True, "MATH": "cuda"}
     kernels.gaussian_kl_kernel[(1, 1)](zero, log1, zero, zero, out, 8, 0, 1, 0.125, **options)
     assert out.item() == math.inf
     kernels.gaussian_kl_slopes_kernel[(1, 1)](
-        zero, log1, zero, zero, torch.full((1,), 8.0), of_mean, of_log, 8, 0, 0.125, **options
+        zero, log1, zero, zero, torch.full_like(log1[0, :1], 8.0), of_mean, of_log, 8, 0, 0.125, **options
     )
     want = -0.5 * torch.expm1(log1.double()).float()
     assert of_log[0, 3:].isneginf().all() and torch.allclose(of_log[0, :3], want[0, :3], rtol=5e-7, atol=0)

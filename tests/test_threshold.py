@@ -62,6 +62,15 @@ def test_threshold_edges(device):
         ops.threshold(X.int())
 
 
+def test_samples_too_large_to_count(kernel_device):
+    """Refused before anything of that size is made: the kernel's histogram has 32 bits."""
+    if kernel_device.type == "cuda":
+        pytest.skip("the same code, with 8 GiB")
+    x, bound = torch.zeros(1).expand(1, 2**31), torch.empty(1)
+    with pytest.raises(ValueError, match="at most 2\\^31 - 1 elements of a sample, got 2147483648"):
+        torch.ops.fastdiff.threshold_bound(x, None, None, None, None, None, False, 1, 0.5, 1.0, bound)
+
+
 @pytest.mark.parametrize("n", [255, 256, 257, 5000, 8193, 20001])  # from 8193 on the kernels cut a sample into pieces
 def test_any_order_statistic(n, device):
     """Magnitudes of all sizes, zeros, the smallest and infinite ones: low + f (high - low) of the sorted sample."""

@@ -70,7 +70,7 @@ def coefficients(schedule: S.Schedule, t: Tensor, gives: str, target: str | None
     return out
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(1 << 16)  # a graph that someone captured reads them: as good as never given up
 def _parameters(schedule: S.Schedule, device: torch.device) -> Tensor:
     with lasting():
         return torch.tensor(KINDS[type(schedule)](schedule), dtype=torch.float64, device=device)

@@ -326,11 +326,17 @@ def _launch(
         None if index is None else index.contiguous(), parts, slope, scale, n,
         _dispatch.FIRST, coef.shape[0], int(per_sample), row, stream, tiles, 1.0 / n, delta,
     )  # fmt: skip
-    module = _dispatch.kernels("denoising_loss")
-    _dispatch.launch(module.denoising_loss_kernel, args, n, batch, tile=tile, KIND=kind)
-    if tiles > 1:
-        one = {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
-        _dispatch.launch(module.sum_kernel, (parts, loss, tiles, _dispatch.FIRST), 1, batch, tile=one)
+    _dispatch.launch(_dispatch.kernels("denoising_loss").denoising_loss_kernel, args, n, batch, tile=tile, KIND=kind)
+    add_parts(parts, loss)
+
+
+def add_parts(parts: Tensor, out: Tensor) -> None:
+    """out [B] = the sums of parts [B, tiles], unless they are it; in an order that depends on their number alone."""
+    if parts is not out:
+        batch, tiles = parts.shape
+        width = {"BLOCK": 128, "num_warps": 1} if tiles <= 1024 else {"BLOCK": 1024, "num_warps": 4}
+        args = (parts, out, tiles, _dispatch.FIRST)
+        _dispatch.launch(_dispatch.kernels("denoising_loss").sum_kernel, args, 1, batch, tile={"PARTS": 1, **width})
 
 
 def loss_tile(n: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._log_ndtr import log_ndtr
 from fastdiff.ops._once import once
-from fastdiff.ops.denoising_loss import loss_tile
+from fastdiff.ops.denoising_loss import add_parts, loss_tile
 
 SLOPE_SLOTS = 4  # tensors that the gradient's kernel reads
 
@@ -227,10 +227,7 @@ def _launch(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: 
     values, full = _for_kernels(mean1, log_variance1, mean2, log_variance2)
     args = (*values, parts, n, _dispatch.FIRST, tiles, 1.0 / n)
     _dispatch.launch(_dispatch.kernels("gaussian_kl").gaussian_kl_kernel, args, n, batch, tile=tile, **full)
-    if tiles > 1:
-        one = {"BLOCK": 128, "PARTS": 1, "num_warps": 1}
-        sums = _dispatch.kernels("denoising_loss").sum_kernel
-        _dispatch.launch(sums, (parts, kl, tiles, _dispatch.FIRST), 1, batch, tile=one)
+    add_parts(parts, kl)
 
 
 def _launch_slopes(

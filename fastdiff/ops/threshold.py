@@ -186,6 +186,8 @@ def _launch_bound(
     w: Tensor | None, scaled: bool, k: int, fraction: float, maximum: float, bound: Tensor,
 ) -> None:  # fmt: skip
     batch, n = x.shape[0], x.shape[1:].numel()
+    if n >= 1 << 31:
+        raise ValueError(f"a threshold's kernel counts at most 2^31 - 1 elements of a sample, got {n}")
     strides = (0, 0) if w is None else _dispatch.weight_strides(w)
     dense = [None if v is None else v.contiguous() for v in (x, model_out, uncond, table, row, w)]
     width = 0 if table is None else table.shape[1]

@@ -112,7 +112,7 @@ def affine_step_kernel(
             m = tl.fma(k_d, tl.fma(-k_u, u, m), k_c * m)
         p = c[0] * tl.fma(c[1], m, slots[0])
         if bound_ptr is not None:
-            p = tl.clamp(p, -bound, bound, propagate_nan=tl.PropagateNan.ALL) / bound
+            p = tl.clamp(p / bound, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)  # s / s may be above 1
             c_out = c[0] * c[1]
             m = tl.where(c_out != 0.0, (p - c[0] * slots[0]) / c_out, m)
         p = tl.clamp(p, c[2], c[3], propagate_nan=tl.PropagateNan.ALL)

@@ -106,7 +106,7 @@ def binned_kernel(
         inside = lane < n - start
         x = load_float(x_ptr + start + lane, inside)
         mean = tl.fma(c_skip, x, c_out * load_float(model_ptr + start + lane, inside))
-        std = tl.abs(c_out) * tl.exp(load_float(model_ptr + (start + n) + lane, inside))
+        std = tl.abs(c_out) * tl.exp(load_float((model_ptr + n) + start + lane, inside))
         if SAMPLED:
             if noise_ptr is None:
                 z = normal4(counter, key, BLOCK // PARTS // 4, MATH)

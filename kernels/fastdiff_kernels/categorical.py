@@ -141,7 +141,8 @@ def covered(d, k, first, tokens, K, on, COLS: tl.constexpr, QUADS: tl.constexpr,
     """Which positions to read: whole vectors, a neighbour's numbers included; nothing where `on` is 0 (it may be 1)."""
     # `& (on)` fails in the interpreter; an empty range predicates all off
     if VECTOR and not QUADS:
-        return spots(d, first, K, COLS, QUADS, VECTOR) < tokens * K // 4 * on * 4
+        end = tokens.to(d.dtype) * K  # of 64 bits where d is
+        return spots(d, first, K, COLS, QUADS, VECTOR) < end // 4 * on * 4
     else:
         return within(d, k, tokens, K * on, QUADS)
 

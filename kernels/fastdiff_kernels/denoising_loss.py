@@ -96,10 +96,10 @@ def sum_kernel(
     WIDE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """Grid (1, samples): one warp adds a sample's parts in the order of their lanes."""
+    """Grid (1, samples): a sample's parts added in the order of their lanes."""
     b = (tl.program_id(1) + first).to(tl.int64)
-    lane = tl.arange(0, 128)
-    total = tl.zeros([128], tl.float32)
-    for start in range(0, tiles, 128):
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles, BLOCK):
         total += tl.load(parts_ptr + b * tiles + start + lane, mask=lane < tiles - start, other=0.0)
     tl.store(loss_ptr + b, tl.sum(total, axis=0))

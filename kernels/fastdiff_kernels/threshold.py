@@ -198,7 +198,7 @@ def threshold_kernel(
     WIDE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """Grid (tiles, samples): clamp(x, -s, s) / s."""
+    """Grid (tiles, samples): clamp(x / s, -1, 1)."""
     b = (tl.program_id(1) + first).to(tl.int64)
     n = sample_size(n, ALIGNED)
     x_ptr += b * n
@@ -207,5 +207,6 @@ def threshold_kernel(
     for part in tl.static_range(PARTS):
         _, start, lane = tile(part, BLOCK, PARTS, WIDE)
         inside = lane < n - start
-        y = tl.clamp(load_float(x_ptr + start + lane, inside), -s, s, propagate_nan=tl.PropagateNan.ALL) / s
+        y = load_float(x_ptr + start + lane, inside) / s  # s / s may be above 1
+        y = tl.clamp(y, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(out_ptr + start + lane, y.to(out_ptr.dtype.element_ty), mask=inside)
