@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from fastdiff.commands.options import one_line
 from fastdiff_bench import kernels, options, roofline, suite, throughput, timing, work
 from fastdiff_bench.cases import KERNELS
 from fastdiff_bench.networks import NETWORKS, build
@@ -91,21 +92,6 @@ def test_sizes_end_at_the_largest_asked_for():
     assert sizes("--largest", "28")[-2:] == [26, 28] and sizes("--quick", "--largest", "16") == [10, 16]
 
 
-@pytest.mark.parametrize("gap", [0.5, math.nan])
-def test_two_columns_that_disagree_stop_the_roofline(gap, monkeypatch, capsys):
-    def wrong(*args):
-        work = kernels.add_noise(*args)
-        work.differs["fastdiff eager"] = gap
-        return work
-
-    monkeypatch.setitem(roofline.MAKERS, "add_noise", wrong)
-    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
-    assert roofline.main(["--quick", "--no-compile", "--kernels", "add_noise"]) == 2
-    out, err = capsys.readouterr()
-    said = f"error: RuntimeError: add_noise fp32 2^10: fastdiff eager differs by {gap:.1e}"
-    assert out == "" and said in err.splitlines()[-1]
-
-
 QUICK = ["--quick", "--no-compile", "--device", "cpu", "--dtype", "fp32", "--peers", "torch", "diffusers"]
 
 
@@ -113,6 +99,39 @@ QUICK = ["--quick", "--no-compile", "--device", "cpu", "--dtype", "fp32", "--pee
 def small(monkeypatch):
     monkeypatch.setattr(roofline, "exponents", lambda request: [8, 10])
     monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 10.0)
+
+
+@pytest.mark.parametrize("gap", [0.5, math.nan])
+def test_two_columns_that_disagree_are_not_timed_and_end_in_exit_2(gap, small, monkeypatch, tmp_path, capsys):
+    """The kernels after them are measured all the same."""
+
+    def wrong(*args):
+        work = kernels.add_noise(*args)
+        if args[1] == 2**8:
+            work.differs["fastdiff eager"] = gap
+        return work
+
+    stored = tmp_path / "a.json"
+    monkeypatch.setitem(roofline.MAKERS, "add_noise", wrong)
+    assert roofline.main([*QUICK, "--kernels", "add_noise", "posterior", "--json", str(stored)]) == 2
+    out, err = capsys.readouterr()
+    said = f"add_noise fp32 2^8: fastdiff eager differs by {gap:.1e}; what was measured before is in {stored}"
+    assert err.splitlines()[-1].endswith(f"error: RuntimeError: {said}")
+    data = json.loads(stored.read_text())
+    assert f"add_noise, fp32 2^8: not timed: fastdiff eager differs by {gap:.1e}" in out
+    timed = {(p["kernel"], p["elements"]) for p in data["roofline"] if p["column"] == "fastdiff eager"}
+    assert timed == {("add_noise", 2**10), ("posterior", 2**8), ("posterior", 2**10)}
+
+
+def test_a_kernel_that_fails_leaves_the_others(small, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setitem(roofline.MAKERS, "affine_step", broken)
+    assert roofline.main([*QUICK, "--kernels", "affine_step", "posterior"]) == 2
+    out, err = capsys.readouterr()
+    said = "affine_step fp32 2^8: RuntimeError: no such instruction; and 1 more"
+    assert err.splitlines()[-1].endswith(said) and "posterior" in out
 
 
 @pytest.mark.parametrize("kernel", ["affine_step", "add_noise"])
@@ -144,15 +163,13 @@ def test_a_peer_that_fails_is_a_note_of_the_roofline(kernel, small, monkeypatch,
 
 
 @pytest.mark.parametrize("error", [AssertionError(), KeyError("n"), RuntimeError("no kernel")], ids=repr)
-def test_fastdiff_failing_ends_the_roofline_with_one_line_and_the_points_before(
-    error, small, monkeypatch, tmp_path, capsys
-):
+def test_fastdiff_failing_at_a_size_is_one_line_and_the_other_points(error, small, monkeypatch, tmp_path, capsys):
     def maker(schedule, elements, *args):
         def failing(*buffers):
             raise error
 
         work = kernels.add_noise(schedule, elements, *args)
-        if elements > 256:
+        if elements == 256:
             work.columns["fastdiff eager"] = failing
         return work
 
@@ -160,10 +177,11 @@ def test_fastdiff_failing_ends_the_roofline_with_one_line_and_the_points_before(
     out = tmp_path / "a.json"
     assert roofline.main([*QUICK, "--kernels", "add_noise", "--json", str(out)]) == 2
     text, err = capsys.readouterr()
-    assert "2^8" in text and "2^10" not in text and text.startswith("interrupted")
-    assert {p["elements"] for p in json.loads(out.read_text())["roofline"]} == {256}
-    said = f"fastdiff bench: error: {type(error).__name__}"
-    assert err.splitlines()[-1].startswith(said) and err.endswith(f"; what was measured before is in {out}\n")
+    said = f"fp32 2^8: {one_line(error)}"
+    assert f"add_noise, {said.replace(': ', ': not timed: ', 1)}" in text
+    assert {p["elements"] for p in json.loads(out.read_text())["roofline"]} == {1024}
+    last = f"fastdiff bench: error: RuntimeError: add_noise {said}; what was measured before is in {out}"
+    assert err.splitlines()[-1] == last
 
 
 def test_a_full_disk_at_the_rooflines_picture_is_one_line(small, tmp_path, monkeypatch, capsys):
