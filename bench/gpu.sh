@@ -19,8 +19,9 @@ mkdir -p "$out"
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1 || true
 failed=0
 loop=(--device cuda --quick --model unet1d --steps 100 --schedules scaled_linear_betas --solvers ddpm)
-kernels=(affine_step add_noise posterior categorical_step denoising_loss categorical_noise categorical_loss guide
-    threshold gaussian_kl binned binned_mean add_noise_flow)
+kernels=(affine_step add_noise posterior categorical_step denoising_loss guide threshold gaussian_kl categorical_loss
+    categorical_noise add_noise_flow binned binned_mean)
+sizes=(--sizes 12 26) # the launch floor, the bandwidth floor
 plots=()
 $PYTHON -c "import matplotlib" 2> /dev/null && plots=(--plot "$out")
 
@@ -49,7 +50,7 @@ for rows in "scaled_linear_betas ddim unipc" "scaled_linear_betas ddpm" "scaled_
     warm fastdiff_bench.suite --device cuda --quick --compile-only --schedules "$schedule" --solvers $solvers
 done
 for kernel in "${kernels[@]}"; do
-    warm fastdiff_bench.roofline --device cuda --quick --compile-only --dtype fp32 bf16 --kernels "$kernel"
+    warm fastdiff_bench.roofline --device cuda --quick "${sizes[@]}" --compile-only --dtype fp32 bf16 --kernels "$kernel"
 done
 warm fastdiff_bench.dropin_gpu --repeats 1
 warm fastdiff_bench.suite "${loop[@]}" --compile-only
@@ -81,18 +82,20 @@ done
 wait
 echo "$((SECONDS - begin)) s"
 cat "$out/tests.txt"
-run 110 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json "$out/throughput.json" ${plots[@]+"${plots[@]}"}
+run 115 throughput $PYTHON -m fastdiff_bench.suite --device cuda --quick --json "$out/throughput.json" ${plots[@]+"${plots[@]}"}
 cat "$out/throughput.txt"
 run 50 kernels $PYTHON -m fastdiff_bench.gpu --quick --out "$out"
 cat "$out/kernels.txt"
 run 15 profile $PYTHON -m fastdiff profile --device cuda --solver ddpm --schedule scaled_linear_betas --steps 50 \
     --model unet1d --mode step_graph --trace "$out/profile-trace.json"
 cat "$out/profile.txt"
-run 45 loops $PYTHON -m fastdiff_bench.dropin_gpu --json "$out/loops.json"
+run 45 loops $PYTHON -m fastdiff_bench.dropin_gpu --repeats 5 --json "$out/loops.json"
 cat "$out/loops.txt"
-run 35 loop-unet1d $PYTHON -m fastdiff_bench.suite "${loop[@]}" --json "$out/loop-unet1d.json"
+run 55 loop-unet1d $PYTHON -m fastdiff_bench.suite "${loop[@]}" --json "$out/loop-unet1d.json"
 cat "$out/loop-unet1d.txt"
-run 110 roofline $PYTHON -m fastdiff_bench.roofline --device cuda --quick --dtype fp32 bf16 \
+# the last has what is left of 8 minutes
+left=$((472 - SECONDS))
+run $((left > 60 ? left : 60)) roofline $PYTHON -m fastdiff_bench.roofline --device cuda --quick "${sizes[@]}" --dtype fp32 bf16 \
     --kernels "${kernels[@]}" \
     --json "$out/roofline.json" ${plots[@]:+--plot "$out/roofline"}
 cat "$out/roofline.txt"

@@ -239,10 +239,10 @@ def test_every_row_of_a_quick_run_gets_the_meter(monkeypatch):
         return {}
 
     monkeypatch.setattr(suite, "measure", measure)
-    argv = ["--quick", "--device", "cpu", "--schedules", "scaled_linear_betas", "--solvers", "ddim", "unipc"]
+    argv = ["--quick", "--device", "cpu", "--schedules", "scaled_linear_betas", "--solvers", "ddpm", "unipc"]
     asked = suite.Request(suite.options.parser().parse_args(argv))
     suite.fill({"method": {"copy_gb_s": 1.0}, "rows": []}, asked, Meter(CPU), say=lambda line: None)
-    assert given == [("ddim", True, True), ("unipc", True, False)]
+    assert given == [("ddpm", True, True), ("unipc", True, False)]
 
 
 def test_a_slow_machine_gets_shorter_visits(monkeypatch):

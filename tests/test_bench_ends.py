@@ -57,6 +57,8 @@ def nan(x, t):
         (["--roofline", "--kernels", "gemm"], "unknown kernel 'gemm'; valid: affine_step"),
         (["--codegen", "--kernels", "gemm"], "unknown kernel 'gemm'; valid: affine_step"),
         (["--roofline", "--largest", "0"], "--largest must be in 10 .. 30, got 0"),
+        (["--roofline", "--sizes", "12", "31"], "--sizes must be in 10 .. 30, got 31"),
+        (["--roofline", "--sizes", "12", "--largest", "12"], "--sizes says the largest: leave --largest out"),
         (
             ["--kernels", "guide", "--largest", "12"],
             "the main table does not read --kernels, --largest: leave them out",
@@ -119,8 +121,9 @@ def test_the_steps_and_sizes_asked_for_are_measured():
 
     asked = ["", "--model unet1d", "--model unet1d --steps 20", "--model unet1d --steps 50"]
     assert [request(text).steps for text in asked] == [50, 100, 20, 50]
-    sizes = ["--roofline --quick", "--roofline --quick --largest 24", "--roofline --quick --largest 16"]
-    assert [roofline.exponents(request(text)) for text in sizes] == [[10, 16, 20], [10, 16, 20, 24], [10, 16]]
+    sizes = ["--quick", "--quick --largest 24", "--quick --largest 16", "--quick --sizes 26 12 12"]
+    asked = [roofline.exponents(request(f"--roofline {text}")) for text in sizes]
+    assert asked == [[10, 16, 20], [10, 16, 20, 24], [10, 16], [12, 26]]
 
 
 @pytest.mark.parametrize(("code", "says"), [(-9, "was ended by signal 9"), (3, "")])

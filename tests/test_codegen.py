@@ -18,8 +18,19 @@ def codegen(*args):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.fixture
+def triton_of_the_budgets():
+    """Skips where the installed Triton is not the one whose code the budgets were set by."""
+    from fastdiff_bench.codegen import BUDGETS
+
+    triton, of = pytest.importorskip("triton"), json.loads(BUDGETS.read_text())["triton"]
+    if triton.__version__ != of:
+        pytest.skip(f"the budgets are of triton {of}, this is {triton.__version__}")
+
+
 @pytest.mark.slow
 @pytest.mark.compiled
+@pytest.mark.usefixtures("triton_of_the_budgets")
 @pytest.mark.parametrize(
     "args",
     [
@@ -43,6 +54,7 @@ def test_budgets(args, tmp_path):
 
 
 @pytest.mark.compiled
+@pytest.mark.usefixtures("triton_of_the_budgets")
 def test_amd_is_within_its_budgets():
     done = codegen("--arch", "--hip", "gfx942", "--only", "r2/noise+guidance/bf16", "denoising_loss/eps", "posterior")
     assert done.returncode == 0 and "5 kernels, 0 over budget" in done.stdout, done.stdout + done.stderr
@@ -105,6 +117,19 @@ def ended(monkeypatch, path, found):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(c, "reports", reports)
     return c.main(["--arch", "--hip", "gfx942", "--only", "posterior/clip", "--json", str(path)])
+
+
+def test_budgets_of_another_triton_are_said_to_be(monkeypatch, tmp_path, capsys):
+    from fastdiff_bench import codegen as c
+
+    budgets = json.loads(c.BUDGETS.read_text()) | {"triton": "1.0"}
+    (path := tmp_path / "budgets.json").write_text(json.dumps(budgets))
+    monkeypatch.setattr(c, "BUDGETS", path)
+    monkeypatch.setattr(c, "reports", lambda work: [])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="shorter"):
+        c.run(c.argparse.Namespace(json=None, arch=[90], hip=[], only=["posterior"]), [])
+    assert "the budgets are of triton 1.0: another one's code may be over them" in capsys.readouterr().out
 
 
 def test_over_budget_is_exit_code_1(monkeypatch, tmp_path, capsys):

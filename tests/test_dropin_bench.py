@@ -106,7 +106,7 @@ def test_ways_of_one_kind_of_noise_start_from_one_seed_and_set_timesteps_is_not_
     assert times == dict.fromkeys(ways, [250.0, 250.0])
 
 
-def test_the_gpu_benchmark_keeps_the_repeats_before_it_was_stopped(tmp_path, monkeypatch):
+def test_the_gpu_benchmark_keeps_the_repeats_before_it_was_stopped(tmp_path, monkeypatch, capsys):
     calls = []
 
     def loop(generator):
@@ -117,6 +117,7 @@ def test_the_gpu_benchmark_keeps_the_repeats_before_it_was_stopped(tmp_path, mon
 
     monkeypatch.setattr(dropin_gpu, "ways", lambda *args: {"stock": Way(loop), dropin_gpu.OURS: Way(loop)})
     path = tmp_path / "r.json"
-    with pytest.raises(KeyboardInterrupt):
-        dropin_gpu.main(["--device", "cpu", "--repeats", "9", "--json", str(path)])
+    assert dropin_gpu.main(["--device", "cpu", "--repeats", "9", "--json", str(path)]) == 130
+    out = capsys.readouterr().out
+    assert out.startswith("interrupted: 1 of 9 repeats\n\n| way") and "| stock |" in out
     assert [r["name"] for r in json.loads(path.read_text())["rows"]] == ["stock", dropin_gpu.OURS]

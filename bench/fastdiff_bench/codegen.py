@@ -338,6 +338,8 @@ def run(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
         _tool()
     print(f"triton {triton.__version__}; instructions are static counts per element; constexprs and source at the end")
     budgets = json.loads(BUDGETS.read_text())
+    if triton.__version__ != budgets["triton"]:
+        print(f"the budgets are of triton {budgets['triton']}: another one's code may be over them")
     for (case, _, _), report in zip(work, reports(work), strict=True):
         missed = over_budget(case, report, budgets)
         found.append({**report, "over_budget": missed})

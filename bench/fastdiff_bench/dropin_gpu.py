@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
+from fastdiff.commands.options import INTERRUPTED
 from fastdiff_bench.dropin import FAR
 from fastdiff_bench.environment import describe, environment
 from fastdiff_bench.single import save
@@ -170,15 +171,20 @@ def main(argv: list[str] | None = None) -> int:
             for name, off in gaps.items() if not off <= FAR  # NaN too
         }  # fmt: skip
         same = {name: way for name, way in found.items() if name not in skipped}
-        for times in measure(same, args.device, args.repeats):
-            rows = rows_of(times, steps=args.steps, batch=args.batch)
-            save(args.json, env, rows, differs=gaps, skipped=skipped)
-    lines = ["| way | ms a loop | times faster than stock |", "|---|---|---|"]
+        stopped = False
+        try:
+            for times in measure(same, args.device, args.repeats):
+                rows = rows_of(times, steps=args.steps, batch=args.batch)
+                save(args.json, env, rows, differs=gaps, skipped=skipped)
+        except KeyboardInterrupt:
+            stopped = True
+    lines = [f"interrupted: {min(map(len, times.values()))} of {args.repeats} repeats", ""] if stopped and rows else []
+    lines += ["| way | ms a loop | times faster than stock |", "|---|---|---|"]
     lines += [f"| {r['name']} | {r['ms']:.2f} | {r['ratio']:.2f} |" for r in rows]
     lines += [f"{name}: {why}" for name, why in skipped.items()]
     print("\n".join(lines))
     print(describe(env))
-    return 0
+    return INTERRUPTED if stopped else 0
 
 
 if __name__ == "__main__":

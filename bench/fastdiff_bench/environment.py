@@ -44,6 +44,8 @@ def _commit() -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # with what it was built for
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

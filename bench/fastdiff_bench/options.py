@@ -26,9 +26,9 @@ SMALLEST, LARGEST = 10, 30  # log2 of a roofline's elements
 MODES = ("roofline", "codegen")  # beside the main table
 LOOPS = ("schedules", "solvers", "shapes", "steps", "model", "compare")
 NOT_READ = {
-    "": ("kernels", "largest"),
+    "": ("kernels", "largest", "sizes"),
     "roofline": LOOPS,
-    "codegen": (*LOOPS, "largest", "dtype", "peers", "device", "no_compile", "compile_only", "plot"),
+    "codegen": (*LOOPS, "largest", "sizes", "dtype", "peers", "device", "no_compile", "compile_only", "plot"),
 }
 
 
@@ -66,6 +66,11 @@ class Request:
         self.asked_largest = args.largest is not None
         if not SMALLEST <= self.largest <= LARGEST:
             raise ValueError(f"--largest must be in {SMALLEST} .. {LARGEST}, got {self.largest}")
+        self.sizes = sorted(set(args.sizes or []))
+        if self.sizes and self.asked_largest:
+            raise ValueError("--sizes says the largest: leave --largest out")
+        if outside := [n for n in self.sizes if not SMALLEST <= n <= LARGEST]:
+            raise ValueError(f"--sizes must be in {SMALLEST} .. {LARGEST}, got {outside[0]}")
         self.kernels = [pick("kernel", name, KERNELS) for name in _listed(args.kernels)] or list(KERNELS)
         self.model_text, self.compile_only = args.model, args.compile_only
         self.stored = self._stored(args) if args.compare else None
@@ -175,6 +180,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--largest", type=int, metavar="N", help="of --roofline: to 2^N elements; 24 on a CPU, 28 on a GPU"
     )
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="of --roofline: these alone, 2^N elements")
     parser.add_argument("--codegen", action="store_true", help="what the kernels compile to; no GPU is needed")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help=f"of --roofline, --codegen: {', '.join(KERNELS)}")
     parser.add_argument("--quick", action="store_true", help="fewer rows, one shape, shorter: under 2 minutes")

@@ -1,6 +1,6 @@
 """us against elements for every kernel, dtype and column, beside what the machine cannot go below.
 
-    python -m fastdiff_bench.roofline [--quick] [--largest N] [--kernels ...] [--dtype ...] [--json FILE] [--plot DIR]
+    python -m fastdiff_bench.roofline [--quick] [--sizes N ...] [--kernels ...] [--dtype ...] [--json FILE] [--plot DIR]
 
 The bandwidth floor is bytes an element (from the plan, or what an operation must read and write) over the measured copy
 bandwidth; the launch floor is the smallest operation there is.
@@ -40,7 +40,9 @@ GAP = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 3e-3}
 
 
 def exponents(request: Request) -> list[int]:
-    """log2 of the sizes: a quick run's few, or every second one up to the largest."""
+    """log2 of the sizes: those asked for, a quick run's few, or every second one up to the largest."""
+    if request.sizes:
+        return request.sizes
     quick = [12, 20, 24, 26] if request.device.type == "cuda" else [10, 16, 20]
     if request.asked_largest:
         quick = [*(n for n in quick if n < request.largest), request.largest]

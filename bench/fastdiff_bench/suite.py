@@ -36,7 +36,7 @@ ROW_S = 13.0  # all of a row, what compiles at its first visit included: on a sl
 ENERGY_S = 10.0  # and of its joules, where there are any
 LEAST_PACE, UNTIMED = 0.1, 1.1  # a visit lasts a tenth longer than its timed part
 LARGE = 1 << 18  # elements
-METERED = ("ddim", "ddpm", "bfn_discrete")  # rows of a quick run whose energy is measured
+METERED = ("ddpm",)  # rows of a quick run whose energy is measured: 5 s a window
 
 
 def method(request: Request, copy: float, floor: float) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def machine() -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for name in ("fastdiff-samplers", *PACKAGES):
         try:
-            versions[name] = metadata.version(name)
+            versions[name] = torch.__version__ if name == "torch" else metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     processor = platform.processor() or platform.machine()
