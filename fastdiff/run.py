@@ -39,6 +39,8 @@ class Run:
         batch = self.shape[0]
         o = request.options
         self.on_host = self.device.type in HOST_DEVICES
+        # whose memory the buffers are
+        self.home = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self.guided = request.weight is not None
         self.owns_conditions = False
         self.doubled = self.guided and o.batched_guidance

@@ -162,6 +162,23 @@ def test_calls_on_two_streams_wait_for_each_other(mode: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_buffers_that_are_freed_wait_for_the_stream_that_used_them() -> None:
+    """A Sampler made on one stream, called on another and deleted while that one works: what the first stream allocates
+    next overwrites nothing."""
+    plan, shape, other = PLANS["ddpm"], (64, 3, 64, 64), torch.cuda.Stream()
+    want = fd.sample(model, plan, shape, seed=1, mode="eager", device="cuda")
+    for _ in range(3):
+        sampler = fd.Sampler(model, plan, mode="eager", device="cuda")
+        sampler(shape, seed=0)
+        with torch.cuda.stream(other):
+            torch.cuda._sleep(100_000_000)
+            got = sampler(shape, seed=1)
+        del sampler
+        junk = [torch.full(shape, torch.nan, device="cuda") for _ in range(8)]
+        torch.cuda.synchronize()
+        assert torch.equal(got, want) and len(junk) == 8
+
+
 @pytest.mark.parametrize("mode", ["eager", "step_graph"])
 def test_callbacks_and_trajectories(mode: str) -> None:
     plan = PLANS["heun"]
