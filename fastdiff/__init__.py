@@ -8,11 +8,13 @@ from fastdiff.likelihood import drift, log_likelihood
 from fastdiff.plan import Plan
 from fastdiff.probe import probe
 from fastdiff.sampler import Sampler, Trajectory, sample
+from fastdiff.unrolled import Unrolled
 
 __all__ = [
     "Plan",
     "Sampler",
     "Trajectory",
+    "Unrolled",
     "accelerate",
     "correctors",
     "drift",

@@ -1,0 +1,109 @@
+"""The rows of a plan written out in plain torch: to export a sampler with its network, to differentiate through it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from fastdiff.cpu import HostRow, host_rows
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
+from fastdiff.plan import Plan
+
+__all__ = ["Unrolled"]
+
+
+class Unrolled(torch.nn.Module):
+    """A model and a plan as one module of plain torch operations, without this library's kernels, loops or noise.
+
+        x = Unrolled(model, plan)(x_T, noise, **cond)   as   fd.sample(model, plan, x_T.shape, x_T=x_T, ...)
+
+    torch.export, torch.compile and AOTInductor take it whole; autograd goes through every row, to the model's
+    parameters, x_T, noise and conditions: a reward of the sample trains the model directly.
+    Args:
+        model: model(x, t, **cond) -> Tensor of x's shape; a Module's parameters are this one's. Guidance is the
+            model's affair. plan: of an affine readout and no learned variance.
+        grad_rows: K, gradients through the last K rows alone (DRaFT-K); None is all. checkpoint: every row is computed
+            again in backward, so that a model's activations are held for one row at a time.
+        dtype: of the model's input; None is the state's.
+    Raises: ValueError: a plan of classes, bins or a learned variance; grad_rows that are not in 1..plan.nfe.
+    Numerics: the sampler's own fp32 coefficients; fp32 (float64 for float64), equal to fd.sample to rounding.
+    Source:  Clark et al. 2024, arXiv:2309.17400, section 4 (DRaFT); Prabhudesai et al. 2023, arXiv:2310.03739.
+    """
+
+    times: Tensor
+
+    def __init__(
+        self, model: Callable[..., Any], plan: Plan, *, grad_rows: int | None = None, checkpoint: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if plan.readout != "affine" or plan.learned_variance:
+            what = "learns its variance" if plan.learned_variance else "reads out classes or bins"
+            raise ValueError(f"only plans whose rows are the table's alone can be written out, {plan.name} {what}")
+        if grad_rows is not None and (isinstance(grad_rows, bool) or not 1 <= grad_rows <= plan.nfe):
+            raise ValueError(f"grad_rows must be in 1..{plan.nfe}, the rows of {plan.name}, got {grad_rows!r}")
+        self.model, self.checkpoint, self.dtype = model, checkpoint, dtype
+        self.first = 0 if grad_rows is None else plan.nfe - grad_rows
+        self.rows, self.c_in, self.places = host_rows(plan), plan.c_in.tolist(), plan.allocate().physical
+        self.noises = sum(row.noisy for row in self.rows)  # normals [B, *] that a call takes
+        times = torch.from_numpy(plan.times.copy())
+        self.register_buffer("times", times if plan.times.dtype == np.int64 else times.float(), persistent=False)
+
+    def forward(self, x_T: Tensor, noise: Tensor | None = None, **cond: Any) -> Tensor:  # noqa: ANN401
+        """The samples.
+
+        Args: x_T: [B, *sample], the state at row 0 (plan.init_scale times a normal, as a rule). noise: the normals of
+            the rows that add some, in their order, [noises, B, *sample]; None where there are none. cond: the model's
+            keyword arguments.
+        Returns: [B, *sample] fp32, float64 for float64.
+        """
+        check_tensor("x_T", x_T, dtypes=FLOATS64)
+        check_batched("x_T", x_T)
+        given = 0 if noise is None else noise.shape[0]
+        if given != self.noises:
+            raise ValueError(f"noise must hold {self.noises} normals, one a row that adds some, got {given}")
+        if noise is not None:
+            check_tensor("noise", noise, shape=(given, *x_T.shape), dtypes=FLOATS64, like=x_T)
+        x = x_T if x_T.dtype == torch.float64 else x_T.float()
+        slots: tuple[Tensor | None, ...] = (x, *[None] * (self.places - 1))
+        drawn = iter(() if noise is None else noise.to(x.dtype).unbind(0))
+        for k, row in enumerate(self.rows):
+            n = next(drawn) if row.noisy else None
+            with torch.no_grad() if k < self.first else contextlib.nullcontext():
+                if self.checkpoint and torch.is_grad_enabled():
+                    slots = recomputed(self._row, k, n, cond, *slots, use_reentrant=False)
+                else:
+                    slots = self._row(k, n, cond, *slots)
+        out = slots[0]
+        assert out is not None
+        return out
+
+    def _row(self, k: int, n: Tensor | None, cond: dict[str, Any], *slots: Tensor | None) -> tuple[Tensor | None, ...]:
+        """One model evaluation, and every slot after it."""
+        row, x = self.rows[k], slots[0]
+        assert x is not None
+        seen = x if self.c_in[k] == 1 else self.c_in[k] * x
+        m = self.model(seen.to(self.dtype or x.dtype), self.times[k].expand(x.shape[0]), **cond)
+        if not isinstance(m, Tensor) or m.shape != x.shape:
+            got = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
+            raise ValueError(f"the model must return a Tensor of its input's shape, {tuple(x.shape)}, got {got}")
+        m = m.to(x.dtype)
+        p = _prediction(row, x, m)
+        new = list(slots)
+        for target in row.targets:
+            terms = [(slots[at], c) for at, c in target.terms] + [(p, target.b), (m, target.d), (n, target.s)]
+            kept = [c * v if c != 1 else v for v, c in terms if c != 0 and v is not None]
+            new[target.place] = sum(kept[1:], start=kept[0]) if kept else torch.zeros_like(x)
+        return tuple(new)
+
+
+def _prediction(row: HostRow, x: Tensor, m: Tensor) -> Tensor:
+    """p = clamp(c_skip (x + c_ratio m), lo, hi)."""
+    p = row.c_skip * (x + row.c_ratio * m) if row.c_skip else row.c_out * m
+    return p.clamp(row.lo, row.hi) if row.clamps else p

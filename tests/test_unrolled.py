@@ -1,0 +1,210 @@
+"""A plan in plain torch: the sampler's own samples, exported, and gradients through its rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff import rng, solvers
+from fastdiff import schedules as S
+from fastdiff.reference import reference_sample
+
+SHAPE = (3, 4, 5)
+CHAIN = S.Betas(S.linear_betas(100))
+PLANS = {
+    "ddpm": solvers.ddpm(CHAIN, 8, clip=(-1, 1)),
+    "ddim": solvers.ddim(CHAIN, 8, prediction="v"),
+    "heun": solvers.heun(S.EDM(0.02, 10.0), 5, prediction="edm"),
+    "dpmpp_2m": solvers.dpmpp_2m(CHAIN, 8, clip=(-0.5, 2.0)),
+    "dpmpp_2m_sde": solvers.dpmpp_2m_sde(S.VP(), 8, prediction="v"),
+    "dpmpp_sde": solvers.dpmpp_sde(S.VP(), 5, prediction="x0"),
+    "unipc": solvers.unipc(S.Flow(3.0), 8, prediction="flow", order=3),
+    "sa_solver": solvers.sa_solver(CHAIN, 8, prediction="x0"),
+    "plms": solvers.plms(CHAIN, 8, prediction="v"),
+    "euler_maruyama": solvers.euler_maruyama(S.VP(), 8, prediction="score", final="min"),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor, t: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        time = t.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) / 100
+        return self.gain * torch.tanh(x + time) + shift
+
+
+def given(plan: fd.Plan, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
+    """x_T and the noise of a seeded run."""
+    seeds, index = torch.full((3,), 4), torch.arange(3)
+    rows = [k for k in range(plan.nfe) if plan.s[k].any()]
+    normals = [rng.normal(seeds, SHAPE[1:], row=k, index=index) for k in rows]
+    start = plan.init_scale * rng.normal(seeds, SHAPE[1:], stream=0, index=index)
+    return start.to(dtype), torch.stack(normals).to(dtype) if normals else None
+
+
+@plans
+def test_samples_are_the_samplers(plan: fd.Plan) -> None:
+    net, (x_T, noise) = Net(), given(plan)
+    shift = torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(0))
+    got = fd.Unrolled(net, plan)(x_T, noise, shift=shift)
+    want = fd.sample(net, plan, SHAPE, seed=4, cond={"shift": shift})
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    assert got.requires_grad and got.dtype == torch.float32
+
+
+@plans
+def test_gradients_are_those_of_the_plan(plan: fd.Plan) -> None:
+    """Of a parameter, x_T and the noise, against autograd through the float64 rows; checkpointed bit for bit."""
+    net = Net().double()
+    x_T, noise = given(plan, torch.float64)
+    x_T = (x_T / plan.init_scale).requires_grad_()
+
+    def loss(y: Tensor) -> Tensor:
+        return (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
+
+    def of(y: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss(y), [net.gain, x_T]))
+
+    rows = [k for k in range(plan.nfe) if plan.s[k].any()]
+    drawn = dict(zip(rows, () if noise is None else noise, strict=True))  # some draw what they do not use
+    want = of(reference_sample(net, plan, x_T, lambda k, like: drawn.get(k, torch.zeros_like(like))))
+    got = of(fd.Unrolled(net, plan)(x_T, noise))
+    again = of(fd.Unrolled(net, plan, checkpoint=True)(x_T, noise))
+    for a, b, c in zip(got, want, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+        assert torch.equal(a, c)
+
+
+def test_gradients_of_the_last_rows() -> None:
+    """DRaFT-1: d x0 / d gain of the last row at the state before it, which no gradient reaches."""
+    plan, net = PLANS["ddim"], Net().double()
+    x_T, _ = given(plan, torch.float64)
+    x_T.requires_grad_()
+    y = fd.Unrolled(net, plan, grad_rows=1)(x_T)
+    (got,) = torch.autograd.grad(y.sum(), net.gain, retain_graph=True)
+    x = x_T.detach()
+    states: list[Tensor] = []
+    reference_sample(net, plan, x, lambda k, like: like, edit=lambda k, s: states.append(s.detach()) or s)
+    m = torch.tanh(states[-2] + float(plan.times[-1]) / 100)
+    slope = float(plan.b[-1, 0] * plan.c_out[-1] + plan.d[-1, 0])
+    assert float(got) == pytest.approx(slope * float(m.sum()), rel=1e-6)
+    with pytest.raises(RuntimeError, match="not have been used|appears to not"):
+        torch.autograd.grad(y.sum(), x_T)
+    full = fd.Unrolled(net, plan)(x_T)
+    (whole,) = torch.autograd.grad(full.sum(), net.gain)
+    assert abs(float(whole - got)) > 0.01 * abs(float(whole))
+
+
+def test_checkpoints_hold_one_row_at_a_time() -> None:
+    """What autograd keeps of 8 rows: the states alone, where it keeps every row's activations otherwise."""
+    plan, kept = PLANS["ddim"], [0]
+    x_T, _ = given(plan)
+
+    class Wide(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.back = torch.nn.Linear(5, 200), torch.nn.Linear(200, 5)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.back(torch.tanh(self.into(x)))
+
+    def count(v: Tensor) -> Tensor:
+        kept[0] += v.numel()
+        return v
+
+    found = []
+    for checkpoint in (False, True):
+        kept[0] = 0
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda v: v):
+            fd.Unrolled(Wide(), plan, checkpoint=checkpoint)(x_T.requires_grad_())
+        found.append(kept[0])
+    assert found[0] > 8 * 12 * 200 and found[1] <= 3 * 8 * x_T.numel()
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "heun"])
+def test_exported(name: str) -> None:
+    """torch.export holds rows, coefficients and network, for any batch size."""
+    plan, net = PLANS[name], Net()
+    x_T, noise = given(plan)
+    batch = torch.export.Dim("batch", min=2)
+    shapes: dict[str, Any] = {"x_T": {0: batch}, "noise": None if noise is None else {1: batch}}
+    program = torch.export.export(fd.Unrolled(net, plan), (x_T, noise), dynamic_shapes=shapes)
+    want = fd.sample(net, plan, SHAPE, seed=4)
+    got = program.module()(x_T, noise)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    two = program.module()(x_T[:2], None if noise is None else noise[:, :2])
+    torch.testing.assert_close(two, want[:2], rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    assert not any("fastdiff" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.compiled
+def test_compiled_whole() -> None:
+    plan, net = PLANS["dpmpp_2m_sde"], Net()
+    x_T, noise = given(plan)
+    whole = torch.compile(fd.Unrolled(net, plan), fullgraph=True)
+    want = fd.sample(net, plan, SHAPE, seed=4)
+    torch.testing.assert_close(whole(x_T, noise), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_a_reward_trains_the_model_through_the_sampler() -> None:
+    """The mean of the samples is the network's shift in closed form; gradient descent on (mean - 2)^2 finds it."""
+    plan = solvers.ddim(CHAIN, 5, prediction="x0")  # x0-hat of the last row is the sample
+    shift = torch.nn.Parameter(torch.tensor(0.0))
+    sampler = fd.Unrolled(lambda x, t: shift.expand(x.shape), plan, checkpoint=True)
+    step = torch.optim.SGD([shift], 0.25)
+    for _ in range(60):
+        step.zero_grad()
+        (sampler(torch.randn(4, 3)).mean() - 2).square().backward()
+        step.step()
+    assert float(shift.detach()) == pytest.approx(2.0, abs=1e-6)
+
+
+def test_dtypes() -> None:
+    seen: list[torch.dtype] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return x
+
+    plan = PLANS["ddim"]
+    for state, dtype, result in (
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, None, torch.float32),
+        (torch.float64, None, torch.float64),
+    ):
+        y = fd.Unrolled(model, plan, dtype=dtype)(torch.ones(2, 3, dtype=state))
+        assert y.dtype == result and seen[-1] == (dtype or result)
+    assert math.isfinite(float(y.sum()))
+
+
+X = torch.zeros(SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: fd.Unrolled(Net(), solvers.ddpm(CHAIN, 5, variance="learned_range")), ValueError,
+         "learns its variance"),
+        (lambda: fd.Unrolled(Net(), solvers.bfn_discrete(S.BFNDiscrete(2.0, 5), 4)), ValueError,
+         "reads out classes or bins"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"], grad_rows=0), ValueError, r"in 1\.\.8.*got 0"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"], grad_rows=True), ValueError, "got True"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddpm"])(X), ValueError, "must hold 7 normals.*got 0"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X, X[None]), ValueError, "must hold 0 normals.*got 1"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddpm"])(X, torch.zeros(7, 3, 4, 4)), ValueError, "noise must have"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X.long()), TypeError, "x_T must be float32"),
+        (lambda: fd.Unrolled(lambda x, t: x[:1], PLANS["ddim"])(X), ValueError, r"\(3, 4, 5\), got \(1, 4, 5\)"),
+        (lambda: fd.Unrolled(lambda x, t: None, PLANS["ddim"])(X), ValueError, "got NoneType"),
+    ],
+)  # fmt: skip
+def test_errors(call: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        call()
