@@ -48,7 +48,7 @@ class Unrolled(torch.nn.Module):
             raise ValueError(f"only plans whose rows are the table's alone can be written out, {plan.name} {what}")
         if grad_rows is not None and (isinstance(grad_rows, bool) or not 1 <= grad_rows <= plan.nfe):
             raise ValueError(f"grad_rows must be in 1..{plan.nfe}, the rows of {plan.name}, got {grad_rows!r}")
-        self.model, self.checkpoint, self.dtype = model, checkpoint, dtype
+        self.model, self.plan, self.checkpoint, self.dtype = model, plan, checkpoint, dtype
         self.first = 0 if grad_rows is None else plan.nfe - grad_rows
         self.rows, self.c_in, self.places = host_rows(plan), plan.c_in.tolist(), plan.allocate().physical
         self.noises = sum(row.noisy for row in self.rows)  # normals [B, *] that a call takes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from fastdiff import rng, solvers
 from fastdiff import schedules as S
 from fastdiff.reference import reference_sample
 
+ROOT = Path(__file__).parents[1]
 SHAPE = (3, 4, 5)
 CHAIN = S.Betas(S.linear_betas(100))
 PLANS = {
@@ -143,6 +146,44 @@ def test_exported(name: str) -> None:
     two = program.module()(x_T[:2], None if noise is None else noise[:, :2])
     torch.testing.assert_close(two, want[:2], rtol=1e-5, atol=1e-5 * float(want.abs().max()))
     assert not any("fastdiff" in str(node.target) for node in program.graph.nodes)
+
+
+def test_the_policy_of_the_docs_is_exported() -> None:
+    """docs/drop-in.md's last block, with a network and an observation of a policy."""
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "drop-in.md").read_text(), re.S)[-1]
+
+    class Policy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(7 + 3, 7)
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            seen = torch.cat([x, condition[:, None].expand(-1, x.shape[1], -1)], -1)
+            return self.layer(seen) + t.view(-1, 1, 1) / 100
+
+    names: dict[str, Any] = {"torch": torch, "fd": fd, "network": Policy(), "chain": CHAIN,
+                             "observation": torch.randn(1, 3)}  # fmt: skip
+    torch.manual_seed(0)
+    exec(block, names)  # noqa: S102 - the project's own page
+    torch.manual_seed(0)
+    torch.randn(1, 16, 7)
+    want = fd.sample(names["network"], names["policy"].plan, (1, 16, 7), x_T=torch.randn(1, 16, 7),
+                     cond={"condition": names["observation"]})  # fmt: skip
+    torch.testing.assert_close(names["actions"], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_a_package_without_python(tmp_path: Path) -> None:
+    """AOTInductor compiles network and rows into one library."""
+    plan, net = PLANS["dpmpp_2m"], Net()
+    x_T, _ = given(plan)
+    with torch.no_grad():
+        program = torch.export.export(fd.Unrolled(net, plan), (x_T,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "policy.pt2"))
+        got = torch._inductor.aoti_load_package(package)(x_T)
+    want = fd.sample(net, plan, SHAPE, seed=4)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.compiled
