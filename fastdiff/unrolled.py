@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,14 @@ __all__ = ["Unrolled"]
 class Unrolled(torch.nn.Module):
     """A model and a plan as one module of plain torch operations, without this library's kernels, loops or noise.
 
-        x = Unrolled(model, plan)(x_T, noise, **cond)   as   fd.sample(model, plan, x_T.shape, x_T=x_T, ...)
+        x = Unrolled(model, plan)(x_T, noise, cond, uncond)   as   fd.sample(model, plan, x_T.shape, x_T=x_T, ...)
 
     torch.export, torch.compile and AOTInductor take it whole; autograd goes through every row, to the model's
     parameters, x_T, noise and conditions: a reward of the sample trains the model directly.
     Args:
-        model: model(x, t, **cond) -> Tensor of x's shape; a Module's parameters are this one's. Guidance is the
-            model's affair. plan: of an affine readout and no learned variance.
+        model: model(x, t, **cond) -> Tensor of x's shape; a Module's parameters are this one's. plan: of an affine
+            readout and no learned variance.
+        guidance: w of m = uncond + w (cond - uncond), two calls a row; None is the plan's own column, if it has one.
         grad_rows: K, gradients through the last K rows alone (DRaFT-K); None is all. checkpoint: every row is computed
             again in backward, so that a model's activations are held for one row at a time.
         dtype: of the model's input; None is the state's.
@@ -39,8 +40,8 @@ class Unrolled(torch.nn.Module):
     times: Tensor
 
     def __init__(
-        self, model: Callable[..., Any], plan: Plan, *, grad_rows: int | None = None, checkpoint: bool = False,
-        dtype: torch.dtype | None = None,
+        self, model: Callable[..., Any], plan: Plan, *, guidance: float | None = None, grad_rows: int | None = None,
+        checkpoint: bool = False, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if plan.readout != "affine" or plan.learned_variance:
@@ -49,18 +50,23 @@ class Unrolled(torch.nn.Module):
         if grad_rows is not None and (isinstance(grad_rows, bool) or not 1 <= grad_rows <= plan.nfe):
             raise ValueError(f"grad_rows must be in 1..{plan.nfe}, the rows of {plan.name}, got {grad_rows!r}")
         self.model, self.plan, self.checkpoint, self.dtype = model, plan, checkpoint, dtype
+        column = plan.guidance if guidance is None else np.full(plan.nfe, float(guidance))
+        self.weights = None if column is None else column.tolist()
         self.first = 0 if grad_rows is None else plan.nfe - grad_rows
         self.rows, self.c_in, self.places = host_rows(plan), plan.c_in.tolist(), plan.allocate().physical
         self.noises = sum(row.noisy for row in self.rows)  # normals [B, *] that a call takes
         times = torch.from_numpy(plan.times.copy())
         self.register_buffer("times", times if plan.times.dtype == np.int64 else times.float(), persistent=False)
 
-    def forward(self, x_T: Tensor, noise: Tensor | None = None, **cond: Any) -> Tensor:  # noqa: ANN401
+    def forward(
+        self, x_T: Tensor, noise: Tensor | None = None, cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+    ) -> Tensor:  # fmt: skip
         """The samples.
 
         Args: x_T: [B, *sample], the state at row 0 (plan.init_scale times a normal, as a rule). noise: the normals of
-            the rows that add some, in their order, [noises, B, *sample]; None where there are none. cond: the model's
-            keyword arguments.
+            the rows that add some, in their order, [noises, B, *sample]; None where there are none. cond, uncond: the
+            model's keyword arguments, and those that differ in guidance's second call.
         Returns: [B, *sample] fp32, float64 for float64.
         """
         check_tensor("x_T", x_T, dtypes=FLOATS64)
@@ -70,6 +76,9 @@ class Unrolled(torch.nn.Module):
             raise ValueError(f"noise must hold {self.noises} normals, one a row that adds some, got {given}")
         if noise is not None:
             check_tensor("noise", noise, shape=(given, *x_T.shape), dtypes=FLOATS64, like=x_T)
+        if (uncond is None) != (self.weights is None):
+            raise ValueError("guidance, or a plan's column of it, and uncond go together")
+        names = dict(cond or {}), None if uncond is None else {**(cond or {}), **uncond}
         x = x_T if x_T.dtype == torch.float64 else x_T.float()
         slots: tuple[Tensor | None, ...] = (x, *[None] * (self.places - 1))
         drawn = iter(() if noise is None else noise.to(x.dtype).unbind(0))
@@ -77,23 +86,25 @@ class Unrolled(torch.nn.Module):
             n = next(drawn) if row.noisy else None
             with torch.no_grad() if k < self.first else contextlib.nullcontext():
                 if self.checkpoint and torch.is_grad_enabled():
-                    slots = recomputed(self._row, k, n, cond, *slots, use_reentrant=False)
+                    slots = recomputed(self._row, k, n, *names, *slots, use_reentrant=False)
                 else:
-                    slots = self._row(k, n, cond, *slots)
+                    slots = self._row(k, n, *names, *slots)
         out = slots[0]
         assert out is not None
         return out
 
-    def _row(self, k: int, n: Tensor | None, cond: dict[str, Any], *slots: Tensor | None) -> tuple[Tensor | None, ...]:
-        """One model evaluation, and every slot after it."""
+    def _row(
+        self, k: int, n: Tensor | None, cond: dict[str, Any], uncond: dict[str, Any] | None, *slots: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """One model evaluation (two with guidance), and every slot after it."""
         row, x = self.rows[k], slots[0]
         assert x is not None
         seen = x if self.c_in[k] == 1 else self.c_in[k] * x
-        m = self.model(seen.to(self.dtype or x.dtype), self.times[k].expand(x.shape[0]), **cond)
-        if not isinstance(m, Tensor) or m.shape != x.shape:
-            got = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(f"the model must return a Tensor of its input's shape, {tuple(x.shape)}, got {got}")
-        m = m.to(x.dtype)
+        seen, t = seen.to(self.dtype or x.dtype), self.times[k].expand(x.shape[0])
+        m = _checked(self.model(seen, t, **cond), x)
+        if uncond is not None and self.weights is not None:
+            u = _checked(self.model(seen, t, **uncond), x)
+            m = u + self.weights[k] * (m - u)
         p = _prediction(row, x, m)
         new = list(slots)
         for target in row.targets:
@@ -101,6 +112,14 @@ class Unrolled(torch.nn.Module):
             kept = [c * v if c != 1 else v for v, c in terms if c != 0 and v is not None]
             new[target.place] = sum(kept[1:], start=kept[0]) if kept else torch.zeros_like(x)
         return tuple(new)
+
+
+def _checked(m: object, x: Tensor) -> Tensor:
+    """The model's output in the state's dtype."""
+    if not isinstance(m, Tensor) or m.shape != x.shape:
+        got = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
+        raise ValueError(f"the model must return a Tensor of its input's shape, {tuple(x.shape)}, got {got}")
+    return m.to(x.dtype)
 
 
 def _prediction(row: HostRow, x: Tensor, m: Tensor) -> Tensor:

@@ -57,10 +57,23 @@ def given(plan: fd.Plan, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
 def test_samples_are_the_samplers(plan: fd.Plan) -> None:
     net, (x_T, noise) = Net(), given(plan)
     shift = torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(0))
-    got = fd.Unrolled(net, plan)(x_T, noise, shift=shift)
+    got = fd.Unrolled(net, plan)(x_T, noise, {"shift": shift})
     want = fd.sample(net, plan, SHAPE, seed=4, cond={"shift": shift})
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
     assert got.requires_grad and got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_guidance(column: bool) -> None:
+    """A weight, or the plan's own column of them: CFG++."""
+    plan, net = PLANS["ddim"], Net()
+    plan = fd.ops.cfg_plus_plus(plan, 0.6) if column else plan
+    x_T, _ = given(plan)
+    c, u = torch.randn(2, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    w = None if column else 2.5
+    got = fd.Unrolled(net, plan, guidance=w)(x_T, None, {"shift": c}, {"shift": u})
+    want = fd.sample(net, plan, SHAPE, seed=4, cond={"shift": c}, uncond={"shift": u}, guidance=w)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
 @plans
@@ -190,9 +203,10 @@ def test_a_package_without_python(tmp_path: Path) -> None:
 def test_compiled_whole() -> None:
     plan, net = PLANS["dpmpp_2m_sde"], Net()
     x_T, noise = given(plan)
-    whole = torch.compile(fd.Unrolled(net, plan), fullgraph=True)
-    want = fd.sample(net, plan, SHAPE, seed=4)
-    torch.testing.assert_close(whole(x_T, noise), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    given_to = {"cond": {"shift": torch.ones(3, 1, 1)}, "uncond": {"shift": torch.zeros(3, 1, 1)}}
+    whole = torch.compile(fd.Unrolled(net, plan, guidance=1.5), fullgraph=True)
+    want = fd.sample(net, plan, SHAPE, seed=4, guidance=1.5, **given_to)
+    torch.testing.assert_close(whole(x_T, noise, **given_to), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
 def test_a_reward_trains_the_model_through_the_sampler() -> None:
@@ -244,6 +258,8 @@ X = torch.zeros(SHAPE)
         (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X.long()), TypeError, "x_T must be float32"),
         (lambda: fd.Unrolled(lambda x, t: x[:1], PLANS["ddim"])(X), ValueError, r"\(3, 4, 5\), got \(1, 4, 5\)"),
         (lambda: fd.Unrolled(lambda x, t: None, PLANS["ddim"])(X), ValueError, "got NoneType"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X, uncond={"shift": 1.0}), ValueError, "go together"),
+        (lambda: fd.Unrolled(Net(), fd.ops.cfg_plus_plus(PLANS["ddim"], 0.6))(X), ValueError, "go together"),
     ],
 )  # fmt: skip
 def test_errors(call: Any, error: type[Exception], says: str) -> None:
