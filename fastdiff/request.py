@@ -129,7 +129,8 @@ def _threshold(value: Any) -> tuple[float, float]:  # noqa: ANN401 - a pair of n
     return quantile, maximum
 
 
-def _parameter(model: object) -> Tensor | None:
+def parameter_of(model: object) -> Tensor | None:
+    """A module's first floating point parameter, which says its device and dtype."""
     if isinstance(model, nn.Module):
         return next((p for p in model.parameters() if p.is_floating_point()), None)
     return None
@@ -234,18 +235,24 @@ def _generators(o: Options, batch: int, device: torch.device) -> tuple[torch.Gen
     return tuple(given)
 
 
+def check_pair(model: object, plan: object) -> None:
+    """Raises: TypeError for a model that cannot be called, and for a plan that is none."""
+    if not callable(model):
+        raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a fastdiff.Plan (from fastdiff.solvers), got {type(plan).__name__}")
+
+
 def resolve(model: object, plan: object, shape: object, options: Options) -> Request:
     """Checks a request and fills in what was left open.
 
     Raises: TypeError / ValueError that say what came and what is allowed; nothing has been computed by then.
     """
     o = options
-    if not callable(model):
-        raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a fastdiff.Plan (from fastdiff.solvers), got {type(plan).__name__}")
+    check_pair(model, plan)
+    assert isinstance(plan, Plan)
     size = _shape(shape)
-    batch, parameter = size[0], _parameter(model)
+    batch, parameter = size[0], parameter_of(model)
     _one_of("mode", o.mode, MODES)
     _one_of("check_finite", o.check_finite, CHECK_FINITE)
     _one_of("guide", o.guide, RULES)

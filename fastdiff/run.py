@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,8 +40,8 @@ class Run:
         batch = self.shape[0]
         o = request.options
         self.on_host = self.device.type in HOST_DEVICES
-        # whose memory the buffers are
-        self.home = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        # whose memory the buffers are, and what worked on them last
+        self.home = self.used = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self.guided = request.weight is not None
         self.owns_conditions = False
         self.doubled = self.guided and o.batched_guidance
@@ -78,6 +79,13 @@ class Run:
         self.adjusts = self.on_host and (self.threshold is not None or (self.guided and bool(self.rule)))
         self.expected = torch.Size(self.output_shape())  # of the model's output
         self._prepare(compiled)
+
+    def __del__(self) -> None:
+        """Buffers that are freed go to whatever their stream does next, which has to come after another one's work."""
+        home, used = getattr(self, "home", None), getattr(self, "used", None)
+        if home is not None and used is not None and used != home:
+            with contextlib.suppress(Exception):  # at the end of a process
+                home.wait_stream(used)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for the state or the model's input."""

@@ -110,6 +110,7 @@ class Sampler:
         if request.device.type == "cuda":
             self._follow(torch.cuda.current_stream(request.device))
         run, graph = self._prepared(request)
+        run.used = self._stream
         o, plan = request.options, self.plan
         way = run if graph is None else graph
         way.start(request)
@@ -129,10 +130,6 @@ class Sampler:
         if run.bad is not None:
             _report(int(run.bad), plan, o.check_finite)
         x = run.result(request.out_dtype)
-        if run.home is not None and not torch.cuda.is_current_stream_capturing():
-            used = torch.cuda.current_stream(request.device)
-            if used != run.home:  # buffers that are freed go to whatever comes next there
-                run.home.wait_stream(used)
         return (x, kept) if kept is not None else x
 
     def _follow(self, stream: torch.cuda.Stream) -> None:

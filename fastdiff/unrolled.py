@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from fastdiff.cpu import HostRow, host_rows
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.plan import Plan
+from fastdiff.request import check_pair, parameter_of
 
 __all__ = ["Unrolled"]
+
+Names = Mapping[str, Any]
 
 
 class Unrolled(torch.nn.Module):
@@ -28,40 +32,40 @@ class Unrolled(torch.nn.Module):
     Args:
         model: model(x, t, **cond) -> Tensor of x's shape; a Module's parameters are this one's. plan: of an affine
             readout and no learned variance.
-        guidance: w of m = uncond + w (cond - uncond), two calls a row; None is the plan's own column, if it has one.
+        guidance: w of m = uncond + w (cond - uncond), two calls a row, 1 is none; None is the plan's own column, if it
+            has one.
         grad_rows: K, gradients through the last K rows alone (DRaFT-K); None is all. checkpoint: every row is computed
-            again in backward, so that a model's activations are held for one row at a time.
-        dtype: of the model's input; None is the state's.
-    Raises: ValueError: a plan of classes, bins or a learned variance; grad_rows that are not in 1..plan.nfe.
+            again in backward, so that a model's activations are held for one row at a time (not inside torch.func).
+        dtype: of the model's input; None is that of a Module's parameters, else the state's.
+    Raises: TypeError, ValueError: no plan, or one of classes, bins or a learned variance; a guidance that is no finite
+        number; grad_rows that are not in 1..plan.nfe.
     Numerics: the sampler's own fp32 coefficients; fp32 (float64 for float64), equal to fd.sample to rounding.
     Source:  Clark et al. 2024, arXiv:2309.17400, section 4 (DRaFT); Prabhudesai et al. 2023, arXiv:2310.03739.
     """
-
-    times: Tensor
 
     def __init__(
         self, model: Callable[..., Any], plan: Plan, *, guidance: float | None = None, grad_rows: int | None = None,
         checkpoint: bool = False, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        check_pair(model, plan)
         if plan.readout != "affine" or plan.learned_variance:
             what = "learns its variance" if plan.learned_variance else "reads out classes or bins"
             raise ValueError(f"only plans whose rows are the table's alone can be written out, {plan.name} {what}")
-        if grad_rows is not None and (isinstance(grad_rows, bool) or not 1 <= grad_rows <= plan.nfe):
+        if grad_rows is not None and (type(grad_rows) is not int or not 1 <= grad_rows <= plan.nfe):
             raise ValueError(f"grad_rows must be in 1..{plan.nfe}, the rows of {plan.name}, got {grad_rows!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype, the model's input type, must be a floating point torch.dtype, got {dtype!r}")
         self.model, self.plan, self.checkpoint, self.dtype = model, plan, checkpoint, dtype
-        column = plan.guidance if guidance is None else np.full(plan.nfe, float(guidance))
-        self.weights = None if column is None else column.tolist()
+        self.asked, self.weights = guidance is not None or plan.guidance is not None, _weights(plan, guidance)
         self.first = 0 if grad_rows is None else plan.nfe - grad_rows
         self.rows, self.c_in, self.places = host_rows(plan), plan.c_in.tolist(), plan.allocate().physical
         self.noises = sum(row.noisy for row in self.rows)  # normals [B, *] that a call takes
-        times = torch.from_numpy(plan.times.copy())
-        self.register_buffer("times", times if plan.times.dtype == np.int64 else times.float(), persistent=False)
+        self.times, self.kind = plan.times.tolist(), torch.int64 if plan.times.dtype == np.int64 else torch.float32
 
     def forward(
-        self, x_T: Tensor, noise: Tensor | None = None, cond: Mapping[str, Any] | None = None,
-        uncond: Mapping[str, Any] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, x_T: Tensor, noise: Tensor | None = None, cond: Names | None = None, uncond: Names | None = None
+    ) -> Tensor:
         """The samples.
 
         Args: x_T: [B, *sample], the state at row 0 (plan.init_scale times a normal, as a rule). noise: the normals of
@@ -69,16 +73,8 @@ class Unrolled(torch.nn.Module):
             model's keyword arguments, and those that differ in guidance's second call.
         Returns: [B, *sample] fp32, float64 for float64.
         """
-        check_tensor("x_T", x_T, dtypes=FLOATS64)
-        check_batched("x_T", x_T)
-        given = 0 if noise is None else noise.shape[0]
-        if given != self.noises:
-            raise ValueError(f"noise must hold {self.noises} normals, one a row that adds some, got {given}")
-        if noise is not None:
-            check_tensor("noise", noise, shape=(given, *x_T.shape), dtypes=FLOATS64, like=x_T)
-        if (uncond is None) != (self.weights is None):
-            raise ValueError("guidance, or a plan's column of it, and uncond go together")
-        names = dict(cond or {}), None if uncond is None else {**(cond or {}), **uncond}
+        self._check(x_T, noise, cond, uncond)
+        names = dict(cond or {}), {**(cond or {}), **(uncond or {})}
         x = x_T if x_T.dtype == torch.float64 else x_T.float()
         slots: tuple[Tensor | None, ...] = (x, *[None] * (self.places - 1))
         drawn = iter(() if noise is None else noise.to(x.dtype).unbind(0))
@@ -94,32 +90,65 @@ class Unrolled(torch.nn.Module):
         return out
 
     def _row(
-        self, k: int, n: Tensor | None, cond: dict[str, Any], uncond: dict[str, Any] | None, *slots: Tensor | None
+        self, k: int, n: Tensor | None, cond: dict[str, Any], uncond: dict[str, Any], *slots: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """One model evaluation (two with guidance), and every slot after it."""
         row, x = self.rows[k], slots[0]
         assert x is not None
-        seen = x if self.c_in[k] == 1 else self.c_in[k] * x
-        seen, t = seen.to(self.dtype or x.dtype), self.times[k].expand(x.shape[0])
-        m = _checked(self.model(seen, t, **cond), x)
-        if uncond is not None and self.weights is not None:
-            u = _checked(self.model(seen, t, **uncond), x)
+        m = self._output(k, x, cond)
+        if self.weights is not None:
+            u = self._output(k, x, uncond)
             m = u + self.weights[k] * (m - u)
         p = _prediction(row, x, m)
         new = list(slots)
         for target in row.targets:
             terms = [(slots[at], c) for at, c in target.terms] + [(p, target.b), (m, target.d), (n, target.s)]
-            kept = [c * v if c != 1 else v for v, c in terms if c != 0 and v is not None]
+            kept = [c * v for v, c in terms if c != 0 and v is not None]
             new[target.place] = sum(kept[1:], start=kept[0]) if kept else torch.zeros_like(x)
         return tuple(new)
 
+    def _output(self, k: int, x: Tensor, names: dict[str, Any]) -> Tensor:
+        """The model's output at row k, in the state's dtype and memory that it does not use again."""
+        parameter = parameter_of(self.model)
+        dtype = self.dtype or (x.dtype if parameter is None else parameter.dtype)
+        seen = (x if self.c_in[k] == 1 else self.c_in[k] * x).to(dtype)
+        watched = not torch.compiler.is_compiling() and not seen.is_inference()
+        version = seen._version if watched else 0
+        m = self.model(seen, torch.full((x.shape[0],), self.times[k], dtype=self.kind, device=x.device), **names)
+        check_tensor("the model's output", m, shape=x.shape, dtypes=FLOATS64, like=x)
+        if watched and seen._version != version:
+            raise ValueError("the model changed its input x in place; x is the sampler's state: let the model copy it")
+        reused = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return m.to(x.dtype, copy=reused)  # type: ignore[no-any-return]
 
-def _checked(m: object, x: Tensor) -> Tensor:
-    """The model's output in the state's dtype."""
-    if not isinstance(m, Tensor) or m.shape != x.shape:
-        got = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
-        raise ValueError(f"the model must return a Tensor of its input's shape, {tuple(x.shape)}, got {got}")
-    return m.to(x.dtype)
+    def _check(self, x_T: Tensor, noise: Tensor | None, cond: Names | None, uncond: Names | None) -> None:
+        check_tensor("x_T", x_T, dtypes=FLOATS64)
+        check_batched("x_T", x_T)
+        if noise is not None:
+            check_tensor("noise", noise, dtypes=FLOATS64, like=x_T)
+        given = 0 if noise is None else noise.shape[0] if noise.dim() else 1
+        if given != self.noises:
+            raise ValueError(f"noise must hold {self.noises} normals, one a row that adds some, got {given}")
+        if noise is not None:
+            check_tensor("noise", noise, shape=(given, *x_T.shape), dtypes=FLOATS64)
+        for name, value in (("cond", cond), ("uncond", uncond)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name} must be a dict of keyword arguments, got {type(value).__name__}")
+        if uncond is None and self.weights is not None:
+            raise ValueError("guidance needs uncond, the model's arguments without the condition; got uncond=None")
+        if uncond is not None and not self.asked:
+            raise ValueError("uncond was given without guidance; give guidance=w (1 is none)")
+
+
+def _weights(plan: Plan, guidance: float | None) -> list[float] | None:
+    """A weight a row; None where all are 1."""
+    if guidance is None:
+        column = [] if plan.guidance is None else plan.guidance.tolist()
+    elif isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, got {guidance!r}")
+    else:
+        column = [float(guidance)] * plan.nfe
+    return column if any(w != 1 for w in column) else None
 
 
 def _prediction(row: HostRow, x: Tensor, m: Tensor) -> Tensor:

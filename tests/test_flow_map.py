@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +91,50 @@ def test_the_times_live_as_long_as_the_plan() -> None:
             other = solvers.euler(S.Flow(), steps, prediction="flow")
             fd.flow_map(model, other)(torch.zeros(1, 2), torch.ones(1))
     assert seen[0] == seen[1]
+
+
+def test_two_ends_of_one_plan_are_two_tables() -> None:
+    plan = solvers.euler(S.Flow(), 4, prediction="flow", final="min", t_end=0.2)
+    ends = [fd.flow_map(lambda x, t, r: r, plan, end=end)(torch.zeros(1, 2), torch.tensor(plan.times[-1:]))
+            for end in (0.2, 0.1)]  # fmt: skip
+    np.testing.assert_allclose(torch.cat(ends), [0.2, 0.1], rtol=1e-6)
+
+
+class Timed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return self.layer(x) * spread(t - r, x)
+
+
+def test_a_module_stays_one() -> None:
+    """Its parameters, dtype and state are the flow map's: samplers, optimizers, copies and pickles see them."""
+    plan, net = solvers.euler(S.Flow(), 4, prediction="flow"), Timed().bfloat16()
+    mapped = fd.flow_map(net, plan)
+    assert dict(mapped.named_parameters()).keys() == {"model.layer.weight", "model.layer.bias"}
+    x = fd.sample(mapped, plan, SHAPE, seed=1)
+    again = pickle.loads(pickle.dumps(fd.Sampler(mapped, plan)))  # noqa: S301 - made here
+    assert torch.equal(again(SHAPE, seed=1), x)
+    assert len(list(fd.Unrolled(mapped, plan).parameters())) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: fd.flow_map(3, solvers.euler(S.Flow(), 4, prediction="flow")), TypeError, "must be callable"),
+        (lambda: fd.flow_map(mean_flow, "euler"), TypeError, "must be a fastdiff.Plan"),
+        (lambda: fd.flow_map(mean_flow, solvers.euler(S.Flow(), 4, prediction="flow", final="min", t_end=0.2)),
+         ValueError, r"stops early, at alpha, sigma = \(0.8, 0.2\): give end="),
+        (lambda: fd.flow_map(mean_flow, solvers.euler(S.Flow(), 4, prediction="flow"), end=-np.inf), ValueError,
+         "finite number.*got -inf"),
+        (lambda: fd.flow_map(mean_flow, solvers.euler(S.Flow(), 4, prediction="flow"), end="0"), ValueError, "got '0'"),
+    ],
+)  # fmt: skip
+def test_arguments(call: Callable[[], object], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        call()
 
 
 @pytest.mark.parametrize(

@@ -388,3 +388,12 @@ def test_models_of_two_times_in_every_mode() -> None:
     for mode in ("eager", "step_graph", "loop_graph"):
         sampler = fd.Sampler(fd.flow_map(of_two, plan), plan, mode=mode, device="cuda")
         assert close(sampler(SHAPE, seed=3), want) and close(sampler(SHAPE, seed=3), want), mode
+
+
+def test_a_plan_in_plain_torch() -> None:
+    """The network is on the device, the plan is nowhere."""
+    plan, net = PLANS["dpmpp_2m"], torch.nn.Linear(SHAPE[-1], SHAPE[-1])
+    x_T = plan.init_scale * torch.randn(SHAPE)
+    want = fd.sample(lambda x, t: net(x), plan, SHAPE, x_T=x_T)
+    net.cuda()
+    assert close(fd.Unrolled(lambda x, t: net(x), plan)(x_T.cuda()).detach(), want.detach())

@@ -369,6 +369,9 @@ def test_zero_terminal_snr() -> None:
         (lambda: solvers.ddim(S.Flow(), 3, prediction="flow", spacing="karras"), ValueError, "finite sigma/alpha"),
         (lambda: solvers.ddim(S.Flow(), 3), ValueError, "zero terminal SNR"),
         (lambda: solvers.euler_maruyama(S.Flow(), 3, prediction="flow"), ValueError, "finite drift and diffusion"),
+        (lambda: solvers.euler_maruyama(S.VP(), 3, eta=-1.0), ValueError, "eta must be a finite number >= 0, got -1.0"),
+        (lambda: solvers.euler_maruyama(S.VP(), 3, eta=True), ValueError, "got True"),
+        (lambda: solvers.euler_maruyama(S.VP(), 3, eta=float("inf")), ValueError, "got inf"),
     ],
 )
 def test_bad_input(call: Callable[[], Plan], error: type[Exception], text: str) -> None:

@@ -1,6 +1,7 @@
 """The density of a sampler's step, against the sampler's own noise, torch's distributions and closed forms."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,11 +71,14 @@ def test_rows_of_a_tensor_are_rows_one_by_one() -> None:
         torch.testing.assert_close(got[one], training.transition_log_prob(plan, row, x[one], m[one], y[one]))
 
 
-def test_flow_grpo_is_the_papers_step() -> None:
-    """x + (v + s^2 / 2t (x + (1 - t) v)) dt + s sqrt(|dt|) n, s = a sqrt(t / (1 - t))."""
-    a, plan = 0.7, PLANS["flow_grpo"]
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_grpo_is_the_papers_step(shift: float) -> None:
+    """x + (v + s^2 / 2t (x + (1 - t) v)) dt + s sqrt(|dt|) n, s = a sqrt(t / (1 - t)), at a shift's own levels."""
+    a, t = 0.7, np.linspace(0.95, 0.05, 10)
+    t = shift * t / (1 + (shift - 1) * t)
+    plan = solvers.euler_maruyama(S.Flow(), 10, prediction="flow", eta=a / math.sqrt(2), sigmas=t)
     x, v = torch.randn(2, *SHAPE, dtype=torch.float64)
-    t = np.append(plan.t, plan.end[1])
+    np.testing.assert_allclose(plan.times, t, rtol=1e-12)
     for k in range(plan.nfe - 1):
         dt, s2 = t[k + 1] - t[k], a * a * t[k] / (1 - t[k])
         mean, std = training.transition(plan, k, x, v)
@@ -153,6 +157,30 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert training.transition_log_prob(plan, 2, x[:0], m[:0].to(dtype), x[:0]).shape == (0,)
 
 
+def test_a_deviation_is_not_the_plans_table() -> None:
+    plan, x = solvers.ddpm(CHAIN, 5), torch.randn(1, 4)
+    want = fd.sample(network, plan, (1, 4), seed=0)
+    training.transition(plan, 1, x, x)[1].clamp_(min=2.0)
+    assert torch.equal(fd.sample(network, plan, (1, 4), seed=0), want)
+
+
+def test_rows_and_states_of_other_kinds() -> None:
+    """NumPy's integers, states of one number a sample, a plan of negative s; under vmap, k a sample."""
+    plan, (x, m, y) = PLANS["ddim"], torch.randn(3, 3)
+    want = training.transition_log_prob(plan, 2, x[:, None], m[:, None], y[:, None])
+    assert torch.equal(training.transition_log_prob(plan, np.int64(2), x, m, y), want)
+    turned = replace(plan, s=-plan.s)
+    assert torch.equal(training.transition_log_prob(turned, 2, x, m, y), want)
+    k = torch.tensor([2, 9, 10])
+
+    def one(k: Tensor, x: Tensor, m: Tensor, y: Tensor) -> Tensor:
+        return training.transition_log_prob(plan, k[None], x[None], m[None], y[None])[0]
+
+    got = torch.func.vmap(one)(k, x, m, y)
+    torch.testing.assert_close(got[0], want[0])
+    assert got[1:].isnan().all()  # no noise, and outside
+
+
 @pytest.mark.compiled
 def test_inside_compiled_code() -> None:
     plan, (x, m, y) = PLANS["ddpm"], torch.randn(3, *SHAPE)
@@ -178,8 +206,10 @@ X = torch.zeros(SHAPE)
          "reads out classes or bins"),
         (lambda: training.transition(PLANS["ddpm"], 10, X, X), ValueError, r"row 0\.\.9 of ddpm.*got 10"),
         (lambda: training.transition(PLANS["ddpm"], -1, X, X), ValueError, r"row 0\.\.9"),
-        (lambda: training.transition(PLANS["ddpm"], 1.0, X, X), TypeError, "int or an int64 tensor"),
+        (lambda: training.transition(PLANS["ddpm"], 1.0, X, X), TypeError, "an integer or an int64 tensor"),
         (lambda: training.transition(PLANS["ddpm"], True, X, X), TypeError, "got bool"),
+        (lambda: training.transition("ddpm", 0, X, X), TypeError, "must be a fastdiff.Plan"),
+        (lambda: training.transition_log_prob(PLANS["ddpm"], 0, X, X, X.long()), TypeError, "x_next must be float32"),
         (lambda: training.transition(PLANS["ddpm"], torch.tensor([0, 1, 10]), X, X), ValueError,
          r"0\.\.9.*got 0\.\.10"),
         (lambda: training.transition(PLANS["ddpm"], torch.tensor([0]), X, X), ValueError, "k must have shape"),

@@ -70,10 +70,17 @@ def test_guidance(column: bool) -> None:
     plan = fd.ops.cfg_plus_plus(plan, 0.6) if column else plan
     x_T, _ = given(plan)
     c, u = torch.randn(2, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    w = None if column else 2.5
-    got = fd.Unrolled(net, plan, guidance=w)(x_T, None, {"shift": c}, {"shift": u})
-    want = fd.sample(net, plan, SHAPE, seed=4, cond={"shift": c}, uncond={"shift": u}, guidance=w)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+    def network(x: Tensor, t: Tensor, shift: Tensor, both: float) -> Tensor:
+        return both * net(x, t, shift)
+
+    for w in (None, 1, 2.5) if column else (1, 2.5):
+        given_to = {"cond": {"shift": c, "both": 0.9}, "uncond": {"shift": u}}
+        got = fd.Unrolled(network, plan, guidance=w)(x_T, None, **given_to)
+        want = fd.sample(network, plan, SHAPE, seed=4, guidance=w, **given_to)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    alone = fd.Unrolled(network, plan, guidance=1)(x_T, None, given_to["cond"])
+    assert torch.equal(alone, fd.Unrolled(network, plan, guidance=1)(x_T, None, **given_to))
 
 
 @plans
@@ -114,6 +121,8 @@ def test_gradients_of_the_last_rows() -> None:
     assert float(got) == pytest.approx(slope * float(m.sum()), rel=1e-6)
     with pytest.raises(RuntimeError, match="not have been used|appears to not"):
         torch.autograd.grad(y.sum(), x_T)
+    again = fd.Unrolled(net, plan, grad_rows=1, checkpoint=True)(x_T)
+    assert torch.equal(torch.autograd.grad(again.sum(), net.gain)[0], got)
     full = fd.Unrolled(net, plan)(x_T)
     (whole,) = torch.autograd.grad(full.sum(), net.gain)
     assert abs(float(whole - got)) > 0.01 * abs(float(whole))
@@ -209,6 +218,86 @@ def test_compiled_whole() -> None:
     torch.testing.assert_close(whole(x_T, noise, **given_to), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["ddim", "flow"])
+def test_the_model_sees_the_samplers_times(name: str) -> None:
+    """int64 or float32 [B], on x's device, whatever the module was moved to; nothing a model does to them stays."""
+    plan = PLANS["ddim"] if name == "ddim" else solvers.euler(S.Flow(3.0), 50, prediction="flow")
+    seen: dict[str, list[Tensor]] = {"sample": [], "unrolled": []}
+
+    class Watched(torch.nn.Linear):
+        into = "sample"
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            seen[self.into].append(t.clone())
+            t.mul_(1000)
+            return super().forward(x)
+
+    net = Watched(5, 5)
+    fd.sample(lambda x, t: net(x, t.clone()), plan, SHAPE, seed=0)
+    net.into = "unrolled"
+    sampler = fd.Unrolled(net, plan).to(torch.bfloat16)
+    sampler(torch.zeros(SHAPE))
+    for a, b in zip(seen["sample"], seen["unrolled"], strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    sampler(torch.zeros(SHAPE))
+    assert all(torch.equal(a, b) for a, b in zip(seen["sample"], seen["unrolled"][plan.nfe :], strict=True))
+    assert set(sampler.state_dict()) == {"model.weight", "model.bias"}
+    net.into = "meta"
+    seen["meta"] = []
+    assert sampler.to("meta")(torch.zeros(SHAPE, device="meta")).is_meta
+    assert all(t.is_meta for t in seen["meta"])
+
+
+def test_low_precision_networks_are_the_samplers() -> None:
+    """A Module's parameters say the dtype of its input; its outputs are widened before they are summed."""
+    plan, net = PLANS["dpmpp_2m"], torch.nn.Linear(5, 5).bfloat16()
+    x_T, _ = given(plan)
+
+    def of(module: torch.nn.Linear) -> torch.nn.Module:
+        return torch.nn.Sequential(module)
+
+    class Timed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = of(net)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.net(x)
+
+    got, want = fd.Unrolled(Timed(), plan)(x_T), fd.sample(Timed(), plan, SHAPE, seed=4)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["plms", "heun"])
+def test_a_model_may_use_its_output_memory_again(name: str) -> None:
+    plan, held = PLANS[name], torch.empty(SHAPE)
+    x_T, _ = given(plan)
+
+    def model(x: Tensor, t: Tensor, shift: float = 0.0) -> Tensor:
+        return torch.tanh(x + shift, out=held)
+
+    with torch.no_grad():
+        got = fd.Unrolled(model, plan, guidance=2.0)(x_T, None, {"shift": 0.3}, {"shift": 0.0})
+    want = fd.sample(lambda x, t, shift: torch.tanh(x + shift), plan, SHAPE, seed=4, guidance=2.0,
+                     cond={"shift": torch.tensor(0.3)}, uncond={"shift": torch.tensor(0.0)},
+                     batched_guidance=False)  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_the_callers_start_stays() -> None:
+    """Also where the result is it, and of a module that was made in inference mode."""
+    plan = solvers.ddim(S.Flow(), 1, prediction="x0")
+    x = torch.ones(2, 3)
+    with torch.no_grad():
+        assert fd.Unrolled(lambda x, t: x, plan)(x).data_ptr() != x.data_ptr()
+    with torch.inference_mode():
+        made = fd.Unrolled(Net(), PLANS["ddim"])
+        made(x)
+    made.model.gain = torch.nn.Parameter(torch.tensor(0.5))
+    made(x).sum().backward()
+    assert made.model.gain.grad is not None and torch.equal(x, torch.ones(2, 3))
+
+
 def test_a_reward_trains_the_model_through_the_sampler() -> None:
     """The mean of the samples is the network's shift in closed form; gradient descent on (mean - 2)^2 finds it."""
     plan = solvers.ddim(CHAIN, 5, prediction="x0")  # x0-hat of the last row is the sample
@@ -257,9 +346,21 @@ X = torch.zeros(SHAPE)
         (lambda: fd.Unrolled(Net(), PLANS["ddpm"])(X, torch.zeros(7, 3, 4, 4)), ValueError, "noise must have"),
         (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X.long()), TypeError, "x_T must be float32"),
         (lambda: fd.Unrolled(lambda x, t: x[:1], PLANS["ddim"])(X), ValueError, r"\(3, 4, 5\), got \(1, 4, 5\)"),
-        (lambda: fd.Unrolled(lambda x, t: None, PLANS["ddim"])(X), ValueError, "got NoneType"),
-        (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X, uncond={"shift": 1.0}), ValueError, "go together"),
-        (lambda: fd.Unrolled(Net(), fd.ops.cfg_plus_plus(PLANS["ddim"], 0.6))(X), ValueError, "go together"),
+        (lambda: fd.Unrolled(lambda x, t: None, PLANS["ddim"])(X), TypeError, "model's output must .* got NoneType"),
+        (lambda: fd.Unrolled(lambda x, t: x.long(), PLANS["ddim"])(X), TypeError, "model's output must .* got int64"),
+        (lambda: fd.Unrolled(lambda x, t: x.mul_(0.5), PLANS["ddim"])(X), ValueError, "changed its input x in place"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X, uncond={"shift": 1.0}), ValueError, "uncond was given without"),
+        (lambda: fd.Unrolled(Net(), fd.ops.cfg_plus_plus(PLANS["ddim"], 0.6))(X), ValueError, "guidance needs uncond"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"], guidance=2.0)(X), ValueError, "guidance needs uncond"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"], guidance=math.nan), ValueError, "finite number, got nan"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"], guidance=torch.ones(3)), ValueError, "must be a finite number"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X, [X]), TypeError, "noise must be a torch.Tensor, got list"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X, X.to("meta")), ValueError, "noise must be on cpu, got meta"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"])(X, None, X), TypeError, "cond must be a dict.*got Tensor"),
+        (lambda: fd.Unrolled(Net(), "ddim"), TypeError, "must be a fastdiff.Plan"),
+        (lambda: fd.Unrolled(None, PLANS["ddim"]), TypeError, "model must be callable"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"], grad_rows=2.5), ValueError, "got 2.5"),
+        (lambda: fd.Unrolled(Net(), PLANS["ddim"], dtype="bf16"), TypeError, "floating point torch.dtype, got 'bf16'"),
     ],
 )  # fmt: skip
 def test_errors(call: Any, error: type[Exception], says: str) -> None:

@@ -178,7 +178,8 @@ def main(argv: list[str] | None = None) -> int:
                 save(args.json, env, rows, differs=gaps, skipped=skipped)
         except KeyboardInterrupt:
             stopped = True
-    lines = [f"interrupted: {min(map(len, times.values()))} of {args.repeats} repeats", ""] if stopped and rows else []
+    done = min(map(len, times.values())) if rows else 0
+    lines = [f"interrupted: {done} of {args.repeats} repeats", ""] if stopped else []
     lines += ["| way | ms a loop | times faster than stock |", "|---|---|---|"]
     lines += [f"| {r['name']} | {r['ms']:.2f} | {r['ratio']:.2f} |" for r in rows]
     lines += [f"{name}: {why}" for name, why in skipped.items()]

@@ -54,14 +54,14 @@ def euler_maruyama(schedule: Schedule, steps: int, *, eta: float = 1.0, **option
         h: the grid's own spacing
 
     Every eta has the same marginals. With final="zero" the last row returns p (the denoising step) and has no noise.
-    Args: eta: >= 0; 0 is probability_flow; on Flow a / sqrt(2) is Flow-GRPO's SDE, whose noise is a sqrt(t / (1 - t)).
-        The rest: fastdiff.grid.GridOptions.
+    Args: eta: >= 0; 0 is probability_flow; on Flow(), a shift's levels given by sigmas=, a / sqrt(2) is Flow-GRPO's
+        step, whose noise is a sqrt(t / (1 - t)). The rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot; weak order 1, strong order 1 (the noise is additive).
     Raises: ValueError where f or g is infinite (zero signal: give t_start), or eta is no finite number >= 0.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 6 and appendix D; the reference code uses h = 1/N on a grid whose
-        spacing is (1 - t_end)/(N - 1): this one uses the spacing. Liu et al. 2025, arXiv:2505.05470, section 4.1.
+        spacing is (1 - t_end)/(N - 1): this one uses the spacing. Liu et al. 2025, arXiv:2505.05470, section 4.
     """
-    if not eta >= 0 or not np.isfinite(eta):
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta < np.inf:
         raise ValueError(f"eta must be a finite number >= 0, got {eta!r}")
     name = "euler_maruyama" if eta == 1 else f"euler_maruyama(eta={eta:g})"
     return _integrate(name, schedule, steps, options, eta=eta)

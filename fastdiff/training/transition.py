@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from fastdiff.lasting import traced_constant
-from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread, transformed
 from fastdiff.plan import ROW_HEADER, Plan
 
 __all__ = ["transition", "transition_log_prob"]
@@ -20,15 +21,17 @@ def transition(plan: Plan, k: int | Tensor, x: Tensor, model_out: Tensor) -> tup
         p = clamp(c_skip x + c_out m, lo, hi);   mean = A x + b p + d m;   std = s;   x' = mean + std n
 
     Args:
-        plan: of one slot. k: the row, an int or int64 [B], one a sample, on x's device.
+        plan: of one slot. k: the row, an integer or an int64 tensor [B], one a sample, on x's device.
         x: [B, *sample], the state before the row: `Trajectory.x[k]`. model_out: like x, the model's output (after
             guidance) at (plan.c_in[k] x, plan.times[k]). Each fp32, bf16, fp16 or float64.
     Returns: mean [B, *sample] and std [B], fp32 (float64 if x or model_out is), differentiable in x and model_out.
     Raises:  TypeError, ValueError: more slots than one, learned variances, classes or bins; a wrong shape, dtype or
-        device; a row outside the plan (of a tensor on a device: NaN).
+        device; a row outside the plan (of a tensor on a device, in compiled or transformed code: NaN).
     Numerics: the sampler's own fp32 coefficients.
     Source:  Black et al. 2024, arXiv:2305.13301, section 4.3.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a fastdiff.Plan (from fastdiff.solvers), got {type(plan).__name__}")
     if plan.slots != 1:
         raise ValueError(f"a step's density needs a plan of one slot, {plan.name} has {plan.slots}")
     if plan.readout != "affine" or plan.learned_variance:
@@ -43,7 +46,7 @@ def transition(plan: Plan, k: int | Tensor, x: Tensor, model_out: Tensor) -> tup
     keep, b, d, s = (row[:, ROW_HEADER + i] for i in range(4))
     x, m = x.to(wide), model_out.to(wide)
     p = torch.minimum(torch.maximum(c_skip * (x + c_ratio * m), lo), hi)
-    return spread(keep, x) * x + spread(b, x) * p + spread(d, x) * m, s.expand(x.shape[0])
+    return spread(keep, x) * x + spread(b, x) * p + spread(d, x) * m, s.abs().expand(x.shape[0]).clone()
 
 
 def transition_log_prob(plan: Plan, k: int | Tensor, x: Tensor, model_out: Tensor, x_next: Tensor) -> Tensor:
@@ -54,18 +57,19 @@ def transition_log_prob(plan: Plan, k: int | Tensor, x: Tensor, model_out: Tenso
     Args: plan, k, x, model_out: as for `transition`. x_next: like x, the state after the row: `Trajectory.x[k + 1]`.
     Returns: float64 [B], differentiable in model_out, x and x_next: two of them give the ratio of PPO and GRPO by
         exp(a - b), the mean over elements by a / n.
-    Raises:  as `transition`; ValueError for a row that adds no noise (of a tensor on a device: NaN).
+    Raises:  as `transition`; ValueError for a row that adds no noise (of a tensor on a device, in compiled or
+        transformed code: NaN).
     Numerics: fp32 or float64 terms, summed in float64, since a ratio is a small difference of two large sums.
-    Source:  Black et al. 2024, arXiv:2305.13301, eq. 5; Liu et al. 2025, arXiv:2505.05470, section 4.2.
+    Source:  Black et al. 2024, arXiv:2305.13301, section 4.3; Liu et al. 2025, arXiv:2505.05470, section 4.
     """
     mean, std = transition(plan, k, x, model_out)
     check_tensor("x_next", x_next, shape=x.shape, dtypes=FLOATS64, like=x)
-    if not torch.compiler.is_compiling():
-        rows = [k] if isinstance(k, int) else k.tolist() if k.is_cpu else []
+    if not transformed():
+        rows = (k.tolist() if k.is_cpu else []) if isinstance(k, Tensor) else [int(k)]
         if quiet := [row for row in rows if plan.s[row, 0] == 0]:
             raise ValueError(f"row {quiet[0]} of {plan.name} adds no noise: its next state has no density")
     std = torch.where(std == 0, torch.nan, std)
-    off = ((x_next.to(mean.dtype) - mean) / spread(std, mean)).flatten(1)
+    off = ((x_next.to(mean.dtype) - mean) / spread(std, mean)).reshape(x.shape[0], x.shape[1:].numel())
     constant = off.shape[1] * (std.double().log() + 0.5 * math.log(2 * math.pi))
     return -0.5 * (off * off).sum(1, dtype=torch.float64) - constant
 
@@ -80,14 +84,14 @@ def _row(plan: Plan, k: int | Tensor, x: Tensor) -> Tensor:
     table = _table(plan, x.device)
     if isinstance(k, Tensor):
         check_tensor("k", k, shape=x.shape[:1], dtypes=(torch.int64,), like=x)
-        if k.is_cpu and not torch.compiler.is_compiling():
+        if k.is_cpu and not transformed():
             if not bool(((k >= 0) & (k < plan.nfe)).all()):
                 raise ValueError(f"k must be rows 0..{plan.nfe - 1} of {plan.name}, got {int(k.min())}..{int(k.max())}")
             return table[k]
         known = (k >= 0) & (k < plan.nfe)
         return torch.where(known[:, None], table[torch.where(known, k, 0)], torch.nan)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int or an int64 tensor [B], got {type(k).__name__}")
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise TypeError(f"k must be an integer or an int64 tensor [B], got {type(k).__name__}")
     if not 0 <= k < plan.nfe:
         raise ValueError(f"k must be a row 0..{plan.nfe - 1} of {plan.name}, got {k}")
-    return table[k : k + 1]
+    return table[int(k) : int(k) + 1]
