@@ -211,7 +211,9 @@ def test_classes_keep_p_apart():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: exp
 def test_a_gpus_exponential_overflows_to_infinity(kernel_device):
     """The kernel as a GPU has it: what rounding lost is put back, but not into infinity."""
-    kernels = pytest.importorskip("fastdiff_kernels.gaussian_kl")
+    kernels, triton = pytest.importorskip("fastdiff_kernels.gaussian_kl"), pytest.importorskip("triton")
+    if kernel_device.type == "cpu" and [int(v) for v in triton.__version__.split(".")[:2]] < [3, 9]:
+        pytest.skip("the interpreter of Triton before 3.9 rounds the product of an fma")
     log1 = torch.tensor([[0.6, 60.0, 87.0, 89.5, 95.0, 100.0, 120.0, 300.7]], device=kernel_device)
     zero = torch.zeros_like(log1)
     out, of_mean, of_log = torch.empty_like(log1[:, :1]), torch.empty_like(log1), torch.empty_like(log1)
