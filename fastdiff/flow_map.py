@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def flow_map(model: Callable[..., Any], plan: Plan, *, end: float | None = None)
         if plan.end != (1.0, 0.0):
             raise ValueError(f"{plan.name} stops early, at alpha, sigma = {plan.end}: give end=, the time there")
         end = 0.0
-    if isinstance(end, bool) or not isinstance(end, int | float) or not math.isfinite(end):
+    if isinstance(end, bool) or not isinstance(end, Real) or not math.isfinite(end):
         raise ValueError(f"end must be a finite number, the time after the last row, got {end!r}")
     if plan.times.dtype == np.int64 or not (np.diff(np.append(plan.times, end)) < 0).all():
         raise ValueError(

@@ -185,6 +185,13 @@ class Plan:
         return self.log_var_lo is not None
 
     @property
+    def beyond_table(self) -> str:
+        """What rows do besides clamping and the affine map of x, m and n that their table is; "" where that is all."""
+        if self.readout != "affine":
+            return "reads out classes or bins"
+        return "learns its variance" if self.learned_variance else ""
+
+    @property
     def clamped(self) -> bool:
         """Does any row clamp its prediction?"""
         return bool(np.any(np.isfinite(self.lo) | np.isfinite(self.hi)))

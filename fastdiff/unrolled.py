@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -49,16 +50,16 @@ class Unrolled(torch.nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         check_pair(model, plan)
-        if plan.readout != "affine" or plan.learned_variance:
-            what = "learns its variance" if plan.learned_variance else "reads out classes or bins"
-            raise ValueError(f"only plans whose rows are the table's alone can be written out, {plan.name} {what}")
-        if grad_rows is not None and (type(grad_rows) is not int or not 1 <= grad_rows <= plan.nfe):
+        if plan.beyond_table:
+            raise ValueError(f"only rows that are the table's alone are written out, {plan.name} {plan.beyond_table}")
+        whole = isinstance(grad_rows, Integral) and not isinstance(grad_rows, bool)
+        if grad_rows is not None and not (whole and 1 <= grad_rows <= plan.nfe):
             raise ValueError(f"grad_rows must be in 1..{plan.nfe}, the rows of {plan.name}, got {grad_rows!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype, the model's input type, must be a floating point torch.dtype, got {dtype!r}")
         self.model, self.plan, self.checkpoint, self.dtype = model, plan, checkpoint, dtype
         self.asked, self.weights = guidance is not None or plan.guidance is not None, _weights(plan, guidance)
-        self.first = 0 if grad_rows is None else plan.nfe - grad_rows
+        self.first = 0 if grad_rows is None else plan.nfe - int(grad_rows)
         self.rows, self.c_in, self.places = host_rows(plan), plan.c_in.tolist(), plan.allocate().physical
         self.noises = sum(row.noisy for row in self.rows)  # normals [B, *] that a call takes
         self.times, self.kind = plan.times.tolist(), torch.int64 if plan.times.dtype == np.int64 else torch.float32
@@ -144,7 +145,7 @@ def _weights(plan: Plan, guidance: float | None) -> list[float] | None:
     """A weight a row; None where all are 1."""
     if guidance is None:
         column = [] if plan.guidance is None else plan.guidance.tolist()
-    elif isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
+    elif isinstance(guidance, bool) or not isinstance(guidance, Real) or not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number, got {guidance!r}")
     else:
         column = [float(guidance)] * plan.nfe

@@ -75,14 +75,16 @@ def test_kl_kernel_and_gradients(shape, full, device_of_loops):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: exp
 def test_kl_far_apart(device_of_loops):
     """Closed forms where e^d, d and the distance are large, small or overflow fp32."""
-    for d in (-200.0, -30.0, -0.51, -0.49, -0.26, -0.24, 1e-3, 0.1, 0.24, 0.26, 0.49, 0.51, 20.0, 85.0, 86.0, 100.0):
+    for d in (-200.0, -30.0, -0.51, -0.499, -0.26, -0.24, 1e-3, 0.1, 0.24, 0.26, 0.499, 0.51, 20.0, 85.0, 86.0, 100.0):
         for apart, log2 in ((0.0, 0.0), (3.0, -80.0), (0.5, 95.0)):
             log1 = d + log2
             want = 0.5 * (math.expm1(d) - d + apart**2 * math.exp(-log2)) if d < 89 else math.inf
             values = [torch.full((2, 5), v).to(device_of_loops) for v in (apart, log1, 0.0, log2)]
             got = ops.gaussian_kl(*values).cpu()
+            # the series below 1/2 leaves 5e-8 and some roundings out; else a last place of e^d is 8e-7
+            rtol = 4e-7 if abs(d) < 0.5 and apart == 0 else 2e-6
             slack = 6e-8 * (abs(log1) + abs(log2)) * abs(math.expm1(min(d, 1.0)))  # d itself is rounded
-            assert got.isinf().all() if want > 3.4e38 else ((got - want).abs() <= 2e-6 * want + slack).all()
+            assert got.isinf().all() if want > 3.4e38 else ((got - want).abs() <= rtol * want + slack).all()
 
 
 @pytest.mark.parametrize("far", [79.5, 80.5, 95.0, -78.0, math.inf, math.nan])

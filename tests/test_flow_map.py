@@ -96,7 +96,7 @@ def test_the_times_live_as_long_as_the_plan() -> None:
 def test_two_ends_of_one_plan_are_two_tables() -> None:
     plan = solvers.euler(S.Flow(), 4, prediction="flow", final="min", t_end=0.2)
     ends = [fd.flow_map(lambda x, t, r: r, plan, end=end)(torch.zeros(1, 2), torch.tensor(plan.times[-1:]))
-            for end in (0.2, 0.1)]  # fmt: skip
+            for end in (np.float32(0.2), 0.1)]  # fmt: skip
     np.testing.assert_allclose(torch.cat(ends), [0.2, 0.1], rtol=1e-6)
 
 

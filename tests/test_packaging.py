@@ -10,12 +10,14 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import fastdiff as fd
 from fastdiff import cli, native
+from fastdiff_bench.codegen import BUDGETS
 from fastdiff_bench.peers import k_diffusion_sampling
 
 ROOT = Path(__file__).parent.parent
@@ -109,9 +111,10 @@ def test_sdist_holds_all_source_roots(built):
 
 
 def test_nothing_is_skipped_in_ci_for_what_is_not_installed():
-    """Elsewhere tests that need k-diffusion or a C++ compiler may be skipped."""
+    """Elsewhere tests that need k-diffusion, a C++ compiler or the budgets' Triton may be skipped."""
     if os.environ.get("CI"):
         assert k_diffusion_sampling() is not None and native.available()
+        assert version("triton") == json.loads(BUDGETS.read_text())["triton"], "set the kernels' budgets again"
 
 
 def test_every_dependency_is_pinned_but_triton():

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -79,6 +80,8 @@ def test_guidance(column: bool) -> None:
         got = fd.Unrolled(network, plan, guidance=w)(x_T, None, **given_to)
         want = fd.sample(network, plan, SHAPE, seed=4, guidance=w, **given_to)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    same = fd.Unrolled(network, plan, guidance=np.float32(2.5))(x_T, None, **given_to)
+    assert torch.equal(same, got)
     alone = fd.Unrolled(network, plan, guidance=1)(x_T, None, given_to["cond"])
     assert torch.equal(alone, fd.Unrolled(network, plan, guidance=1)(x_T, None, **given_to))
 
@@ -121,7 +124,7 @@ def test_gradients_of_the_last_rows() -> None:
     assert float(got) == pytest.approx(slope * float(m.sum()), rel=1e-6)
     with pytest.raises(RuntimeError, match="not have been used|appears to not"):
         torch.autograd.grad(y.sum(), x_T)
-    again = fd.Unrolled(net, plan, grad_rows=1, checkpoint=True)(x_T)
+    again = fd.Unrolled(net, plan, grad_rows=np.int64(1), checkpoint=True)(x_T)
     assert torch.equal(torch.autograd.grad(again.sum(), net.gain)[0], got)
     full = fd.Unrolled(net, plan)(x_T)
     (whole,) = torch.autograd.grad(full.sum(), net.gain)

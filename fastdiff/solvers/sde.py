@@ -9,6 +9,7 @@ import numpy as np
 from fastdiff.grid import Grid, GridOptions, make_grid
 from fastdiff.plan import Plan
 from fastdiff.schedules import Schedule
+from fastdiff.solvers.multistep_sde import nonnegative
 
 __all__ = ["euler_maruyama", "probability_flow"]
 
@@ -61,8 +62,7 @@ def euler_maruyama(schedule: Schedule, steps: int, *, eta: float = 1.0, **option
     Source: Song et al. 2021, arXiv:2011.13456, eq. 6 and appendix D; the reference code uses h = 1/N on a grid whose
         spacing is (1 - t_end)/(N - 1): this one uses the spacing. Liu et al. 2025, arXiv:2505.05470, section 4.
     """
-    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta < np.inf:
-        raise ValueError(f"eta must be a finite number >= 0, got {eta!r}")
+    (eta,) = nonnegative(eta=eta)
     name = "euler_maruyama" if eta == 1 else f"euler_maruyama(eta={eta:g})"
     return _integrate(name, schedule, steps, options, eta=eta)
 

@@ -34,9 +34,8 @@ def transition(plan: Plan, k: int | Tensor, x: Tensor, model_out: Tensor) -> tup
         raise TypeError(f"plan must be a fastdiff.Plan (from fastdiff.solvers), got {type(plan).__name__}")
     if plan.slots != 1:
         raise ValueError(f"a step's density needs a plan of one slot, {plan.name} has {plan.slots}")
-    if plan.readout != "affine" or plan.learned_variance:
-        what = "learns its variance" if plan.learned_variance else "reads out classes or bins"
-        raise ValueError(f"a step's density is that of plans whose noise is the table's alone, {plan.name} {what}")
+    if plan.beyond_table:
+        raise ValueError(f"a step's density needs rows that are the table's alone, {plan.name} {plan.beyond_table}")
     check_tensor("x", x, dtypes=FLOATS64)
     check_batched("x", x)
     check_tensor("model_out", model_out, shape=x.shape, dtypes=FLOATS64, like=x)
