@@ -61,6 +61,39 @@ def test_amd_is_within_its_budgets():
     assert done.stdout.count("gfx942") == 5
 
 
+SASS = """
+        /*0000*/                   LDG.E.64 R2, desc[UR4][R2.64] ;           /* 0x0000000402027981 */
+                                                                             /* 0x000fe2000c1e1900 */
+        /*0010*/                   LDC R9, c[0x0][0x28] ;                    /* 0x0 */
+        /*0020*/              @!P0 LDG.E.128 R12, desc[UR4][R20.64+0x10] ;   /* 0x0 */
+        /*0030*/                   IMAD.WIDE R6, R{0}, 0x8, R10 ;            /* 0x0 */
+        /*0040*/                   LDG.E.CONSTANT R8, desc[UR4][R6.64] ;     /* 0x0 */
+        /*0050*/                   NOP ;                                     /* 0x0 */
+        /*0060*/                   FFMA R{1}, R{2}.reuse, R12, -R{3} ;       /* 0x0 */
+        /*0070*/              @!P0 STG.E.128 desc[UR4][R4.64], R{4} ;        /* 0x0 */
+        /*0080*/                   FADD R1, R8, R8 ;                         /* 0x0 */
+        /*0090*/                   EXIT ;                                    /* 0x0 */
+"""
+
+
+@pytest.mark.parametrize(
+    ("registers", "trips"),
+    [
+        ((3, 16, 9, 30, 16), 1),  # the address's upper half is waited for, and R12, asked for before, has come too
+        ((10, 16, 9, 30, 16), 1),  # nothing reads the first load: one wait, for R12
+        ((2, 16, 8, 30, 16), 2),  # the second is for R8
+        ((3, 16, 9, 30, 8), 2),  # what a store writes is waited for
+        ((10, 16, 9, 14, 16), 1),  # R14 is one of the four that came with R12
+    ],
+)
+def test_round_trips_are_waits_before_the_first_store(registers, trips):
+    from fastdiff_bench.sass import instructions, round_trips
+
+    code = instructions(SASS.format(*registers))
+    assert len(code) == 9 and code[2] == (True, "LDG.E.128", ("R12", "desc[UR4][R20.64+0x10]"))
+    assert round_trips(code) == trips
+
+
 def test_over_budget_is_seen():
     """A report past one limit, with narrow accesses and a clamp that loses NaN, is refused on each count."""
     from fastdiff_bench import codegen as c

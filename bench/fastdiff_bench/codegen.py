@@ -1,8 +1,8 @@
 """What the kernels compile to, without a GPU: registers, spills, shared memory, access widths, instructions an element.
 
 Every kernel is compiled ahead of time as the operations launch it (same constexprs, same tile, all features in), down
-to SASS or AMD's assembly, and held against budgets.json, access widths and NaN clamps on NVIDIA only. Counts are
-static: both sides of a branch are counted.
+to SASS or AMD's assembly, and held against budgets.json; access widths, NaN clamps and round trips to memory on NVIDIA
+only. Counts are static: both sides of a branch are counted.
 
     python -m fastdiff_bench.codegen [--arch 80 89 90 100] [--hip gfx942] [--only affine_step] [--json FILE]
 """
@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from fastdiff_bench.sass import instructions, round_trips
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 SAMPLE, BATCH = 1 << 24, 8  # the size the shipped launch table is asked for
@@ -216,8 +218,8 @@ def nvidia_report(case: Case, arch: int) -> dict[str, Any]:
         f.flush()
         usage, sass = _dump("--dump-resource-usage", f.name), _dump("--dump-sass", f.name)
     used = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    found = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.M)
-    ops = [(bool(p), op) for p, op in found if op != "NOP"]
+    code = instructions(sass)
+    ops = [(i.predicated, i.op) for i in code]
     heads = collections.Counter(op.split(".")[0] for _, op in ops)
     tile, scalar = collections.Counter[str](), 0
     for predicated, op in ops:
@@ -238,6 +240,7 @@ def nvidia_report(case: Case, arch: int) -> dict[str, Any]:
         "spills": heads["LDL"] + heads["STL"],
         "shared": compiled.metadata.shared,
         "barriers": heads["BAR"],
+        "round_trips": round_trips(code),
         "per_element": round(len(ops) / case.elements_per_thread, 1),
         "mufu": heads["MUFU"],
         "fmnmx_nan": sum(op.startswith("FMNMX") and ".NAN" in op for _, op in ops),
@@ -298,6 +301,8 @@ def over_budget(case: Case, report: dict[str, Any], budgets: dict[str, Any]) -> 
     limits = {**budgets["all"], **budgets["cases"].get(name, {}), **budgets.get(report["target"], {}).get(name, {})}
     if "per_element" not in limits:
         return [f"no budget for {name}"]
+    if not nvidia:
+        limits.pop("round_trips", None)  # counted in SASS only
     missed = [f"{k} {report[k]} > {v}" for k, v in limits.items() if report[k] > v]
     if not nvidia:
         return missed
@@ -349,6 +354,7 @@ def run(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
         print(
             f"{report['target']:7s} {case.name:42s} {report['per_element']:6.1f}/el  {report['registers']:3d} regs"
             f"  {report['spills']} spills  {report['shared']} smem  {report['barriers']} bar  "
+            f"{report.get('round_trips', '?')} trips  "
             f"{report['tile_accesses']}{'  OVER: ' + '; '.join(missed) if missed else ''}",
             flush=True,
         )

@@ -1,0 +1,54 @@
+"""NVIDIA's machine code, read: its instructions, and how often a program waits for memory before it can write.
+
+A load's latency on an idle GPU is most of a small kernel's time; loads that wait for one another add theirs up.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+WORDS = {"128": 4, "64": 2}  # registers of a load
+
+
+class Instruction(NamedTuple):
+    """One line: guarded by a predicate or not, the operation with its suffixes, its operands."""
+
+    predicated: bool
+    op: str
+    operands: tuple[str, ...]
+
+
+def instructions(text: str) -> list[Instruction]:
+    """The instructions of a dump, in their order, without padding."""
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*([^;]*);", text, re.M)
+    return [Instruction(bool(p), op, tuple(x.strip() for x in rest.split(","))) for p, op, rest in lines if op != "NOP"]
+
+
+def round_trips(code: list[Instruction]) -> int:
+    """Waits for global memory before the first store: loads that are in flight together are one.
+
+    An instruction that reads a register some load still fills waits for that load and, counted so, for all before it.
+    Both sides of a branch are counted.
+    """
+    pending: set[int] = set()
+    waits = 0
+    for _, op, operands in code:
+        store = op.startswith("STG")
+        read = {n for operand in operands[not store :] for n in _registers(operand)}
+        if read & pending:
+            waits, pending = waits + 1, set()
+        if store:
+            break
+        if op.startswith("LDG"):
+            (first,) = _registers(operands[0])
+            pending |= {first + i for i in range(next((n for w, n in WORDS.items() if f".{w}" in op), 1))}
+    return waits
+
+
+def _registers(operand: str) -> list[int]:
+    """Those an operand names; a 64-bit address or pair is two."""
+    found = []
+    for number, wide in re.findall(r"(?<![UA-Z])R(\d+)(?:\.reuse)?(\.64)?", operand):
+        found += [int(number), int(number) + 1] if wide else [int(number)]
+    return found
