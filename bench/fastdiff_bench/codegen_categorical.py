@@ -99,11 +99,16 @@ def _split(num_classes: int, model: str, types: dict[str, str], lanes: int) -> I
 
 
 def _training(dtype: str, lanes: int) -> Iterator[Case]:
+    from fastdiff.ops._categorical import NARROW
+    from fastdiff.ops.categorical_loss import WHOLE
+
     p = f"*{dtype}"
     tile, warps = tile_of(lanes=lanes)
     classes = {"x_ptr": "*i64", **INTS}
     noise = {**classes, "coef_ptr": "*fp32", "out_ptr": p, **SEEDS}
-    loss = {**classes, "logits_ptr": p, "error_ptr": "*fp32", "grad_ptr": p, "one_over_tokens": "fp32"}
+    loss = {**classes, "logits_ptr": p, "error_ptr": "*fp32", "one_over_tokens": "fp32"}
+    reads = {**loss, "token_ptr": "*fp32"}
+    gradient = {**reads, "scale_ptr": "*fp32", "scale_stride": "i32", "grad_ptr": p}
     whole = {"PHASE": 0, "PIECES": 1, "WIDEST": 1}
     for num_classes in (27, 256, 4096, 16384):
         constants, fields, _ = _rows(num_classes, lanes)
@@ -112,8 +117,25 @@ def _training(dtype: str, lanes: int) -> Iterator[Case]:
         rows = {**fields, "indices": 16, **stored}
         yield Case(f"categorical_noise/k{num_classes}/{dtype}", "categorical_noise", "categorical_noise_kernel", noise,
                    {**whole, **constants}, loads=(), **rows)  # fmt: skip
-        yield Case(f"categorical_loss/k{num_classes}/{dtype}", "categorical_loss", "categorical_loss_kernel", loss,
-                   {**whole, **constants}, loads=(dtype,), **rows)  # fmt: skip
+        name, again = f"k{num_classes}/{dtype}", num_classes > NARROW or dtype == "fp32"
+        types, read = (
+            (reads, {**rows, "stores": (), "scalars": 8})
+            if again
+            else ({**loss, "grad_ptr": p}, {**rows, "scalars": 16})
+        )
+        yield Case(f"categorical_loss/{name}", "categorical_loss", "categorical_loss_kernel", types,
+                   {**whole, **constants}, loads=(dtype,), **read)  # fmt: skip
+        if again:
+            yield Case(f"categorical_gradient/{name}", "categorical_loss", "categorical_gradient_kernel", gradient,
+                       {**whole, **constants}, loads=(dtype,), **{**rows, "scalars": rows["scalars"] + 20})  # fmt: skip
+    constants, fields, pieces = _rows(50257, lanes)
+    reads["part_ptr"] = "*fp32"
+    yield Case(f"categorical_loss/k50257/{dtype}", "categorical_loss", "categorical_loss_kernel", reads, constants,
+               loads=(dtype,), stores=(), scalars=4, indices=16, **fields)  # fmt: skip
+    widest = 1 << (pieces - 1).bit_length()
+    parts = {"PIECES": pieces, "WIDEST": widest, "ROWS": WHOLE, "COLS": widest}
+    yield Case(f"categorical_error/k50257/{dtype}", "categorical_loss", "categorical_error_kernel", reads, parts,
+               loads=(), stores=(), scalars=3 * 4 + 8, indices=16, num_warps=4, lanes=lanes)  # fmt: skip
     # int64 classes are read as two 16-byte vectors
     yield Case(f"categorical_noise/k2/{dtype}", "categorical_noise", "categorical_pair_noise_kernel", noise, tile,
                loads=("fp32", "fp32"), stores=(dtype,), num_warps=warps, lanes=lanes)  # fmt: skip

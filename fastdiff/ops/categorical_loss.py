@@ -1,4 +1,4 @@
-"""The squared error between one-hot classes and a network's softmax, with its gradient from the same pass."""
+"""The squared error between one-hot classes and a network's softmax, and its gradient, each from one pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from fastdiff.categorical_cpu import chunks, loss_into
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._categorical import (
+    NARROW,
+    Rows,
     check_classes,
     check_logits,
     classes_of,
@@ -23,6 +25,7 @@ from fastdiff.ops._once import once
 from fastdiff.ops._scaled import scaled
 
 PAIRS = {"BLOCK": 1024, "PARTS": 4, "num_warps": 1}  # one warp: its sum needs no shared memory
+WHOLE = 16  # tokens of several windows whose sums a program adds
 
 
 def categorical_loss(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) -> Tensor:
@@ -36,7 +39,8 @@ def categorical_loss(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) ->
         x: int64 classes [B, *D].   weight: a number, or a tensor [B] or [1].
     Returns: [B] fp32 (float64 for float64 logits), differentiable once in logits and weight.
     Raises:  TypeError, ValueError: a wrong shape, dtype or device, K' = 0 or 2, classes outside 0..K-1 (on CUDA: NaN).
-    Numerics: fp32; the gradient is kept in the logits' dtype, the one tensor of their size that is saved.
+    Numerics: fp32. One tensor of the logits' size is saved: the gradient in their dtype, or, on a GPU for fp32 and
+        for K > 32, the logits themselves, from which backward makes it, rounded once.
     Source:  Graves et al. 2023, arXiv:2308.07037, eq. 205.
     """
     weight = _checked(logits, x, weight)
@@ -60,31 +64,54 @@ def categorical_loss_ref(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0
 
 
 class _Error(torch.autograd.Function):
-    """mean_d ||e_x - softmax(logits)||^2 [B], keeping nothing but its gradient, made in the same pass."""
+    """mean_d ||e_x - softmax(logits)||^2 [B]: its gradient is made and kept in the same pass, or, with four numbers a
+    token, from the logits later."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
-        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        error = _error(logits, x, grad)
-        ctx.save_for_backward(grad)
+        ctx.again = _reads_again(logits)
+        if ctx.again:
+            token = torch.empty(x.numel(), 4, dtype=torch.float32, device=x.device)
+            error = _error(logits, x, token=token)
+            ctx.save_for_backward(logits, x, token)
+        else:
+            grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            error = _error(logits, x, grad)
+            ctx.save_for_backward(grad)
         return error
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.again:
+            logits, x, token = ctx.saved_tensors
+            return *once(lambda: (_gradient(logits, x, token, upstream[0]),)), None
         (grad,) = ctx.saved_tensors
         factor = 1.0 / grad.shape[1:-1].numel()
         return *once(lambda: (scaled(grad, upstream[0], factor=factor),)), None
 
 
-def _error(logits: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
-    """The error [B]; grad receives tokens times its gradient."""
+def _reads_again(logits: Tensor) -> bool:
+    """Is the gradient made from the logits once more? Where the saved bytes are worth the instructions."""
+    width = logits.shape[-1]
+    heavy = width > NARROW or (logits.element_size() == 4 and width > 2)
+    return heavy and _dispatch.kernels_for(logits) and logits.dtype != torch.float64
+
+
+def _gradient(logits: Tensor, x: Tensor, token: Tensor, scale: Tensor) -> Tensor:
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    torch.ops.fastdiff.categorical_gradient(logits, x, token, scale, grad)
+    return grad
+
+
+def _error(logits: Tensor, x: Tensor, grad: Tensor | None = None, token: Tensor | None = None) -> Tensor:
+    """The error [B]. grad receives tokens times its gradient, token what a kernel makes that from."""
     batch, width = logits.shape[0], logits.shape[-1]
     tokens = logits.shape[1:-1].numel()
     if _dispatch.kernels_for(logits) and logits.dtype != torch.float64:
         programs = _programs(width, tokens)
         errors = torch.empty(batch * programs, dtype=torch.float32, device=logits.device)
         parts = errors.view(batch, programs)
-        torch.ops.fastdiff.categorical_loss(logits, x, parts, grad)
+        torch.ops.fastdiff.categorical_loss(logits, x, parts, grad, token)
         return errors if programs == 1 else parts.sum(1)
     found = torch.empty(batch, dtype=torch.float32, device=logits.device)
     if _fused.wanted(logits, x) and loss_into(logits, x, found, grad):
@@ -136,15 +163,19 @@ def _checked(logits: Tensor, x: Tensor, weight: float | Tensor) -> float | Tenso
     return weight.reshape(-1).to(_dtype(logits))
 
 
+def _rows(width: int, tokens: int) -> Rows:
+    return rows_of(width, tokens, lanes=64 if torch.version.hip else 32)
+
+
 def _programs(width: int, tokens: int) -> int:
     """Partial sums of a sample: they depend on nothing but its size."""
     if width == 1:
         return -(-tokens // PAIRS["BLOCK"])
-    rows = rows_of(width, tokens, lanes=64 if torch.version.hip else 32)
-    return -(-tokens // rows.rows) * rows.pieces
+    rows = _rows(width, tokens)
+    return -(-tokens // (rows.rows if rows.pieces == 1 else WHOLE))
 
 
-def _launch(logits: Tensor, x: Tensor, errors: Tensor, grad: Tensor | None) -> None:
+def _launch(logits: Tensor, x: Tensor, errors: Tensor, grad: Tensor | None, token: Tensor | None) -> None:
     batch, width = logits.shape[0], logits.shape[-1]
     tokens, programs = logits.shape[1:-1].numel(), errors.shape[1]
     logits, x = with_rows(logits), x.contiguous()
@@ -153,18 +184,46 @@ def _launch(logits: Tensor, x: Tensor, errors: Tensor, grad: Tensor | None) -> N
         pairs = (logits, x, errors, grad, tokens, _dispatch.FIRST, programs, 1.0 / tokens)
         _dispatch.launch(kernels.categorical_pair_loss_kernel, pairs, tokens, batch, tile=PAIRS)
         return
-    rows, stride = rows_of(width, tokens, lanes=64 if torch.version.hip else 32), row_stride(logits) or width
-    plane = batch * programs
-    part = None if rows.pieces == 1 else torch.empty(3, plane, dtype=torch.float32, device=x.device)
-    shape: dict[str, Any] = {"ROWS": rows.rows, "COLS": rows.cols, "PIECES": rows.pieces, "WIDEST": rows.widest}
-    shape |= {"QUADS": width % 4 == 0, "VECTOR": vectors(width, tokens, [width, stride]), "num_warps": rows.num_warps}
-    shape["WIDE"] = tokens * max(width, stride) > 2**31 - 2 * rows.cols
-    args = (logits, x, errors, grad, part, width, tokens, _dispatch.FIRST, programs, plane, stride, 1.0 / tokens)
-    for phase in (0,) if rows.pieces == 1 else (1, 2):
-        _dispatch.run(kernels.categorical_loss_kernel, args, programs, batch, PHASE=phase, **shape)
+    rows, plane, stride = _rows(width, tokens), batch * tokens, row_stride(logits) or width
+    part = None if rows.pieces == 1 else torch.empty(3, plane, rows.pieces, dtype=torch.float32, device=x.device)
+    args = (width, tokens, _dispatch.FIRST, programs, plane, stride, 1.0 / tokens)
+    windows = -(-tokens // rows.rows) * rows.pieces
+    _dispatch.run(
+        kernels.categorical_loss_kernel,
+        (logits, x, errors, grad, token, part, *args),
+        windows,
+        batch,
+        **_shape(rows, width, tokens, stride),
+    )
+    if part is not None:
+        whole: dict[str, Any] = {"PIECES": rows.pieces, "WIDEST": rows.widest, "ROWS": WHOLE, "num_warps": 4}
+        _dispatch.run(
+            kernels.categorical_error_kernel, (logits, x, errors, token, part, *args), programs, batch, **whole
+        )
+
+
+def _shape(rows: Rows, width: int, tokens: int, stride: int) -> dict[str, Any]:
+    """The constexprs of the windows of logits whose rows are `stride` apart, beside dense ones."""
+    shape: dict[str, Any] = {"PIECES": rows.pieces, "ROWS": rows.rows, "COLS": rows.cols, "num_warps": rows.num_warps}
+    shape |= {"QUADS": width % 4 == 0, "VECTOR": vectors(width, tokens, [width, stride])}
+    return shape | {"WIDE": tokens * max(width, stride) > 2**31 - 2 * rows.cols}
+
+
+def _launch_gradient(logits: Tensor, x: Tensor, token: Tensor, scale: Tensor, grad: Tensor) -> None:
+    batch, width = logits.shape[0], logits.shape[-1]
+    tokens = logits.shape[1:-1].numel()
+    logits, x = with_rows(logits), x.contiguous()
+    rows, stride = _rows(width, tokens), row_stride(logits) or width
+    args = (logits, x, token, scale, grad, width, tokens, _dispatch.FIRST, stride, scale.stride(0), 1.0 / tokens)
+    kernel = _dispatch.kernels("categorical_loss").categorical_gradient_kernel
+    windows = -(-tokens // rows.rows) * rows.pieces
+    _dispatch.run(kernel, args, windows, batch, **_shape(rows, width, tokens, stride))
 
 
 _dispatch.register(
-    "categorical_loss(Tensor logits, Tensor x, Tensor(a!) errors, Tensor(b!)? grad) -> ()",
-    _launch,
+    "categorical_loss(Tensor logits, Tensor x, Tensor(a!) errors, Tensor(b!)? grad, Tensor(c!)? token) -> ()", _launch
+)
+_dispatch.register(
+    "categorical_gradient(Tensor logits, Tensor x, Tensor token, Tensor scale, Tensor(a!) grad) -> ()",
+    _launch_gradient,
 )

@@ -1,20 +1,41 @@
 # mypy: disable-error-code="misc, var-annotated, assignment"
-"""||e_x - softmax(m)||^2 summed over the tokens of a tile, and its gradient to m, from one pass over the logits.
+"""||e_x - softmax(m)||^2 summed over the tokens of a tile, and its gradient to m, each from one pass over the logits.
 
-    r = p - e_x;  error = sum_k r_k^2;  gradient_k = 2 p_k (r_k - sum_j p_j r_j)
+    q = sum_{k != x} p_k = 1 - p_x,  s2 = sum_{k != x} p_k^2,  error = q^2 + s2,  s = s2 - p_x q
+    gradient_k = 2 p_k (p_k - s);  gradient_x = -2 p_x error
 
-A row longer than a window takes two launches: sums of every window, then errors and gradient.
+Sums leave the class x out, so that a confident network's error and gradient have all their digits. What the gradient
+needs of a token is kept, four numbers: largest logit, 1 / sum_k exp(m_k - largest), s and error. A row longer than a
+window leaves its windows' sums in part_ptr first. Of few classes in half precision, and of two, the gradient itself is
+kept: there a second pass costs more in instructions, or in int64 classes, than it saves in bytes.
 """
 
 import triton
 import triton.language as tl
 
-from fastdiff_kernels.categorical import LOG2E, begin, covered, exp_from, spots, window, within
+from fastdiff_kernels.categorical import LOG2E, begin, covered, spots, window, within
+from fastdiff_kernels.categorical_row import finite_top
 from fastdiff_kernels.tiles import load_float, sample_size, tile
 
-WHOLE = tl.constexpr(0)
-SUMS = tl.constexpr(1)
-WRITE = tl.constexpr(2)
+
+@triton.jit
+def errors_of(others, squares, top, m_x, x, K):
+    """Of tokens, from their sums without x: 1 / sum_k exp(m_k - top), s and the error."""
+    e_x = tl.exp2((m_x - top) * LOG2E)
+    one_over = 1.0 / (others + e_x)
+    q = others * one_over
+    s2 = squares * one_over * one_over
+    error = tl.where((x >= 0) & (x < K), tl.fma(q, q, s2), float("nan"))
+    return one_over, tl.fma(e_x * -one_over, q, s2), error
+
+
+@triton.jit
+def keep(token_ptr, at, d, tokens, top, one_over, s, error, ROWS: tl.constexpr):
+    """What the gradient of tokens needs, where asked for."""
+    if token_ptr is not None:
+        four = tl.reshape(tl.join(tl.join(top, s), tl.join(one_over, error)), [ROWS, 4])
+        to = token_ptr + (at * 4)[:, None] + tl.arange(0, 4)[None, :]
+        tl.store(to, four, mask=(d < tokens)[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens", "first", "programs", "plane", "logits_row"])
@@ -22,18 +43,17 @@ def categorical_loss_kernel(
     logits_ptr,  # [batch, tokens, K]
     x_ptr,  # [batch, tokens] int64
     error_ptr,  # [batch, programs] fp32, one a program
-    grad_ptr,  # [batch, tokens, K] or None
-    part_ptr,  # [3, batch * tokens, PIECES] fp32: largest, sum and sum of squares of every window, or None
+    grad_ptr,  # [batch, tokens, K], tokens times the gradient, or None; whole tokens only
+    token_ptr,  # [batch * tokens, 4] fp32 or None
+    part_ptr,  # [3, batch * tokens, PIECES] fp32: largest, sum and sum of squares of every window; None: whole tokens
     K,
     tokens,
     first,
     programs,
-    plane,
+    plane,  # batch * tokens
     logits_row,  # elements between the tokens of the logits
     one_over_tokens,
-    PHASE: tl.constexpr,
     PIECES: tl.constexpr,
-    WIDEST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     QUADS: tl.constexpr,
@@ -44,57 +64,131 @@ def categorical_loss_kernel(
     """Grid (tiles of ROWS tokens times PIECES, samples); ROWS is 1 where PIECES is more."""
     b = tl.program_id(1).to(tl.int64) + first
     piece = tl.program_id(0) % PIECES
+    plane = plane.to(tl.int64)
     if QUADS:
         K = K // 4 * 4
     d = tl.program_id(0) // PIECES * ROWS + tl.arange(0, ROWS)
     if WIDE:
         d = d.to(tl.int64)
     _, k, start = window(d, piece, K, ROWS, COLS, QUADS)
-    inside = within(d, k, tokens, K, QUADS)
     base = b * tokens
     near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR)
     m_ptr = begin(logits_ptr, base, logits_row, VECTOR)
+    x = tl.load(x_ptr + base + d, mask=d < tokens, other=0)
     m = load_float(m_ptr + spots(d, start, logits_row, COLS, QUADS, VECTOR), near)
+    inside = within(d, k, tokens, K, QUADS)
     m = tl.where(inside, m, float("-inf"))
-    top = tl.max(m, axis=1)
+    top = finite_top(m) if PIECES > 1 else tl.max(m, axis=1)
+    e = tl.exp2((m - top[:, None]) * LOG2E)
+    short = x.to(tl.int32)
+    at_x = k == short[:, None]
+    other = tl.where(at_x, 0.0, e)
+    others, squares = tl.sum(other, axis=1), tl.sum(other * other, axis=1)
     if PIECES > 1:
-        top = tl.where(top == float("-inf"), 0.0, top)  # a window of forbidden classes sums to 0
-    if PHASE == SUMS:
-        e = exp_from(m, top)
         at = part_ptr + (base + d) * PIECES + piece
-        tl.store(at, top)
-        tl.store(at + plane, tl.sum(e, axis=1))
-        tl.store(at + 2 * plane, tl.sum(e * e, axis=1))
+        tl.store(at, tl.max(m, axis=1))
+        tl.store(at + plane * PIECES, others)
+        tl.store(at + 2 * plane * PIECES, squares)
     else:
-        x = tl.load(x_ptr + base + d, mask=d < tokens, other=0)
-        valid = (x >= 0) & (x < K)
-        if PHASE == WRITE:
-            i = tl.arange(0, WIDEST)
-            parts = part_ptr + (base + tl.program_id(0) // PIECES) * PIECES + i
-            tops = tl.load(parts, mask=i < PIECES, other=float("-inf"))
-            sums = tl.load(parts + plane, mask=i < PIECES, other=0.0)
-            squares = tl.load(parts + 2 * plane, mask=i < PIECES, other=0.0)
-            high = tl.max(tops, axis=0)
-            scale = tl.exp(tops - high)
-            total = tl.sum(sums * scale, axis=0)
-            p = exp_from(m, high + tl.zeros([ROWS], tl.float32)) * (1.0 / total)
-            m_x = tl.load(m_ptr + d * logits_row + x, mask=valid, other=0.0).to(tl.float32)
-            p_x = tl.exp2((m_x - high) * LOG2E) / total
-            s = tl.sum(squares * scale * scale, axis=0) / (total * total) - p_x
-            r = tl.where(k == x.to(tl.int32)[:, None], p - 1.0, p)
-        else:
-            p = exp_from(m, top)
-            p = p * (1.0 / tl.sum(p, axis=1))[:, None]
-            r = tl.where(k == x.to(tl.int32)[:, None], p - 1.0, p)
-            s = tl.sum(p * r, axis=1)
-        error = tl.sum(r * r, axis=1)
-        error = tl.where(valid, error, float("nan"))
-        error = one_over_tokens * tl.sum(tl.where(d < tokens, error, 0.0), axis=0)
-        tl.store(error_ptr + b * programs + tl.program_id(0), error)
+        valid = (x >= 0) & (x < K) & (d < tokens)
+        m_x = tl.load(m_ptr + (d * logits_row + short), mask=valid, other=0.0).to(tl.float32)
+        one_over, s, error = errors_of(others, squares, top, m_x, x, K)
+        keep(token_ptr, base + d, d, tokens, top, one_over, s, error, ROWS)
+        total = one_over_tokens * tl.sum(tl.where(d < tokens, error, 0.0), axis=0)
+        tl.store(error_ptr + b * programs + tl.program_id(0), total)
         if grad_ptr is not None:
-            g = 2.0 * p * (r - s[:, None])
+            p = e * one_over[:, None]
+            g = 2.0 * p * tl.where(at_x, -error[:, None], p - s[:, None])
             at = begin(grad_ptr, base, K, VECTOR) + spots(d, start, K, COLS, QUADS, VECTOR)
             tl.store(at, g.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "first", "programs", "plane", "logits_row"])
+def categorical_error_kernel(
+    logits_ptr,  # [batch, tokens, K]
+    x_ptr,  # [batch, tokens] int64
+    error_ptr,  # [batch, programs] fp32, one a program
+    token_ptr,  # [batch * tokens, 4] fp32 or None
+    part_ptr,  # [3, batch * tokens, PIECES] fp32
+    K,
+    tokens,
+    first,
+    programs,
+    plane,
+    logits_row,
+    one_over_tokens,
+    PIECES: tl.constexpr,
+    WIDEST: tl.constexpr,  # PIECES rounded up to a power of two
+    ROWS: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """Grid (tiles of ROWS tokens, samples): what `categorical_loss_kernel` does of whole tokens, from their windows."""
+    b = tl.program_id(1).to(tl.int64) + first
+    plane = plane.to(tl.int64)
+    d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = b * tokens + d.to(tl.int64)
+    i = tl.arange(0, WIDEST)
+    there = (d < tokens)[:, None] & (i < PIECES)[None, :]
+    parts = part_ptr + (at * PIECES)[:, None] + i[None, :]
+    x = tl.load(x_ptr + at, mask=d < tokens, other=0)
+    tops = tl.load(parts, mask=there, other=float("-inf"))
+    sums = tl.load(parts + plane * PIECES, mask=there, other=0.0)
+    squares = tl.load(parts + 2 * plane * PIECES, mask=there, other=0.0)
+    top = tl.max(tops, axis=1)
+    scale = tl.exp2((tops - top[:, None]) * LOG2E)
+    others, squares = tl.sum(sums * scale, axis=1), tl.sum(squares * scale * scale, axis=1)
+    valid = (x >= 0) & (x < K) & (d < tokens)
+    m_x = tl.load(logits_ptr + at * logits_row + x, mask=valid, other=0.0).to(tl.float32)
+    one_over, s, error = errors_of(others, squares, top, m_x, x, K)
+    keep(token_ptr, at, d, tokens, top, one_over, s, error, ROWS)
+    total = one_over_tokens * tl.sum(tl.where(d < tokens, error, 0.0), axis=0)
+    tl.store(error_ptr + b * programs + tl.program_id(0), total)
+
+
+@triton.jit(do_not_specialize=["tokens", "first", "logits_row", "scale_stride"])
+def categorical_gradient_kernel(
+    logits_ptr,  # [batch, tokens, K]
+    x_ptr,  # [batch, tokens] int64
+    token_ptr,  # [batch * tokens, 4] fp32
+    scale_ptr,  # [batch] fp32, read at sample * scale_stride
+    grad_ptr,  # [batch, tokens, K]
+    K,
+    tokens,
+    first,
+    logits_row,
+    scale_stride,
+    one_over_tokens,
+    PIECES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    QUADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """Grid (tiles of ROWS tokens times PIECES, samples): scale / tokens times the gradient."""
+    b = tl.program_id(1).to(tl.int64) + first
+    piece = tl.program_id(0) % PIECES
+    if QUADS:
+        K = K // 4 * 4
+    d = tl.program_id(0) // PIECES * ROWS + tl.arange(0, ROWS)
+    if WIDE:
+        d = d.to(tl.int64)
+    _, k, start = window(d, piece, K, ROWS, COLS, QUADS)
+    base = b * tokens
+    near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR)
+    m = load_float(begin(logits_ptr, base, logits_row, VECTOR) + spots(d, start, logits_row, COLS, QUADS, VECTOR), near)
+    x = tl.load(x_ptr + base + d, mask=d < tokens, other=0)
+    kept = token_ptr + (base + d) * 4
+    top = tl.load(kept, mask=d < tokens, other=0.0)
+    one_over = tl.load(kept + 1, mask=d < tokens, other=0.0)
+    s = tl.load(kept + 2, mask=d < tokens, other=0.0)
+    error = tl.load(kept + 3, mask=d < tokens, other=0.0)
+    scale = 2.0 * one_over_tokens * tl.load(scale_ptr + b * scale_stride)
+    p = tl.exp2((m - top[:, None]) * LOG2E) * one_over[:, None]
+    r = tl.where(k == x.to(tl.int32)[:, None], -error[:, None], p - s[:, None])
+    at = begin(grad_ptr, base, K, VECTOR) + spots(d, start, K, COLS, QUADS, VECTOR)
+    tl.store(at, (scale * p * r).to(grad_ptr.dtype.element_ty), mask=within(d, k, tokens, K, QUADS))
 
 
 @triton.jit(do_not_specialize=["first", "programs"])
@@ -123,10 +217,13 @@ def categorical_pair_loss_kernel(
         at = b * n + start
         m = load_float(logits_ptr + at + lane, inside)
         x = tl.load(x_ptr + at + lane, mask=inside, other=0)
-        p = 1.0 / (1.0 + tl.exp2(m * -LOG2E))
-        r = tl.where((x == 0) | (x == 1), p - x.to(tl.float32), float("nan"))
-        total += tl.where(inside, 2.0 * r * r, 0.0)
+        e = tl.exp2(tl.abs(m) * -LOG2E)
+        high = 1.0 / (1.0 + e)
+        low = e * high
+        q = tl.where((m < 0) == (x == 0), low, high)  # the probability of the class that is not x
+        q = tl.where((x == 0) | (x == 1), q, float("nan"))
+        total += tl.where(inside, 2.0 * q * q, 0.0)
         if grad_ptr is not None:
-            g = 4.0 * r * p * (1.0 - p)
+            g = tl.where(x == 0, 4.0, -4.0) * q * (high * low)
             tl.store(grad_ptr + at + lane, g.to(grad_ptr.dtype.element_ty), mask=inside)
     tl.store(error_ptr + b * programs + tl.program_id(0), one_over_n * tl.sum(tl.sum(total, axis=1), axis=0))
