@@ -82,21 +82,29 @@ def _affine_kernel(work: Work, plan: fd.Plan, dtype: torch.dtype, device: torch.
     def compiled_row(state: Tensor, m: Tensor, copy: Tensor) -> object:
         return fused.compiled_row(k, list(state[: plan.slots]), m)[2]
 
-    def kernel(state: Tensor, m: Tensor, copy: Tensor) -> None:
+    def kernel(at: Tensor | int, state: Tensor, m: Tensor, copy: Tensor) -> None:
         ops.affine_step(
-            state, m, table, row, slots=plan.slots, model_in=copy if low else None,
+            state, m, table, at, slots=plan.slots, model_in=copy if low else None,
             seeds=seeds if plan.stochastic else None, index=index if plan.stochastic else None,
         )  # fmt: skip
 
-    found: dict[str, Column] = {"torch": torch_row, "torch.compile": compiled_row, "fastdiff eager": kernel}
+    found: dict[str, Column] = {
+        "torch": torch_row,
+        "torch.compile": compiled_row,
+        "fastdiff eager": partial(kernel, row),
+    }
     work.columns = {name: found[name] for name in names if name in found}
+    if "fastdiff eager" in names:  # a loop graph's rows know their number, as torch's do
+        work.columns["fastdiff loop_graph"] = partial(kernel, k)
     if not plan.stochastic:
         state, m, copy = sets[0]
         state = state.clone()
         want = torch_row(state, m, copy)
         assert isinstance(want, Tensor)
-        kernel(state, m, copy)
-        work.differs["fastdiff eager"] = gap(copy if low else state[0], want)
+        for name, at in (("fastdiff eager", row), ("fastdiff loop_graph", k)):
+            mine = state.clone()
+            kernel(at, mine, m, copy)
+            work.differs[name] = gap(copy if low else mine[0], want)
     return work
 
 
