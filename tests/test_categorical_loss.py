@@ -57,13 +57,14 @@ def test_against_float64(K, tokens, dtype, device):
 
 
 def test_strides_and_axes(device):
-    """Padded and transposed logits, samples of several axes, one weight, no gradient asked for."""
+    """Padded and transposed logits, also of several windows, samples of several axes, one weight, with and without grad."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 27, (2, 3, 4), generator=g)
     for logits in (
         torch.randn(2, 3, 4, 32, generator=g)[..., :27],
         torch.randn(2, 4, 3, 27, generator=g).transpose(1, 2),
+        torch.randn(2, 1, 2, 20008, generator=g)[..., :20003],
     ):
+        x = torch.randint(0, 27, logits.shape[:-1], generator=g)
         want = ops.categorical_loss_ref(logits.double(), x, 2.0)
         got = ops.categorical_loss(logits.to(device), x.to(device), 2.0).cpu()
         assert float((got - want).abs().max()) <= 2e-6
@@ -71,6 +72,16 @@ def test_strides_and_axes(device):
                                torch.tensor([2.0], device=device))  # fmt: skip
         exact = with_gradient(ops.categorical_loss_ref, logits.double(), x, torch.tensor([2.0], dtype=torch.float64))
         assert float((graded[1] - exact[1]).abs().max() / exact[1].abs().max()) <= 2e-6
+
+
+@pytest.mark.parametrize("K", [2, 27])
+def test_a_sums_gradient_is_one_number_for_all_samples(K, device):
+    """Its stride over samples is 0: sample by sample the gradient of each one's own loss."""
+    logits, x, _ = (v.to(device) for v in case(K, 5, batch=3))
+    (all_of,) = torch.autograd.grad(ops.categorical_loss(logits.requires_grad_(), x).sum(), logits)
+    for b in range(3):
+        own = logits[b : b + 1].detach().requires_grad_()
+        assert torch.equal(torch.autograd.grad(ops.categorical_loss(own, x[b : b + 1])[0], own)[0], all_of[b : b + 1])
 
 
 @pytest.mark.parametrize("K", [2, 27])

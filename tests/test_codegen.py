@@ -70,7 +70,7 @@ SASS = """
         /*0040*/                   LDG.E.CONSTANT R8, desc[UR4][R6.64] ;     /* 0x0 */
         /*0050*/                   NOP ;                                     /* 0x0 */
         /*0060*/                   FFMA R{1}, R{2}.reuse, R12, -R{3} ;       /* 0x0 */
-        /*0070*/              @!P0 STG.E.128 desc[UR4][R4.64], R{4} ;        /* 0x0 */
+        /*0070*/              @!P0 STG.E.128 desc[UR4][R{5}.64], R{4} ;        /* 0x0 */
         /*0080*/                   FADD R1, R8, R8 ;                         /* 0x0 */
         /*0090*/                   EXIT ;                                    /* 0x0 */
 """
@@ -79,11 +79,12 @@ SASS = """
 @pytest.mark.parametrize(
     ("registers", "trips"),
     [
-        ((3, 16, 9, 30, 16), 1),  # the address's upper half is waited for, and R12, asked for before, has come too
-        ((10, 16, 9, 30, 16), 1),  # nothing reads the first load: one wait, for R12
-        ((2, 16, 8, 30, 16), 2),  # the second is for R8
-        ((3, 16, 9, 30, 8), 2),  # what a store writes is waited for
-        ((10, 16, 9, 14, 16), 1),  # R14 is one of the four that came with R12
+        ((3, 16, 9, 30, 16, 4), 1),  # the address's upper half is waited for, and R12, asked for before, has come too
+        ((10, 16, 9, 30, 16, 4), 1),  # nothing reads the first load: one wait, for R12
+        ((2, 16, 8, 30, 16, 4), 2),  # the second is for R8
+        ((3, 16, 9, 30, 8, 4), 2),  # what a store writes is waited for
+        ((3, 16, 9, 30, 16, 7), 2),  # and where to: R7 and R8
+        ((10, 16, 9, 14, 16, 4), 1),  # R14 is one of the four that came with R12
     ],
 )
 def test_round_trips_are_waits_before_the_first_store(registers, trips):
