@@ -57,7 +57,7 @@ def test_against_float64(K, tokens, dtype, device):
 
 
 def test_strides_and_axes(device):
-    """Padded and transposed logits, also of several windows, samples of several axes, one weight, with and without grad."""
+    """Padded and transposed logits, also of several windows; several axes; one weight; with and without a gradient."""
     g = torch.Generator().manual_seed(0)
     for logits in (
         torch.randn(2, 3, 4, 32, generator=g)[..., :27],
