@@ -1,0 +1,241 @@
+"""A known part of the sample: exact along the way and at the end, and nothing else is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff import schedules as S
+from fastdiff import solvers
+
+SHAPE = (3, 2, 6)
+KNOWN = torch.linspace(-1.5, 1.5, 12).view(1, 2, 6)
+MASK = torch.tensor([True, False, True, True, False, False]).view(1, 1, 6)
+
+
+def half(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+    """Some elementwise network, of the prediction it is taken for."""
+    return 0.5 * x + sum((0.1 * v for v in cond.values()), torch.zeros(()))
+
+
+def cond(known: Tensor = KNOWN, mask: Tensor | None = MASK) -> dict[str, Any]:
+    return {"known": known} if mask is None else {"known": known, "mask": mask}
+
+
+VP, EDM, FLOW, CHAIN = S.VP(), S.EDM(0.02, 20.0), S.Flow(2.0), S.Betas(S.linear_betas(1000))
+ODES = [
+    solvers.ddim(CHAIN, 12), solvers.ddim(CHAIN, 12, prediction="v"), solvers.euler(EDM, 12, prediction="edm"),
+    solvers.heun(EDM, 8, prediction="edm"), solvers.dpm2(VP, 8), solvers.dpmpp_2m(VP, 12, prediction="x0"),
+    solvers.dpmpp_3m(VP, 12, prediction="v"), solvers.unipc(VP, 12), solvers.deis(VP, 12), solvers.lms(EDM, 12),
+    solvers.ipndm(VP, 12), solvers.plms(CHAIN, 12), solvers.dpm_solver(VP, 6, order=3), solvers.euler(FLOW, 12,
+    prediction="flow"), solvers.heun(FLOW, 8, prediction="flow"), solvers.dpmpp_2m(S.VE(0.02, 20.0), 12),
+    solvers.ddim(S.Cosine(), 12, prediction="x0"), solvers.dpmpp_2m(VP, 12, prediction="score"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", ODES, ids=lambda p: f"{p.name}-{p.nfe}")
+def test_an_odes_known_part_is_its_noise_and_the_data_at_every_row(plan: fd.Plan) -> None:
+    """x_k = alpha_k y + sigma_k n with one n from the first row to the last, and y after it."""
+    model = fd.inpaint(half, plan)
+    x, seen = fd.sample(model, plan, SHAPE, seed=4, cond=cond(), trajectory=True)
+    y, where = KNOWN.double().expand(SHAPE), MASK.expand(SHAPE)
+    n = (seen.x[0].double() - plan.alpha[0] * y) / plan.sigma[0]
+    for k in range(plan.nfe):
+        want = plan.alpha[k] * y + plan.sigma[k] * n
+        assert float((seen.x[k] - want)[where].abs().max()) <= 2e-5 * max(1.0, plan.sigma[k])
+    last_is_x0 = not plan.A[-1, 0].any() and plan.b[-1, 0] == 1  # else a sum of eps, each a difference
+    assert float((x - y)[where].abs().max()) <= (2e-6 if last_is_x0 else 2e-5)
+    plain = fd.sample(half, plan, SHAPE, seed=4)
+    assert torch.equal(x[~where], plain[~where]) and not torch.allclose(x[where], plain[where])
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [solvers.ddpm(CHAIN, 10), solvers.ddim(CHAIN, 10, eta=0.5, prediction="v"), solvers.euler_ancestral(EDM, 10),
+     solvers.dpmpp_2m_sde(VP, 10), solvers.ddpm(S.BFNContinuous(0.03), 10, prediction="x0")],
+    ids=lambda p: p.name,
+)  # fmt: skip
+def test_a_stochastic_known_part_is_distributed_as_noised_data(plan: fd.Plan) -> None:
+    """Mean alpha_k y and deviation sigma_k of 40000 samples, to five standard errors."""
+    many, y = 40_000, 0.8
+    start = torch.full((many, 1), y)
+    noise = torch.randn(many, 1, generator=torch.Generator().manual_seed(0)) * plan.sigma[0]
+    x, seen = fd.sample(fd.inpaint(half, plan), plan, (many, 1), seed=1, cond=cond(start[:1], None),
+                        x_T=plan.alpha[0] * start + noise, trajectory=True)  # fmt: skip
+    for k in (1, plan.nfe // 2, plan.nfe - 1):
+        at = seen.x[k].double()
+        assert abs(float(at.mean()) - plan.alpha[k] * y) <= 5 * plan.sigma[k] / many**0.5 + 1e-6
+        assert abs(float(at.std()) / plan.sigma[k] - 1) <= 5 / (2 * many) ** 0.5
+    assert float((x - y).abs().max()) <= 2e-6
+
+
+@pytest.mark.parametrize("mode", ["auto", pytest.param("compile", marks=pytest.mark.compiled)])
+def test_modes_and_unrolled_agree(mode: str) -> None:
+    plan = solvers.dpmpp_2m(VP, 8)
+    model, start = fd.inpaint(half, plan), torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    want = fd.sample(model, plan, SHAPE, x_T=start, cond=cond(), mode="eager")
+    close = 1e-5 * float(want.abs().max())
+    assert float((fd.sample(model, plan, SHAPE, x_T=start, cond=cond(), mode=mode) - want).abs().max()) <= close
+    assert float((fd.Unrolled(model, plan)(start, cond=cond()) - want).abs().max()) <= close
+
+
+def test_what_is_not_known_may_be_nan_and_masks_may_differ_by_sample() -> None:
+    plan = solvers.dpmpp_2m(VP, 8)
+    model = fd.inpaint(half, plan)
+    holes = torch.where(MASK, KNOWN, torch.nan)
+    want = fd.sample(model, plan, SHAPE, seed=4, cond=cond())
+    assert torch.equal(fd.sample(model, plan, SHAPE, seed=4, cond=cond(holes, None)), want)
+    own = torch.stack(
+        [torch.zeros(2, 6, dtype=torch.bool), MASK.expand(1, 2, 6)[0], torch.ones(2, 6, dtype=torch.bool)]
+    )
+    x = fd.sample(model, plan, SHAPE, seed=4, cond=cond(KNOWN, own))
+    assert torch.equal(x[0], fd.sample(half, plan, SHAPE, seed=4)[0]) and torch.equal(x[1], want[1])
+    torch.testing.assert_close(x[2], KNOWN[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_guidance_does_not_move_what_is_known(batched: bool) -> None:
+    plan, label = solvers.dpmpp_2m(VP, 8), {"label": torch.ones(3, 1, 1)}
+    asked = {"uncond": {"label": torch.zeros(3, 1, 1)}, "guidance": 5.0, "batched_guidance": batched, "seed": 4}
+    x = fd.sample(fd.inpaint(half, plan), plan, SHAPE, cond={**cond(), **label}, **asked)
+    plain = fd.sample(half, plan, SHAPE, cond=label, **asked)
+    where = MASK.expand(SHAPE)
+    torch.testing.assert_close(x[where], KNOWN.expand(SHAPE)[where], rtol=0, atol=4e-6)
+    assert torch.equal(x[~where], plain[~where])
+
+
+def test_clean_data_as_the_models_input() -> None:
+    """c_in y at every row, where y is known; the noised state elsewhere."""
+    plan, inputs = solvers.heun(EDM, 6, prediction="edm"), []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        inputs.append(x.clone())
+        return half(x, t)
+
+    x = fd.sample(fd.inpaint(model, plan, clean=True), plan, SHAPE, seed=4, cond=cond())
+    where = MASK.expand(SHAPE)
+    for k, seen in enumerate(inputs):
+        torch.testing.assert_close(seen[where], (plan.c_in[k] * KNOWN.double()).float().expand(SHAPE)[where])
+    assert torch.equal(x, fd.sample(fd.inpaint(half, plan), plan, SHAPE, seed=4, cond=cond()))  # half is elementwise
+
+
+def test_a_learned_variance_keeps_its_plane() -> None:
+    plan = solvers.ddpm(CHAIN, 10, variance="learned_range")
+    planes: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([0.5 * x, torch.tanh(x)], 1)
+
+    wrapped = fd.inpaint(model, plan)
+    x = fd.sample(lambda x, t, **c: planes.append(wrapped(x, t, **c)) or planes[-1], plan, SHAPE, seed=4, cond=cond())
+    where = MASK.expand(SHAPE)
+    torch.testing.assert_close(x[where], KNOWN.expand(SHAPE)[where], rtol=0, atol=2e-6)
+    assert torch.equal(x[~where], fd.sample(model, plan, SHAPE, seed=4)[~where])
+    assert float(planes[0][:, 2:].abs().max()) <= 1 and planes[0].shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize("K", [2, 5])
+@pytest.mark.parametrize("readout", ["sample", "argmax", "mean"])
+@pytest.mark.parametrize("clean", [False, True])
+def test_classes(K: int, readout: str, clean: bool) -> None:
+    """Known tokens come out, -1 is unknown, and unknown ones are those of the model alone."""
+    plan = solvers.bfn_discrete(S.BFNDiscrete(1.5, K), 6, readout=readout)
+    tokens = torch.arange(8).view(1, 8) % K
+    tokens[0, ::3] = -1
+    model = fd.inpaint(lambda x, t: 2 * x, plan, clean=clean)
+    x = fd.sample(model, plan, (50, 8), seed=2, cond={"known": tokens})
+    known = (tokens >= 0).expand(50, 8)
+    assert torch.equal(x[known], tokens.expand(50, 8)[known])
+    assert torch.equal(x[~known], fd.sample(lambda x, t: 2 * x, plan, (50, 8), seed=2)[~known])
+    same = fd.sample(model, plan, (50, 8), seed=2, cond={"known": tokens.clamp(min=0), "mask": tokens >= 0})
+    assert torch.equal(same, x)
+
+
+def test_the_beliefs_about_a_known_class() -> None:
+    """z of a known class after i of n steps: K beta_i onehot up to a constant, plus noise of variance K beta_i."""
+    K, beta_1, n, many = 4, 2.0, 5, 4000
+    plan = solvers.bfn_discrete(S.BFNDiscrete(beta_1, K), n)
+    known = torch.full((1, 1), 3)
+    _, seen = fd.sample(
+        fd.inpaint(lambda x, t: x, plan), plan, (many, 1), seed=2, cond={"known": known}, trajectory=True
+    )
+    for i in range(1, n):
+        beta, z = beta_1 * (i / n) ** 2, seen.x[i, :, 0].double()
+        gap = z[:, 3] - z[:, :3].mean(1)
+        assert abs(float(gap.mean()) - K * beta) <= 5 * (K * beta * (4 / 3) / many) ** 0.5
+        assert abs(float(gap.var()) / (K * beta * 4 / 3) - 1) <= 5 * (2 / many) ** 0.5
+
+
+@pytest.mark.parametrize("readout", ["binned", "binned_mean"])
+def test_bins(readout: str) -> None:
+    plan = solvers.bfn_discretised(S.BFNContinuous(0.05), 8, bins=16, readout=readout)
+    centres = ((2 * torch.arange(12) + 1) / 16 - 1).view(1, 2, 6)
+    model = lambda x, t: torch.cat([0.3 * x, 0 * x - 1], 1)  # noqa: E731
+    x = fd.sample(fd.inpaint(model, plan), plan, SHAPE, seed=4, cond=cond(centres))
+    where = MASK.expand(SHAPE)
+    torch.testing.assert_close(x[where], centres.expand(SHAPE)[where], rtol=0, atol=2e-6)
+    assert torch.equal(x[~where], fd.sample(model, plan, SHAPE, seed=4)[~where])
+
+
+def test_half_precision_knows_to_its_own_digits() -> None:
+    plan = solvers.dpmpp_2m(VP, 12)
+    x = fd.sample(fd.inpaint(half, plan), plan, SHAPE, seed=4, cond=cond(), dtype=torch.bfloat16)
+    where = MASK.expand(SHAPE)
+    assert float((x - KNOWN)[where].abs().max()) <= 1.5 * 2.0**-8
+
+
+def test_a_module_stays_one() -> None:
+    plan, net = solvers.dpmpp_2m(VP, 4), torch.nn.Linear(6, 6)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = net
+
+    assert dict(fd.inpaint(Net(), plan).named_parameters()).keys() == {"model.layer.weight", "model.layer.bias"}
+    sampler = fd.Sampler(fd.inpaint(half, plan), plan)
+    x = sampler(SHAPE, seed=1, cond=cond())
+    assert torch.equal(pickle.loads(pickle.dumps(sampler))(SHAPE, seed=1, cond=cond()), x)  # noqa: S301 - made here
+    moved = sampler(SHAPE, seed=1, cond=cond(KNOWN + 1))
+    torch.testing.assert_close(moved[MASK.expand(SHAPE)], (x + 1)[MASK.expand(SHAPE)], rtol=0, atol=4e-6)
+
+
+PLAN = solvers.dpmpp_2m(VP, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({}, TypeError, "needs what is known: fd.sample"),
+        ({"known": KNOWN[0]}, ValueError, r"known must fit the samples, \(3, 2, 6\).*got \(2, 6\)"),
+        ({"known": KNOWN, "mask": MASK[..., :5]}, ValueError, r"mask must fit .*got \(1, 1, 5\)"),
+        ({"known": KNOWN, "mask": MASK.float()}, TypeError, "mask must be a bool tensor, got torch.float32"),
+        ({"known": KNOWN.numpy(), "mask": MASK}, TypeError, "known must be a tensor, got ndarray"),
+    ],
+)
+def test_errors_of_a_call(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        fd.sample(fd.inpaint(half, PLAN), PLAN, SHAPE, cond=arguments)
+
+
+def test_errors() -> None:
+    with pytest.raises(TypeError, match="must be callable"):
+        fd.inpaint(3, PLAN)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a fastdiff.Plan"):
+        fd.inpaint(half, "ddim")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="clean must be True or False, got 1"):
+        fd.inpaint(half, PLAN, clean=1)  # type: ignore[arg-type]
+    twice = dataclasses.replace(PLAN, times=np.array([*PLAN.times[:3], PLAN.times[2]]))
+    with pytest.raises(ValueError, match=r"calls its model at t = \S+ in rows 2 and 3 with different conversions"):
+        fd.inpaint(half, twice)
+    with pytest.raises(ValueError, match=r"must return the shape of its input, \(3, 2, 6\), got \(3, 5, 6\)"):
+        fd.sample(fd.inpaint(lambda x, t: x.new_zeros(3, 5, 6), PLAN), PLAN, SHAPE, cond=cond())
+    with pytest.raises(TypeError, match="must return a Tensor, got tuple"):
+        fd.sample(fd.inpaint(lambda x, t: (x,), PLAN), PLAN, SHAPE, cond=cond())
