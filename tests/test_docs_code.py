@@ -1,4 +1,4 @@
-"""The code of the training pages runs, and gives what its comments say."""
+"""The code of the pages on training and conditions runs, and gives what its comments say."""
 
 import re
 from pathlib import Path
@@ -39,3 +39,14 @@ def test_training(run):
     names = run("training.md")
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in names["policy"].parameters())
     assert names["loss"].shape == (64,) and all(p.grad.isfinite().all() for p in names["net"].parameters())
+
+
+def test_conditioning(run):
+    """Known numbers and tokens are there; a measured sum has its posterior, within five standard errors and 1 %."""
+    names = run("conditioning.md")
+    x, text, total = names["x"], names["text"], names["total"].double()
+    assert float((x[:, :4] - names["known"][:, :4]).abs().max()) <= 2e-6 and bool((x[:, 4:].std(0) > 0.3).all())
+    assert text[:, :5].tolist() == [[7, 4, 11, 11, 14]] * 4 and len(set(text[:, 5:].flatten().tolist())) > 5
+    mean, std = 2 / (1 + 0.1**2 / 2), (1 / (1 / 2 + 1 / 0.1**2)) ** 0.5
+    assert abs(float(total.mean()) - mean) <= 5 * std / 64 + 0.01 * std
+    assert abs(float(total.std()) / std - 1) <= 5 / 8192**0.5 + 0.01
