@@ -14,6 +14,7 @@ import fastdiff as fd
 from fastdiff import schedules as S
 from fastdiff import solvers
 from fastdiff.prediction import conversion
+from tests.replay import close, device_path  # noqa: F401 - one is a fixture
 
 MEAN, STD, NOISE, Y = 0.4, 0.7, 0.3, 1.1  # data N(MEAN, STD^2), measured once with deviation NOISE as Y
 POSTERIOR_VAR = 1 / (1 / STD**2 + 1 / NOISE**2)
@@ -115,6 +116,22 @@ def test_what_is_given_goes_to_log_prob_alone() -> None:
     for b in range(3):
         alone = fd.classifier_guidance(network(plan), plan, lambda x, t, b=b: measured(plan, x, t, float(y[b])))
         torch.testing.assert_close(fd.sample(alone, plan, SHAPE, seed=0)[b], x[b], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", ["x", "x0"])
+@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
+def test_graphs(of: str, mode: str, request: pytest.FixtureRequest) -> None:
+    """The backward pass is captured with the rest, and y is filled in."""
+    plan = solvers.dpmpp_2m(VP, 6, prediction="x0")
+    log_prob = lambda x, t, y: -((x - y) ** 2).flatten(1).sum(1) / 2  # noqa: E731
+    guided = fd.classifier_guidance(lambda x, t: torch.tanh(x), plan, log_prob, of=of, given=("y",), scale=0.3)
+    calls = [{"y": torch.full((3, 1, 1), v)} for v in (0.2, 1.0)]
+    want = [fd.sample(guided, plan, SHAPE, seed=1, cond=one) for one in calls]
+    assert not close(want[0], want[1])
+    request.getfixturevalue("device_path")
+    sampler = fd.Sampler(guided, plan, mode=mode)
+    assert all(close(sampler(SHAPE, seed=1, cond=one), x) for one, x in zip(calls, want, strict=True))
+    assert len(sampler._runs) == 1
 
 
 def test_beside_classifier_free_guidance_it_is_added_once() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff import schedules as S
 from fastdiff import solvers
+from tests.replay import close, device_path  # noqa: F401 - one is a fixture
 
 SHAPE = (3, 2, 6)
 KNOWN = torch.linspace(-1.5, 1.5, 12).view(1, 2, 6)
@@ -84,6 +85,19 @@ def test_modes_and_unrolled_agree(mode: str) -> None:
     close = 1e-5 * float(want.abs().max())
     assert float((fd.sample(model, plan, SHAPE, x_T=start, cond=cond(), mode=mode) - want).abs().max()) <= close
     assert float((fd.Unrolled(model, plan)(start, cond=cond()) - want).abs().max()) <= close
+
+
+@pytest.mark.parametrize("mode", ["step_graph", "loop_graph"])
+def test_graphs_are_filled_with_what_is_known(mode: str, request: pytest.FixtureRequest) -> None:
+    """One capture serves other data and other masks."""
+    plan = solvers.dpmpp_2m(VP, 6)
+    model = fd.inpaint(half, plan)
+    calls = [cond(), cond(KNOWN + 1, ~MASK)]
+    want = [fd.sample(model, plan, SHAPE, seed=1, cond=one) for one in calls]
+    request.getfixturevalue("device_path")
+    sampler = fd.Sampler(model, plan, mode=mode)
+    assert all(close(sampler(SHAPE, seed=1, cond=one), x) for one, x in zip(calls, want, strict=True))
+    assert len(sampler._runs) == 1
 
 
 def test_what_is_not_known_may_be_nan_and_masks_may_differ_by_sample() -> None:
