@@ -140,6 +140,28 @@ def test_clean_data_as_the_models_input() -> None:
     assert torch.equal(x, fd.sample(fd.inpaint(half, plan), plan, SHAPE, seed=4, cond=cond()))  # half is elementwise
 
 
+def test_clean_is_the_loop_of_diffusion_policy() -> None:
+    """Observed actions written into the trajectory before every call and after the last, by diffusers' DDIM."""
+    scheduler = pytest.importorskip("diffusers").DDIMScheduler(prediction_type="sample", clip_sample=False)
+    plan = fd.probe(scheduler, steps=10)
+    mix = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) / 6**0.5
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x @ mix)  # every action sees every other
+
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    got = fd.sample(fd.inpaint(model, plan, clean=True), plan, SHAPE, x_T=start, cond=cond())
+    scheduler.set_timesteps(10)
+    x, where = start.clone(), MASK.expand(SHAPE)
+    for t in scheduler.timesteps:
+        x[where] = KNOWN.expand(SHAPE)[where]
+        x = scheduler.step(model(x, t), t, x).prev_sample
+    x[where] = KNOWN.expand(SHAPE)[where]
+    torch.testing.assert_close(got, x, rtol=0, atol=5e-6)
+    noised = fd.sample(fd.inpaint(model, plan), plan, SHAPE, x_T=start, cond=cond())
+    assert float((noised - x).abs().max()) > 0.01
+
+
 def test_a_learned_variance_keeps_its_plane() -> None:
     plan = solvers.ddpm(CHAIN, 10, variance="learned_range")
     planes: list[Tensor] = []
