@@ -15,7 +15,14 @@ SAME = 1e-5  # relative; rows of one fp32 time
 
 
 def check_times(plan: Plan) -> None:
-    """Raises: ValueError for a plan whose rows at one time read the model's output differently."""
+    """Raises: ValueError for a plan that records no noise levels, and one whose rows at one time read the model's
+    output differently."""
+    unknown = ~(np.isfinite(plan.alpha) & np.isfinite(plan.sigma) & (plan.c_out != 0))
+    if unknown.any():
+        raise ValueError(
+            f"{plan.name} does not record what its model predicts at which alpha and sigma, first in row "
+            f"{int(np.argmax(unknown))} (a probed plan?); use a plan of fastdiff.solvers"
+        )
     times, table = _rows(plan)
     _, first, of = np.unique(times, return_index=True, return_inverse=True)
     differ = ~np.isclose(table, table[first[of]], rtol=SAME, atol=0, equal_nan=True).all(1)
@@ -32,12 +39,12 @@ def numbers_at(plan: Plan, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 
     The output that predicts x0 is m = of_x0 x0 + of_x x, a score g added to the model's is m + of_score g, the state is
     of_state x, and clean data as the model would see them of_clean x0.
-    Returns: of_x0, of_x, of_score, of_state, of_clean, fp32.
+    Returns: of_x0, of_x, of_score, of_state, of_clean, fp32; NaN at a time that is none of the plan's.
     """
     known, table = _times(plan, t.device), _table(plan, t.device)
     at = torch.searchsorted(known, t.float()).clamp(max=known.shape[0] - 1)
-    rows = table[at].view(*at.shape, *[1] * (x.dim() - 1), table.shape[1])
-    return rows.unbind(-1)
+    rows = torch.where((known[at] == t)[:, None], table[at], torch.nan)
+    return rows.view(*at.shape, *[1] * (x.dim() - 1), table.shape[1]).unbind(-1)
 
 
 def planes(m: object, x: Tensor) -> int:

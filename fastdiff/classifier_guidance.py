@@ -18,6 +18,7 @@ from fastdiff.request import check_pair
 __all__ = ["classifier_guidance"]
 
 LogProb = Callable[..., Tensor]
+HIDDEN = "no_grad, inference_mode or detach"
 
 
 def classifier_guidance(
@@ -34,16 +35,19 @@ def classifier_guidance(
         score' = score + scale g,  x0' = x0 + scale (sigma^2 / alpha) g,  eps' = eps - scale sigma g;  g = grad log_prob
 
     Args:
-        model: as in fd.sample. plan: the one it is sampled with.
+        model: as in fd.sample; where it is a function and log_prob a Module, tell fd.sample its dtype. plan: the one it
+            is sampled with; at other times the result is NaN.
         log_prob: (x, t, **those of `given`) -> [B], differentiable in x. x is the state x_t [B, *] fp32 (of "x"), for a
             classifier of noised data; or the model's x0, for a function of clean data (of "x0").
         scale: of the gradient; 1 samples p(x | y) where log_prob is log p(y | x_t).
-        of: "x", or "x0": the gradient goes through the model, as in diffusion posterior sampling.
+        of: "x", or "x0": the gradient goes through the model, as in diffusion posterior sampling. cond and uncond get
+            one each; let a model combine them itself where log_prob is to see the guided x0.
         given: names of the keyword arguments in cond that log_prob takes; the model takes the others.
     Returns: a Module (x, t, **cond), for fd.sample and Sampler in every mode, and Unrolled, whose gradients go through
         this one. A call is one more backward pass, of log_prob or of both.
-    Raises:  TypeError, ValueError: no plan; a plan of classes or bins, with rows of one time that read the model
-        differently, or with a row at alpha = 0, where x says nothing; an unknown `of`; a scale that is not finite.
+    Raises:  TypeError, ValueError: no plan; a plan of classes or bins, without noise levels, with rows of one time that
+        read the model differently, or with a row at alpha = 0, where x says nothing; an unknown `of`; a scale that is
+        not finite; in sampling a value that autograd cannot follow to x, or a model that it cannot ("x0").
     Source:  Dhariwal and Nichol 2021, arXiv:2105.05233, algorithms 1 and 2; Chung et al. 2023, arXiv:2209.14687 (x0).
     """
     check_pair(model, plan)
@@ -53,8 +57,8 @@ def classifier_guidance(
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if of not in ("x", "x0"):
         raise ValueError(f"unknown of={of!r}; valid: x, x0")
-    if isinstance(given, str):
-        raise TypeError(f'given must be a sequence of names, got {given!r}; write given=("{given}",)')
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f'given must be a sequence of names, such as ("y",), got {given!r}')
     if plan.readout != "affine":
         raise ValueError(f"guidance by a gradient needs a model of numbers, {plan.name} reads out {plan.readout!r}")
     if np.any(plan.alpha == 0):
@@ -92,6 +96,8 @@ class _Guided(torch.nn.Module):
             many = planes(m, x)
             if not many:
                 return m  # the sampler says what is wrong with it
+            if self.through and not m.requires_grad:
+                raise ValueError(f"the model's output does not depend on x through autograd ({HIDDEN} in it?)")
             mean = m if many == 1 else m[:, : x.shape[1]]  # a second plane is a learned variance
             value = self.log_prob((mean.float() - of_x * seen) / of_x0 if self.through else state, t, **mine)
             grad = _gradient(value, state, t, further)
@@ -107,5 +113,5 @@ def _gradient(value: object, state: Tensor, t: Tensor, further: bool) -> Tensor:
     if value.requires_grad:
         (grad,) = torch.autograd.grad(value.sum(), state, create_graph=further, allow_unused=True)
     if grad is None:
-        raise ValueError("log_prob does not depend on x through autograd (no_grad, detach or rounding in it?)")
+        raise ValueError(f"log_prob does not depend on x through autograd ({HIDDEN} in it?)")
     return grad

@@ -120,6 +120,14 @@ def _guide_options(guide: str, given: Mapping[str, Any] | None) -> None:
         check_rule(**given)
 
 
+def _known_parts(model: object, o: Options) -> None:
+    """What scales a whole sample would move what fd.inpaint knows of it."""
+    if isinstance(model, torch.nn.Module) and any(getattr(m, "keeps_known", False) for m in model.modules()):
+        for name, value, plain in (("guide", o.guide, "cfg"), ("threshold", o.threshold, None)):
+            if value != plain:
+                raise ValueError(f"fd.inpaint goes with {name}={plain!r}: {name}={value!r} scales what is known too")
+
+
 def _threshold(value: Any) -> tuple[float, float]:  # noqa: ANN401 - a pair of numbers
     try:
         quantile, maximum = map(float, value)
@@ -261,6 +269,7 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     _guide_options(o.guide, o.guide_options)
     if o.threshold is not None:
         o = o.but(threshold=_threshold(o.threshold))
+    _known_parts(model, o)
     if not callable(o.noise):
         _one_of("noise", o.noise, ("philox", "torch"))
     sources: list[Any] = [o.x_T, o.x_init, parameter]

@@ -6,6 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from fastdiff.ops._categorical import rows_of  # noqa: E402
 from fastdiff_kernels.categorical import covered  # noqa: E402
 
 
@@ -24,3 +25,19 @@ def test_whole_windows_are_read(token, inside, kernel_device):
     out = torch.full((16,), -1, dtype=torch.int32, device=kernel_device)
     covered_kernel[(1,)](out, token, 42_732, 50_257)
     assert out.tolist() == [1] * inside + [0] * (16 - inside)
+
+
+@pytest.mark.parametrize("num_classes", [3, 27, 64, 256, 4096, 16_385, 50_257])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_offsets_of_32_bits_are_those_that_all_lanes_fit(num_classes, padding):
+    """The last lane of the last tile, a token that is not there included: below 2^31 in every sample that is not wide,
+    and no sample is wide that has room for another tile and window."""
+    stride = num_classes + padding
+    last = 2**31 // stride
+    for tokens in range(last - 200, last + 2):
+        rows = rows_of(num_classes, tokens)
+        end = -(-tokens // rows.rows) * rows.rows
+        furthest = (end - 1) * stride + rows.pieces * rows.cols - 1
+        wide = rows.reach(tokens, stride) >= 2**31
+        assert wide or furthest < 2**31
+        assert not wide or furthest + 2 * rows.rows * stride + 2 * rows.cols * rows.pieces >= 2**31

@@ -225,6 +225,19 @@ def test_classes_outside_are_nan_in_the_kernel(kernel_device):
         errors = torch.empty(2, 1, device=kernel_device)
         torch.ops.fastdiff.categorical_loss(logits, x.to(kernel_device), errors, None, None)
         assert errors.isnan().flatten().tolist() == [False, True]
+    for K, programs in ((27, 1), (20003, 1)):
+        logits, x = torch.zeros(2, 3, K, device=kernel_device), torch.zeros(2, 3, dtype=torch.int64)
+        x[1, 2], x[1, 1] = K, -1
+        errors, token = torch.empty(2, programs, device=kernel_device), torch.empty(6, 4, device=kernel_device)
+        grad, scale, x = torch.empty_like(logits), torch.ones(2, device=kernel_device), x.to(kernel_device)
+        torch.ops.fastdiff.categorical_loss(logits, x, errors, None, token)
+        torch.ops.fastdiff.categorical_gradient(logits, x, token, scale, grad)
+        assert errors.isnan().flatten().tolist() == [False, True]
+        assert (
+            grad.isnan().all(-1).flatten().tolist()
+            == grad.isnan().any(-1).flatten().tolist()
+            == [False] * 4 + [True] * 2
+        )
 
 
 @pytest.mark.parametrize(

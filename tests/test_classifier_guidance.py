@@ -25,7 +25,7 @@ SHAPE = (3, 2, 4)
 def level(plan: fd.Plan, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """alpha, sigma, c_in and the conversion's numbers of the rows whose time is t, float64."""
     at = [int(np.argmin(np.abs(plan.times - float(v)))) for v in t]
-    return tuple(torch.from_numpy(v[at]).view(-1, *[1] * (x.dim() - 1))
+    return tuple(torch.tensor(v[at]).view(-1, *[1] * (x.dim() - 1))
                  for v in (plan.alpha, plan.sigma, plan.c_in, plan.c_skip, plan.c_out))  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def test_gradients_through_the_sampler(of: str) -> None:
     with torch.no_grad():
         h = 0.05  # a Gaussian energy: the sample is linear in y
         difference = (sampled(y + h) - sampled(y - h)) / (2 * h)
-    assert abs(float(slope / difference) - 1) <= 1e-4 and bool(weight.abs().max() > 0)
+    assert abs(float(slope.detach() / difference) - 1) <= 1e-4 and bool(weight.abs().max() > 0)
 
 
 @pytest.mark.compiled
@@ -216,7 +216,9 @@ def test_errors_of_a_call(log_prob: Any, says: str) -> None:
         ({"scale": float("nan")}, ValueError, "scale must be a finite number, got nan"),
         ({"scale": True}, ValueError, "scale must be a finite number, got True"),
         ({"of": "eps"}, ValueError, "unknown of='eps'; valid: x, x0"),
-        ({"given": "y"}, TypeError, r'write given=\("y",\)'),
+        ({"given": "y"}, TypeError, r"such as \(\"y\",\), got 'y'"),
+        ({"given": None}, TypeError, "sequence of names, .* got None"),
+        ({"plan": dataclasses.replace(PLAN, sigma=np.full(4, np.nan))}, ValueError, "alpha and sigma, first in row 0"),
         ({"plan": solvers.bfn_discrete(S.BFNDiscrete(1.5, 5), 3)}, ValueError, "reads out 'sample'"),
         ({"plan": solvers.ddim(S.Flow(), 4, prediction="flow")}, ValueError, r"alpha > 0, \S+ has alpha = 0 in row 0"),
         ({"plan": dataclasses.replace(PLAN, times=np.full(4, 0.5))}, ValueError, "rows 0 and 1 with different"),
@@ -226,6 +228,15 @@ def test_errors(change: dict[str, Any], error: type[Exception], says: str) -> No
     given: dict[str, Any] = {"model": lambda x, t: x, "plan": PLAN, "log_prob": lambda x, t: x.sum((1, 2)), **change}
     with pytest.raises(error, match=says):
         fd.classifier_guidance(given.pop("model"), given.pop("plan"), given.pop("log_prob"), **given)
+
+
+def test_a_model_that_hides_its_gradient_is_refused() -> None:
+    """Of x0 that is part of the answer: x0 depends on x without it too."""
+    hidden = torch.no_grad()(lambda x, t: 0.5 * x)
+    guided = fd.classifier_guidance(hidden, PLAN, lambda x, t: x.sum((1, 2)), of="x0")
+    with pytest.raises(ValueError, match=r"model's output does not depend on x through autograd \(no_grad"):
+        fd.sample(guided, PLAN, SHAPE)
+    fd.sample(fd.classifier_guidance(hidden, PLAN, lambda x, t: x.sum((1, 2))), PLAN, SHAPE)
 
 
 def test_an_output_that_is_none_is_the_samplers_to_refuse() -> None:
@@ -242,7 +253,7 @@ def test_the_numbers_are_those_of_the_conversion() -> None:
         plan = solvers.dpmpp_2m(VP, 5, prediction=name)
         c = conversion(name, plan.alpha, plan.sigma)
         x = torch.ones(5, 1)
-        of_x0, of_x, of_score, of_state, of_clean = numbers_at(plan, torch.from_numpy(plan.times).float(), x)
+        of_x0, of_x, of_score, of_state, of_clean = numbers_at(plan, torch.tensor(plan.times).float(), x)
         np.testing.assert_allclose((1 / of_x0)[:, 0], c.c_out, rtol=1e-6)
         np.testing.assert_allclose((of_x / of_x0)[:, 0] * c.c_in, -c.c_skip, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose((of_score / of_x0)[:, 0], plan.sigma**2 / plan.alpha, rtol=1e-6)

@@ -95,6 +95,25 @@ def test_round_trips_are_waits_before_the_first_store(registers, trips):
     assert round_trips(code) == trips
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        "STG.E.128 desc[UR4][R2.64], R4",
+        "STS [R6], R9",
+        "STS.64 [UR4], R6",
+        "ISETP.GE.AND P0, PT, R6, UR4, PT",
+        "R2UR UR6, R6",
+    ],
+)
+def test_every_register_that_is_read_is_waited_for(use):
+    """A wide store's last register; an address, a predicate's operand, a uniform register's source: no results of R."""
+    from fastdiff_bench.sass import instructions, round_trips
+
+    lines = ["LDG.E R6, desc[UR4][R2.64]", use, "STG.E desc[UR4][R2.64], R20"]
+    text = "\n".join(f"        /*{16 * i:04x}*/  {line} ;  /* 0x0 */" for i, line in enumerate(lines))
+    assert round_trips(instructions(text)) == 1
+
+
 def test_over_budget_is_seen():
     """A report past one limit, with narrow accesses and a clamp that loses NaN, is refused on each count."""
     from fastdiff_bench import codegen as c

@@ -220,6 +220,76 @@ def test_bins(readout: str) -> None:
     assert torch.equal(x[~where], fd.sample(model, plan, SHAPE, seed=4)[~where])
 
 
+@pytest.mark.parametrize("K", [2, 5])
+def test_classes_that_are_none(K: int) -> None:
+    """NaN logits for a class outside 0..K-1, whatever the mask says: found by check_finite, and nowhere else."""
+    plan = solvers.bfn_discrete(S.BFNDiscrete(1.5, K), 4)
+    model = fd.inpaint(lambda x, t: 2 * x, plan)
+    seen = x_of(plan, 3)
+    for wrong, mask in ((K, None), (K + 2**32, None), (-1, True)):
+        known = torch.tensor([[wrong, 1, -1]])
+        where = None if mask is None else torch.tensor([[True, True, False]])
+        m = model(seen, torch.full((2,), float(plan.times[0])), known=known, mask=where)
+        assert bool(m[:, 0].isnan().all()) and not bool(m[:, 1:].isnan().any())
+        with pytest.raises(ValueError, match="not finite, first at row 0"):
+            given = {"known": known} if where is None else {"known": known, "mask": where}
+            fd.sample(model, plan, (2, 3), cond=given, check_finite="raise")
+    with pytest.raises(TypeError, match=r"known must be a torch.int64 tensor, got torch.uint8"):
+        fd.sample(model, plan, (2, 3), cond={"known": torch.ones(1, 3, dtype=torch.uint8)})
+
+
+def x_of(plan: fd.Plan, tokens: int) -> Tensor:
+    return torch.zeros(2, tokens, 1 if plan.classes == 2 else plan.classes)
+
+
+@pytest.mark.parametrize("K", [2, 5])
+def test_clean_classes_as_the_models_input(K: int) -> None:
+    """2 onehot - 1 (K = 2: 2 k - 1) where known, what the flow believes elsewhere; that everywhere without clean."""
+    plan = solvers.bfn_discrete(S.BFNDiscrete(1.5, K), 4)
+    tokens = torch.tensor([[1, 0, -1, -1]])
+    for clean in (True, False):
+        inputs: list[Tensor] = []
+        model = fd.inpaint(lambda x, t, inputs=inputs: inputs.append(x.clone()) or 2 * x, plan, clean=clean)
+        fd.sample(model, plan, (3, 4), seed=0, cond={"known": tokens})
+        onehot = 2.0 * torch.nn.functional.one_hot(tokens[0, :2], K) - 1 if K > 2 else 2.0 * tokens[0, :2, None] - 1
+        assert all(torch.equal(x[:, :2], onehot.expand(3, 2, -1)) == clean for x in inputs)
+        assert all(float(x[:, 2:].abs().max()) < 1 for x in inputs)
+
+
+@pytest.mark.parametrize("output", [lambda x: (x,), lambda x: x[..., :3], lambda x: x[..., :1]])
+def test_an_output_that_is_none_is_the_samplers_to_refuse(output: Any) -> None:
+    plan = solvers.bfn_discrete(S.BFNDiscrete(1.5, 5), 4)
+    with pytest.raises((TypeError, ValueError), match="the model must return"):
+        fd.sample(fd.inpaint(lambda x, t: output(x), plan), plan, (2, 3), cond={"known": torch.ones(1, 3).long()})
+
+
+def test_what_scales_whole_samples_is_refused() -> None:
+    """A guidance rule, a threshold: both would move what is known; also where the model is wrapped once more."""
+    plan = solvers.dpmpp_2m(VP, 4)
+    labels = {"uncond": {"label": torch.zeros(3, 1, 1)}, "guidance": 2.0}
+    given = {**cond(), "label": torch.ones(3, 1, 1)}
+    model = fd.inpaint(half, plan)
+    outer = fd.classifier_guidance(model, plan, lambda x, t: x.flatten(1).sum(1))
+    for wrapped in (model, outer):
+        for guide in ("rescale", "apg", "zero_star"):
+            with pytest.raises(ValueError, match=f"goes with guide='cfg': guide='{guide}' scales"):
+                fd.sample(wrapped, plan, SHAPE, cond=given, guide=guide, **labels)
+        with pytest.raises(ValueError, match=r"goes with threshold=None: threshold=\(0.9, 3.0\) scales"):
+            fd.sample(wrapped, plan, SHAPE, cond=given, threshold=(0.9, 3.0))
+
+
+def test_a_clip_clips_it_and_an_early_end_leaves_it_noised() -> None:
+    clipped = solvers.dpmpp_2m(VP, 8, clip=(-1, 1))
+    where = MASK.expand(SHAPE)
+    x = fd.sample(fd.inpaint(half, clipped), clipped, SHAPE, seed=4, cond=cond())
+    torch.testing.assert_close(x[where], KNOWN.clamp(-1, 1).expand(SHAPE)[where], rtol=0, atol=2e-6)
+    early = solvers.dpmpp_2m(VP, 8, final="min")
+    x, seen = fd.sample(fd.inpaint(half, early), early, SHAPE, seed=4, cond=cond(), trajectory=True)
+    n = (seen.x[0] - early.alpha[0] * KNOWN) / early.sigma[0]
+    want = early.end[0] * KNOWN + early.end[1] * n
+    torch.testing.assert_close(x[where], want.float()[where], rtol=0, atol=5e-6)
+
+
 def test_half_precision_knows_to_its_own_digits() -> None:
     plan = solvers.dpmpp_2m(VP, 12)
     x = fd.sample(fd.inpaint(half, plan), plan, SHAPE, seed=4, cond=cond(), dtype=torch.bfloat16)
@@ -252,7 +322,7 @@ PLAN = solvers.dpmpp_2m(VP, 4)
         ({}, TypeError, "needs what is known: fd.sample"),
         ({"known": KNOWN[0]}, ValueError, r"known must fit the samples, \(3, 2, 6\).*got \(2, 6\)"),
         ({"known": KNOWN, "mask": MASK[..., :5]}, ValueError, r"mask must fit .*got \(1, 1, 5\)"),
-        ({"known": KNOWN, "mask": MASK.float()}, TypeError, "mask must be a bool tensor, got torch.float32"),
+        ({"known": KNOWN, "mask": MASK.float()}, TypeError, "mask must be a torch.bool tensor, got torch.float32"),
         ({"known": KNOWN.numpy(), "mask": MASK}, TypeError, "known must be a tensor, got ndarray"),
     ],
 )
@@ -268,6 +338,12 @@ def test_errors() -> None:
         fd.inpaint(half, "ddim")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="clean must be True or False, got 1"):
         fd.inpaint(half, PLAN, clean=1)  # type: ignore[arg-type]
+    silent = dataclasses.replace(PLAN, name="mine", alpha=np.array([*PLAN.alpha[:2], np.nan, 1.0]))
+    with pytest.raises(ValueError, match="mine does not record .* alpha and sigma, first in row 2"):
+        fd.inpaint(half, silent)
+    other = solvers.dpmpp_2m(VP, 5)
+    with pytest.raises(ValueError, match="not finite, first at row 1"):
+        fd.sample(fd.inpaint(half, PLAN), other, SHAPE, cond=cond(), check_finite="raise")
     twice = dataclasses.replace(PLAN, times=np.array([*PLAN.times[:3], PLAN.times[2]]))
     with pytest.raises(ValueError, match=r"calls its model at t = \S+ in rows 2 and 3 with different conversions"):
         fd.inpaint(half, twice)

@@ -35,15 +35,25 @@ def round_trips(code: list[Instruction]) -> int:
     waits = 0
     for _, op, operands in code:
         store = op.startswith("STG")
-        read = {n for operand in operands[not store :] for n in _registers(operand)}
+        writes = bool(operands) and operands[0].startswith(
+            "R"
+        )  # else what comes first is read: an address, a predicate
+        read = {n for operand in operands[writes:] for n in _registers(operand)}
+        if store:
+            read |= _all(op, operands[1])
         if read & pending:
             waits, pending = waits + 1, set()
         if store:
             break
         if op.startswith("LDG"):
-            (first,) = _registers(operands[0])
-            pending |= {first + i for i in range(next((n for w, n in WORDS.items() if f".{w}" in op), 1))}
+            pending |= _all(op, operands[0])
     return waits
+
+
+def _all(op: str, operand: str) -> set[int]:
+    """The registers of a load's result or a store's data, by the width in its name."""
+    words = next((n for width, n in WORDS.items() if f".{width}" in op), 1)
+    return {first + i for first in _registers(operand) for i in range(words)}
 
 
 def _registers(operand: str) -> list[int]:

@@ -125,6 +125,10 @@ class Rows(NamedTuple):
         """pieces, rounded up to a power of two."""
         return 1 << (self.pieces - 1).bit_length()
 
+    def reach(self, tokens: int, stride: int) -> int:
+        """An offset that none in a sample of tokens `stride` apart is above, masked ones included."""
+        return (tokens + self.rows) * stride + 2 * self.cols * self.pieces
+
 
 def rows_of(num_classes: int, tokens: int, *, heavy: bool = False, lanes: int = 32) -> Rows:
     """The windows of tokens of K classes; they depend on nothing but the sample, and so do its sums.

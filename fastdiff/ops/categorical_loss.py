@@ -39,8 +39,8 @@ def categorical_loss(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) ->
         x: int64 classes [B, *D].   weight: a number, or a tensor [B] or [1].
     Returns: [B] fp32 (float64 for float64 logits), differentiable once in logits and weight.
     Raises:  TypeError, ValueError: a wrong shape, dtype or device, K' = 0 or 2, classes outside 0..K-1 (on CUDA: NaN).
-    Numerics: fp32. One tensor of the logits' size is saved: the gradient in their dtype, or, on a GPU for fp32 and
-        for K > 32, the logits themselves, from which backward makes it, rounded once.
+    Numerics: fp32. One tensor of the logits' size is saved: the gradient in their dtype, or, on a GPU for K > 32,
+        in fp32 for K > 2, the logits themselves, from which backward makes it, rounded once.
     Source:  Graves et al. 2023, arXiv:2308.07037, eq. 205.
     """
     weight = _checked(logits, x, weight)
@@ -206,7 +206,7 @@ def _shape(rows: Rows, width: int, tokens: int, stride: int) -> dict[str, Any]:
     """The constexprs of the windows of logits whose rows are `stride` apart, beside dense ones."""
     shape: dict[str, Any] = {"PIECES": rows.pieces, "ROWS": rows.rows, "COLS": rows.cols, "num_warps": rows.num_warps}
     shape |= {"QUADS": width % 4 == 0, "VECTOR": vectors(width, tokens, [width, stride])}
-    return shape | {"WIDE": tokens * max(width, stride) > 2**31 - 2 * rows.cols}
+    return shape | {"WIDE": rows.reach(tokens, max(width, stride)) >= 2**31}
 
 
 def _launch_gradient(logits: Tensor, x: Tensor, token: Tensor, scale: Tensor, grad: Tensor) -> None:

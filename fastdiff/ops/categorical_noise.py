@@ -180,7 +180,7 @@ def _launch(
     part = None if rows.pieces == 1 else torch.empty(2, plane, dtype=torch.float32, device=x.device)
     shape: dict[str, Any] = {"ROWS": rows.rows, "COLS": rows.cols, "PIECES": rows.pieces, "WIDEST": rows.widest}
     shape |= {"QUADS": width % 4 == 0, "VECTOR": vectors(width, tokens, [width]), "num_warps": rows.num_warps}
-    shape["WIDE"] = tokens * width > 2**31 - 2 * rows.cols
+    shape["WIDE"] = rows.reach(tokens, width) >= 2**31
     for phase in (0,) if rows.pieces == 1 else (1, 2):
         args_here = (*args, part, width, tokens, *numbers, plane)
         _dispatch.run(kernels.categorical_noise_kernel, args_here, programs, batch, PHASE=phase, **shape)

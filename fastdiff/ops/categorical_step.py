@@ -278,7 +278,7 @@ def _launch(
     rows = rows_of(width, tokens, heavy=slots > 1, lanes=lanes)
     vector = vectors(width, tokens, [*strides, slot_stride] if width % 4 == 0 else strides)
     shape: dict[str, Any] = {"COLS": rows.cols, "QUADS": width % 4 == 0, "VECTOR": vector, "num_warps": rows.num_warps}
-    shape["WIDE"] = tokens * max([width, *strides]) > 2**31 - 2 * rows.cols
+    shape["WIDE"] = rows.reach(tokens, max([width, *strides])) >= 2**31
     if rows.pieces == 1:
         args = (state, model_out, uncond, model_in, classes, noise, gumbel, table, row, guidance, seeds, index, width)
         args = (*args, tokens, *weights, slot_stride, batch * tokens * in_row, state_row, model_row, uncond_row, in_row)

@@ -25,8 +25,8 @@ def errors_of(others, squares, top, m_x, x, K):
     one_over = 1.0 / (others + e_x)
     q = others * one_over
     s2 = squares * one_over * one_over
-    error = tl.where((x >= 0) & (x < K), tl.fma(q, q, s2), float("nan"))
-    return one_over, tl.fma(e_x * -one_over, q, s2), error
+    lost = tl.where((x >= 0) & (x < K), 0.0, float("nan"))
+    return one_over, tl.fma(e_x * -one_over, q, s2) + lost, tl.fma(q, q, s2) + lost
 
 
 @triton.jit
