@@ -219,7 +219,7 @@ def test_small_run_writes_everything_and_fails_its_targets(tmp_path, monkeypatch
     assert [r["part"] for r in content["rows"]] == ["spiral", "spiral", "digits", "digits"]
     assert content["missed"] and all(r["us_per_step"] > 0 for r in content["rows"])
     written = {p.name for p in tmp_path.iterdir()}
-    assert written == {"demo.json", *content["pictures"]} and len(content["pictures"]) == 12
+    assert written == {"demo.json", *content["pictures"]} and len(content["pictures"]) == 13
     for name in content["pictures"]:
         with Image.open(tmp_path / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5, name

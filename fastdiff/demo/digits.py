@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastdiff as fd
-from fastdiff.demo import plots
+from fastdiff.demo import conditions, plots
 from fastdiff.demo.data import DATA_STD, GRAY_LEVELS, Digits, digits
 from fastdiff.demo.measure import Case, Sampled, sample_case
 from fastdiff.demo.nets import DigitNet
@@ -89,4 +89,12 @@ def run(out: Path, *, seed: int, say: Say) -> Part:
         say(f"  {label}: confidence {row.metrics['confidence']:.3f}, {got.us:.0f} us a step")
     say("digits: drawing")
     part.pictures += plots.digit_pictures(out, data, sampled, classifier)
+    say("digits: completing real ones, asking for classes")
+    guide, _, _ = fit_classifier(data, seed=seed + 1)
+    asked = conditions.run(out, net, data, classifier, guide, seed=seed)
+    for name, value in asked.facts.items():
+        say(f"  {name}: {value:.3g}")
+    part.facts |= asked.facts
+    part.missed += asked.missed
+    part.pictures += asked.pictures
     return part
