@@ -15,13 +15,17 @@ SAME = 1e-5  # relative; rows of one fp32 time
 
 
 def check_times(plan: Plan) -> None:
-    """Raises: ValueError for a plan that records no noise levels, and one whose rows at one time read the model's
-    output differently."""
-    unknown = ~(np.isfinite(plan.alpha) & np.isfinite(plan.sigma) & (plan.c_out != 0))
+    """Raises: ValueError for a plan that records no noise levels, with a row whose x0 is not the model's, or with rows
+    of one time that read the model's output differently."""
+    unknown = ~(np.isfinite(plan.alpha) & np.isfinite(plan.sigma))
     if unknown.any():
         raise ValueError(
-            f"{plan.name} does not record what its model predicts at which alpha and sigma, first in row "
-            f"{int(np.argmax(unknown))} (a probed plan?); use a plan of fastdiff.solvers"
+            f"{plan.name} does not record the alpha and sigma of its rows, first of row {int(np.argmax(unknown))} "
+            "(a probed plan?); use a plan of fastdiff.solvers"
+        )
+    if (plan.c_out == 0).any():
+        raise ValueError(
+            f"{plan.name} takes nothing of x0 from its model's output in row {int(np.argmax(plan.c_out == 0))} (c_out = 0)"
         )
     times, table = _rows(plan)
     _, first, of = np.unique(times, return_index=True, return_inverse=True)

@@ -218,7 +218,11 @@ def test_errors_of_a_call(log_prob: Any, says: str) -> None:
         ({"of": "eps"}, ValueError, "unknown of='eps'; valid: x, x0"),
         ({"given": "y"}, TypeError, r"such as \(\"y\",\), got 'y'"),
         ({"given": None}, TypeError, "sequence of names, .* got None"),
-        ({"plan": dataclasses.replace(PLAN, sigma=np.full(4, np.nan))}, ValueError, "alpha and sigma, first in row 0"),
+        (
+            {"plan": dataclasses.replace(PLAN, sigma=np.full(4, np.nan))},
+            ValueError,
+            "alpha and sigma of its rows, first of row 0",
+        ),
         ({"plan": solvers.bfn_discrete(S.BFNDiscrete(1.5, 5), 3)}, ValueError, "reads out 'sample'"),
         ({"plan": solvers.ddim(S.Flow(), 4, prediction="flow")}, ValueError, r"alpha > 0, \S+ has alpha = 0 in row 0"),
         ({"plan": dataclasses.replace(PLAN, times=np.full(4, 0.5))}, ValueError, "rows 0 and 1 with different"),

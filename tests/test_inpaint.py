@@ -339,8 +339,10 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match="clean must be True or False, got 1"):
         fd.inpaint(half, PLAN, clean=1)  # type: ignore[arg-type]
     silent = dataclasses.replace(PLAN, name="mine", alpha=np.array([*PLAN.alpha[:2], np.nan, 1.0]))
-    with pytest.raises(ValueError, match="mine does not record .* alpha and sigma, first in row 2"):
+    with pytest.raises(ValueError, match="mine does not record the alpha and sigma of its rows, first of row 2"):
         fd.inpaint(half, silent)
+    with pytest.raises(ValueError, match=r"ddim_inversion takes nothing of x0 .* in row 0 \(c_out = 0\)"):
+        fd.inpaint(half, solvers.ddim_inversion(VP, 4))
     other = solvers.dpmpp_2m(VP, 5)
     with pytest.raises(ValueError, match="not finite, first at row 1"):
         fd.sample(fd.inpaint(half, PLAN), other, SHAPE, cond=cond(), check_finite="raise")
