@@ -23,9 +23,10 @@ def check_times(plan: Plan) -> None:
             f"{plan.name} does not record the alpha and sigma of its rows, first of row {int(np.argmax(unknown))} "
             "(a probed plan?); use a plan of fastdiff.solvers"
         )
-    if (plan.c_out == 0).any():
+    silent = plan.c_out == 0
+    if silent.any():
         raise ValueError(
-            f"{plan.name} takes nothing of x0 from its model's output in row {int(np.argmax(plan.c_out == 0))} (c_out = 0)"
+            f"{plan.name} takes nothing of x0 from its model's output in row {int(np.argmax(silent))} (c_out = 0)"
         )
     times, table = _rows(plan)
     _, first, of = np.unique(times, return_index=True, return_inverse=True)
