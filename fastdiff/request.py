@@ -122,10 +122,10 @@ def _guide_options(guide: str, given: Mapping[str, Any] | None) -> None:
 
 def _known_parts(model: object, o: Options) -> None:
     """What scales a whole sample would move what fd.inpaint knows of it."""
-    if isinstance(model, torch.nn.Module) and any(getattr(m, "keeps_known", False) for m in model.modules()):
-        for name, value, plain in (("guide", o.guide, "cfg"), ("threshold", o.threshold, None)):
-            if value != plain:
-                raise ValueError(f"fd.inpaint goes with {name}={plain!r}: {name}={value!r} scales what is known too")
+    scaling = [(n, v, v0) for n, v, v0 in (("guide", o.guide, "cfg"), ("threshold", o.threshold, None)) if v != v0]
+    if scaling and isinstance(model, torch.nn.Module) and any(getattr(m, "keeps_known", 0) for m in model.modules()):
+        name, value, plain = scaling[0]
+        raise ValueError(f"fd.inpaint goes with {name}={plain!r}: {name}={value!r} scales what is known too")
 
 
 def _threshold(value: Any) -> tuple[float, float]:  # noqa: ANN401 - a pair of numbers
