@@ -46,10 +46,8 @@ def numbers_at(plan: Plan, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     of_state x, and clean data as the model would see them of_clean x0.
     Returns: of_x0, of_x, of_score, of_state, of_clean, fp32; NaN at a time that is none of the plan's.
     """
-    known, table = _times(plan, t.device), _table(plan, t.device)
-    at = torch.searchsorted(known, t.float()).clamp(max=known.shape[0] - 1)
-    rows = torch.where((known[at] == t)[:, None], table[at], torch.nan)
-    return rows.view(*at.shape, *[1] * (x.dim() - 1), table.shape[1]).unbind(-1)
+    rows = _table(plan, t.device)[torch.searchsorted(_edges(plan, t.device), t.float(), right=True)]
+    return rows.view(*t.shape, *[1] * (x.dim() - 1), rows.shape[-1]).unbind(-1)
 
 
 def planes(m: object, x: Tensor) -> int:
@@ -71,7 +69,7 @@ def _rows(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 
 @traced_constant
-def _times(plan: Plan, device: torch.device) -> Tensor:
+def _edges(plan: Plan, device: torch.device) -> Tensor:
     return _kept(plan, device)[0]
 
 
@@ -81,11 +79,15 @@ def _table(plan: Plan, device: torch.device) -> Tensor:
 
 
 def _kept(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rising times [U] and their numbers [U, 5]; made once, and kept as long as the plan, since a graph reads them."""
+    """Every time and the fp32 number after it, rising [2 U]; the numbers between two of those, [2 U + 1, 5]: a time's
+    own, and NaN between times. Made once, and kept as long as the plan, since a graph reads them."""
     cache = plan.__dict__.setdefault("_at_time", {})
     if device not in cache:
         times, table = _rows(plan)
         times, first = np.unique(times, return_index=True)
+        edges = np.stack([times, np.nextafter(times, np.float32(np.inf))], axis=1).ravel()
+        between = np.full((len(edges) + 1, table.shape[1]), np.nan, np.float32)
+        between[1::2] = table[first]
         with lasting():
-            cache[device] = (torch.from_numpy(times).to(device), torch.from_numpy(table[first]).float().to(device))
+            cache[device] = (torch.from_numpy(edges).to(device), torch.from_numpy(between).to(device))
     return cache[device]  # type: ignore[no-any-return]

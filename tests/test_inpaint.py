@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff import schedules as S
@@ -160,6 +161,44 @@ def test_clean_is_the_loop_of_diffusion_policy() -> None:
     torch.testing.assert_close(got, x, rtol=0, atol=5e-6)
     noised = fd.sample(fd.inpaint(model, plan), plan, SHAPE, x_T=start, cond=cond())
     assert float((noised - x).abs().max()) > 0.01
+
+
+class Counted(TorchDispatchMode):
+    VIEWS = ("view", "unbind", "detach", "alias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ not in self.VIEWS:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_it_costs_five_operations() -> None:
+    model = fd.inpaint(lambda x, t: x, PLAN)
+    x, t = torch.ones(SHAPE), torch.full((3,), float(PLAN.times[1]))
+    model(x, t, **cond())  # makes the tables
+    with Counted() as counted:
+        model(x, t, **cond())
+    assert counted.names == ["searchsorted", "index", "mul", "addcmul", "where"]
+
+
+def test_times_that_are_neighbours_in_fp32_and_what_lies_beside_them() -> None:
+    """The row of each, exactly; NaN one fp32 number away, between them and beyond both ends."""
+    from fastdiff.at_time import numbers_at
+
+    near = np.float32(0.5)
+    times = np.array([np.float32(0.9), np.nextafter(near, np.float32(1)), near, np.float32(0.1)], np.float32)
+    plan = dataclasses.replace(PLAN, times=times.astype(np.float64))
+    x = torch.ones(4, 1)
+    of_x0 = numbers_at(plan, torch.from_numpy(times), x)[0][:, 0]
+    torch.testing.assert_close(of_x0, torch.tensor(1 / PLAN.c_out).float(), rtol=1e-6, atol=0)
+    other = np.array(
+        [np.nextafter(times[0], np.float32(1)), np.nextafter(near, np.float32(0)), 0.3, 0.0, 2.0], np.float32
+    )
+    assert bool(numbers_at(plan, torch.from_numpy(other), torch.ones(5, 1))[0].isnan().all())
 
 
 def test_a_learned_variance_keeps_its_plane() -> None:
