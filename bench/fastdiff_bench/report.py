@@ -87,13 +87,20 @@ def _demo(data: dict[str, Any]) -> list[str]:
     confidence = min(r["metrics"]["confidence"] for r in digits)
     rare = min(r["metrics"]["rarest_class"] for r in digits)
     common = max(r["metrics"]["commonest_class"] for r in digits)
+    facts, asked = data["facts"], ""
+    if "asked_class" in facts:
+        kept, seen = (100 * facts[name] for name in ("completed_class_pull", "asked_class"))
+        asked = (
+            f"; with an upper half given {kept:.0f} % keep the class (>= 65 %), of classes asked for {seen:.0f} % are seen "
+            "as them (>= 95 %)"
+        )
     missed = f" Missed: {'; '.join(data['missed'])}." if data["missed"] else ""
     return [
         f"Quality (`make demo`, {data['seconds']:.0f} s; the worst of all solvers, in brackets the target): spiral, "
         f"mean distance {ode:.4f} (<= 0.012) with ODE solvers at 40 evaluations, {sde:.4f} (<= 0.02) with "
         f"stochastic ones at 1000, curve to its nearest sample {cover:.4f} (<= 0.015); digits, a classifier's mean "
         f"confidence {confidence:.3f} (>= 0.85 of its value on real ones), class shares {100 * rare:.1f} to "
-        f"{100 * common:.1f} % (4 to 18 %).{missed}"
+        f"{100 * common:.1f} % (4 to 18 %){asked}.{missed}"
     ]
 
 
