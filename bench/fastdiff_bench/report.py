@@ -91,8 +91,8 @@ def _demo(data: dict[str, Any]) -> list[str]:
     if "asked_class" in facts:
         kept, seen = (100 * facts[name] for name in ("completed_class_pull", "asked_class"))
         asked = (
-            f"; with an upper half given {kept:.0f} % keep the class (>= 65 %), of classes asked for {seen:.0f} % are seen "
-            "as them (>= 95 %)"
+            f"; with an upper half given {kept:.0f} % keep the class (>= 65 %), of classes asked for {seen:.0f} % are "
+            "seen as them (>= 95 %)"
         )
     missed = f" Missed: {'; '.join(data['missed'])}." if data["missed"] else ""
     return [
