@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,7 @@ def langevin_snr(
     Returns: x' [B, *].
     Source: Song et al. 2021, arXiv:2011.13456, appendix G, algorithms 4 and 5.
     """
-    if not snr > 0:
-        raise ValueError(f"snr must be > 0, got {snr!r}")
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}; valid: {', '.join(NORMS)}")
+    _check(snr, norm)
     if not x.shape == score.shape == noise.shape:
         raise ValueError(f"x, score and noise must have one shape, got {[tuple(v.shape) for v in (x, score, noise)]}")
     of_noise, of_score = (
@@ -49,6 +47,13 @@ def langevin_snr(
     ratio = torch.where(of_score > 0, snr * of_noise / of_score, torch.zeros_like(of_score))
     step = (2 * alpha * ratio**2).view(-1, *[1] * (x.ndim - 1))
     return x + step * score + torch.sqrt(2 * step) * noise
+
+
+def _check(snr: float, norm: str) -> None:
+    if isinstance(snr, bool) or not isinstance(snr, Real) or not 0 < snr < np.inf:
+        raise ValueError(f"snr must be a finite number > 0, got {snr!r}")
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; valid: {', '.join(NORMS)}")
 
 
 class _Corrector:
@@ -137,8 +142,9 @@ def predictor_corrector(
     reference code has it (the paper's text can be read as the cumulative product).
     Source: Song et al. 2021, arXiv:2011.13456, algorithm 1 with 4 or 5.
     """
-    if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 0:
+    if isinstance(corrections, bool) or not isinstance(corrections, Integral) or corrections < 0:
         raise ValueError(f"corrections must be an integer >= 0, got {corrections!r}")
+    _check(snr, norm)
     request = resolve(model, plan, shape, Options().but(**sampling))
     if plan.readout != "affine":
         raise ValueError(f"plan {plan.name!r} reads its prediction out of {plan.classes} classes or bins: no score")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import TypedDict, get_type_hints
 
 import numpy as np
@@ -121,8 +122,10 @@ def points(
 ) -> Points:
     """The schedule at times t [N], with the conversion of `prediction` there."""
     alpha, sigma = schedule.alpha_sigma(t)
-    data = sigma_data if sigma_data is not None else getattr(schedule, "sigma_data", 0.5)
-    convert = conversion(prediction, alpha, sigma, sigma_data=data, sign=sign)
+    data: object = sigma_data if sigma_data is not None else getattr(schedule, "sigma_data", 0.5)
+    if isinstance(data, bool) or not isinstance(data, Real) or not 0 < float(data) < np.inf:
+        raise ValueError(f"sigma_data must be a finite number > 0, got {data!r}")
+    convert = conversion(prediction, alpha, sigma, sigma_data=float(data), sign=sign)
     times = np.log(sigma / alpha) / 4 if prediction == "edm" else schedule.model_time(t)
     return Points(t, alpha, sigma, _log_ratio(alpha, sigma), times, convert, _clip(clip))
 
@@ -232,7 +235,7 @@ def _spaced(
 
 def _check_spacing_options(spacing: object, options: GridOptions) -> None:
     rho = options.get("rho")
-    if rho is not None and (spacing not in RHO or not np.isfinite(rho) or rho <= 0):
+    if rho is not None and (spacing not in RHO or not isinstance(rho, Real) or not 0 < rho < np.inf):
         raise ValueError(f"rho must be > 0 and belongs to spacing {' and '.join(RHO)}, got rho={rho!r}, {spacing!r}")
     if _integer("steps_offset", options.get("steps_offset", 0), 0) and spacing != "leading":
         raise ValueError(f"steps_offset belongs to spacing 'leading', got spacing={spacing!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -185,6 +186,8 @@ def normal(
     if index is None:
         which = torch.zeros_like(keyed)
     else:
+        if not isinstance(index, Tensor) and not all(isinstance(i, Integral) and 0 <= i <= MASK for i in index):
+            raise ValueError(f"index must be integers in 0 .. 2**32 - 1, got {list(index)}")
         which = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64, device=where)
         which = which.to(where)
         if which.dtype != torch.int64 or which.shape != keyed.shape:
@@ -195,8 +198,8 @@ def normal(
         rows = row.to(where, torch.int64)
         lead: tuple[int, ...] = (row.numel(), batch)
     else:
-        if not 0 <= row <= MASK:
-            raise ValueError(f"row must be in 0 .. 2**32 - 1, got {row}")
+        if isinstance(row, bool) or not isinstance(row, Integral) or not 0 <= row <= MASK:
+            raise ValueError(f"row must be an integer in 0 .. 2**32 - 1, got {row!r}")
         rows, lead = torch.full((1,), row, dtype=torch.int64, device=where), (batch,)
     if not 0 <= stream <= MASK:
         raise ValueError(f"stream must be in 0 .. 2**32 - 1, got {stream}")

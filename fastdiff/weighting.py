@@ -46,7 +46,7 @@ WEIGHTINGS: dict[str, Callable[[_Level, WeightOptions], Tensor]] = {
     "truncated_snr": lambda v, o: torch.maximum(v.signal, v.noise),
     "edm": lambda v, o: v.signal + v.noise / o.sigma_data**2,
     "sigma2": lambda v, o: v.signal,
-    "likelihood": lambda v, o: v.signal * v.rate(),
+    "likelihood": lambda v, o: torch.where(v.signal == 0, 0.0, v.signal * v.rate()),  # where rate is infinite
     "p2": _p2,
 }
 

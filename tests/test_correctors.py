@@ -235,7 +235,7 @@ def outputs(model: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: langevin_snr(*tensors(), snr=0), ValueError, "snr must be > 0, got 0"),
+        (lambda: langevin_snr(*tensors(), snr=0), ValueError, "snr must be a finite number > 0, got 0"),
         (lambda: langevin_snr(*tensors(), norm="all"), ValueError, "valid: sample, batch"),
         (lambda: langevin_snr(*tensors()[:2], torch.zeros(2)), ValueError, "must have one shape"),
         (lambda: run("dpmpp_2m"), ValueError, "must have one slot"),

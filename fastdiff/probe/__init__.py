@@ -66,6 +66,8 @@ def probe(
         numbers that ride along. Plans are cached by class, config and arguments; functions by identity.
     """
     scheduler = hasattr(target, "step") and hasattr(target, "set_timesteps")
+    if scheduler and isinstance(target, type):
+        raise TypeError(f"probe needs a scheduler, got its class: {target.__name__}()")
     if not scheduler and not callable(target):
         raise TypeError(
             f"probe needs a scheduler (set_timesteps, step) or a sampler f(model, x, sigmas), got {target!r}"

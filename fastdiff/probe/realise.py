@@ -39,14 +39,17 @@ class Table(NamedTuple):
 def arrivals(seen: Observation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which row each draw belongs to, so that every row has at most one that counts, its last.
 
-    A draw that counts may come earlier than it was drawn (the plan keeps it in a slot), never later; draws keep their
-    order. Unused draws are counted where they were made, or in the nearest row that leaves the last place free.
+    A draw that counts belongs to the row whose result first shows it, not to the one before if it was drawn ahead of
+    a model call. It may come earlier (the plan keeps it in a slot), never later; draws keep their order. Unused draws
+    are counted where they were made, or in the nearest row that leaves the last place free.
     Returns: the rows of all inputs [J], which draws are used [J] bool, draws [N].
     """
     rows, N = seen.rows.copy(), len(seen.times)
     is_noise = seen.kinds == "n"
     size = np.abs(seen.state).max(axis=1, keepdims=True)
     used = is_noise & (np.abs(seen.state) > UNUSED * size).any(axis=0)
+    shown = (np.abs(seen.state) > UNUSED * size).argmax(axis=0) - 1
+    rows = np.where(used, np.maximum(rows, shown), rows)
     free = N - 1
     for j in np.flatnonzero(used)[::-1]:
         drawn, rows[j] = rows[j], min(rows[j], free)

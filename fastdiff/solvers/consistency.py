@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
 from typing import Unpack
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from fastdiff.grid import GridOptions, make_grid
 from fastdiff.plan import Plan
 from fastdiff.schedules import Betas, Schedule
+from fastdiff.solvers.multistep_sde import fraction
 
 __all__ = ["consistency", "lcm", "tcd"]
 
@@ -49,7 +51,7 @@ def lcm(
     Source: Luo et al. 2023, arXiv:2310.04378, algorithm 3; boundary: Song et al. 2023, arXiv:2303.01469, eq. 5.
     """
     scaling = (10.0 if isinstance(schedule, Betas) else np.inf) if timestep_scaling is None else timestep_scaling
-    if not scaling > 0:
+    if isinstance(scaling, bool) or not isinstance(scaling, Real) or not scaling > 0:
         raise ValueError(f"timestep_scaling must be > 0, got {timestep_scaling!r}")
     grid = make_grid(schedule, steps, _distilled_times(schedule, steps, original_steps, options))
     if np.isfinite(scaling):
@@ -74,8 +76,7 @@ def tcd(
     Returns: Plan, nfe = steps, 1 slot, order 1 at gamma = 0.
     Source: Zheng et al. 2024, arXiv:2402.19159, algorithm 2 (strategic stochastic sampling).
     """
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
+    gamma = fraction("gamma", gamma)
     grid = make_grid(schedule, steps, _distilled_times(schedule, steps, original_steps, options))
     n = len(grid.at.t) - grid.clean
     at, chain = grid.t[1 : n + 1], isinstance(schedule, Betas)

@@ -10,6 +10,7 @@ import numpy as np
 from fastdiff.grid import Grid, GridOptions, make_grid
 from fastdiff.plan import Plan
 from fastdiff.schedules import Schedule
+from fastdiff.solvers.multistep_sde import fraction
 
 __all__ = ["ddim", "ddpm", "euler", "euler_ancestral"]
 
@@ -72,8 +73,7 @@ def ddim(
     Returns: Plan, nfe = steps, 1 slot, order 1 (eta = 0).
     Source: Song et al. 2021, arXiv:2010.02502, eq. 12 and 16.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta!r}")
+    eta = fraction("eta", eta)
     grid = make_grid(schedule, steps, options)
     A, b, s = _gaussian_rows(grid, eta)
     d = None

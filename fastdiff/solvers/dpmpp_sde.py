@@ -55,6 +55,7 @@ def dpmpp_sde(
     part = mid.lam - grid.lam[now]
     (down_r, up_r), (down, up) = _ancestral(part, eta), _ancestral(h, eta)
     share = np.expm1(-part) / np.expm1(-h) if path == "sigma" else np.expm1(2 * part) / np.expm1(2 * h)
+    share = np.minimum(share, 1.0)  # of r = 1 it is, to rounding
     gain = -grid.alpha[then] * np.expm1(np.log(np.where(down > 0, down, 1)) - h)
     gain = np.where(down > 0, gain, grid.alpha[then])
     A, b, s = np.zeros((n + two, 2, 2)), np.zeros((n + two, 2)), np.zeros((n + two, 2))

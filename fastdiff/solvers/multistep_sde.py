@@ -27,6 +27,13 @@ def nonnegative(**values: float) -> tuple[float, ...]:
     return tuple(float(value) for value in values.values())
 
 
+def fraction(name: str, value: float) -> float:
+    """The option as Python's float; refuses what is no number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    return float(value)
+
+
 def _moments(H: np.ndarray, count: int) -> np.ndarray:
     """[count, N] mu_k = H int_0^1 exp(-H (1 - s)) s^k ds = k! H phi_{k+1}(-H); 1 for infinite H."""
     finite = np.isfinite(H)

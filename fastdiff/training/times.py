@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -214,7 +215,7 @@ class ImportanceTimes:
 
 
 def _check_batch(batch: int) -> None:
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
+    if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 0:
         raise ValueError(f"batch must be an int >= 0, got {batch!r}")
 
 
