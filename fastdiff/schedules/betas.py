@@ -25,7 +25,7 @@ class Betas(Schedule):
     """
 
     def __init__(self, betas: Sequence[float] | np.ndarray | torch.Tensor) -> None:
-        host = betas.detach().double().cpu().numpy() if isinstance(betas, torch.Tensor) else betas
+        host = betas.detach().cpu().double().numpy() if isinstance(betas, torch.Tensor) else betas
         values = np.array(host, np.float64)
         if values.ndim != 1 or values.size == 0:
             raise ValueError(f"betas must be a non-empty 1-D array, got shape {values.shape}")
