@@ -114,7 +114,7 @@ def log_likelihood(
         probe a sample, of Philox; unbiased) or "exact" (one backward pass an element). t_end: default 0 where the
         schedule has noise there, else 1e-5. t_start: default the schedule's. prior: x [B, *] -> ln p [B] at t_start,
         default N(0, sigma^2 I). seed, seeds: of the probes. rtol, atol: of the integrator (Runge-Kutta 4(5) of scipy,
-        else torchdiffeq); a chain's field has a kink at every index, so 1e-5 gives it 1e-3 nats. The rest: see drift.
+        else torchdiffeq); a chain's field has a kink at every index and meets them slowly. The rest: see drift.
     Returns: [B] float64, in nats.
     Raises: ImportError without scipy and torchdiffeq; ValueError for bad options, or a model autograd does not follow;
         RuntimeError if integration fails.

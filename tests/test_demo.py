@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastdiff import demo
 from fastdiff.cli import main
-from fastdiff.demo import data, denoising, digits, nets, plain, plots, report, spiral, train
+from fastdiff.demo import conditions, data, denoising, digits, nets, plain, plots, report, spiral, train
 from fastdiff.demo.measure import Case, sample_case
 
 VP = fd.schedules.VP()
@@ -225,6 +225,20 @@ def test_small_run_writes_everything_and_fails_its_targets(tmp_path, monkeypatch
             assert np.asarray(picture.convert("L")).std() > 5, name
             if name.endswith(".gif"):
                 assert picture.n_frames >= 12
+
+
+def test_the_pull_is_the_log_probability_of_what_is_known():
+    """-sum of d^2 / (2 var) over the known rows alone, var = sigma^2 / (alpha^2 + sigma^2) = sigma^2 of VP; a class's
+    is its logarithm."""
+    t, target = torch.tensor([0.3, 0.8]), torch.zeros(2, 1, 8, 8)
+    off = torch.full_like(target, 0.5)
+    off[..., conditions.ROWS :, :] = 7.0
+    want = -conditions.ROWS * 8 * 0.25 / (2 * VP.sigma(t).float() ** 2)
+    torch.testing.assert_close(conditions._agreement(off, t, target), want, rtol=1e-5, atol=0)
+    logits = torch.tensor([[1.0, 2.0, 0.5]])
+    got = conditions._log_class(lambda x: logits, target[:1], torch.tensor([1]))
+    assert abs(float(got) - (2 - math.log(math.e + math.e**2 + math.e**0.5))) < 1e-6
+    assert conditions._share(lambda x: logits.expand(2, 3), target, torch.tensor([1, 0])) == 0.5
 
 
 def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,25 @@ from fastdiff_kernels.tiles import load_float, sample_size, tile
 
 
 @triton.jit
+def window_of(
+    logits_ptr, x_ptr, first, K, tokens, logits_row, PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    QUADS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What a program reads: sample, tokens, K, classes, the window's first class, logits, true classes."""
+    b = tl.program_id(1).to(tl.int64) + first
+    if QUADS:
+        K = K // 4 * 4
+    d = tl.program_id(0) // PIECES * ROWS + tl.arange(0, ROWS)
+    if WIDE:
+        d = d.to(tl.int64)
+    _, k, start = window(d, tl.program_id(0) % PIECES, K, ROWS, COLS, QUADS)
+    near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR)
+    x = tl.load(x_ptr + b * tokens + d, mask=d < tokens, other=0)
+    at = begin(logits_ptr, b * tokens, logits_row, VECTOR) + spots(d, start, logits_row, COLS, QUADS, VECTOR)
+    return b, d, K, k, start, load_float(at, near), x
+
+
+@triton.jit
 def errors_of(others, squares, top, m_x, x, K):
     """Of tokens, from their sums without x: 1 / sum_k exp(m_k - top), s and the error."""
     e_x = tl.exp2((m_x - top) * LOG2E)
@@ -62,20 +81,11 @@ def categorical_loss_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (tiles of ROWS tokens times PIECES, samples); ROWS is 1 where PIECES is more."""
-    b = tl.program_id(1).to(tl.int64) + first
-    piece = tl.program_id(0) % PIECES
-    plane = plane.to(tl.int64)
-    if QUADS:
-        K = K // 4 * 4
-    d = tl.program_id(0) // PIECES * ROWS + tl.arange(0, ROWS)
-    if WIDE:
-        d = d.to(tl.int64)
-    _, k, start = window(d, piece, K, ROWS, COLS, QUADS)
+    b, d, K, k, start, m, x = window_of(
+        logits_ptr, x_ptr, first, K, tokens, logits_row, PIECES, ROWS, COLS, QUADS, VECTOR, WIDE
+    )
     base = b * tokens
-    near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR)
-    m_ptr = begin(logits_ptr, base, logits_row, VECTOR)
-    x = tl.load(x_ptr + base + d, mask=d < tokens, other=0)
-    m = load_float(m_ptr + spots(d, start, logits_row, COLS, QUADS, VECTOR), near)
+    plane = plane.to(tl.int64)
     inside = within(d, k, tokens, K, QUADS)
     m = tl.where(inside, m, float("-inf"))
     top = finite_top(m) if PIECES > 1 else tl.max(m, axis=1)
@@ -85,13 +95,15 @@ def categorical_loss_kernel(
     other = tl.where(at_x, 0.0, e)
     others, squares = tl.sum(other, axis=1), tl.sum(other * other, axis=1)
     if PIECES > 1:
-        at = part_ptr + (base + d) * PIECES + piece
+        at = part_ptr + (base + d) * PIECES + tl.program_id(0) % PIECES
         tl.store(at, tl.max(m, axis=1))
         tl.store(at + plane * PIECES, others)
         tl.store(at + 2 * plane * PIECES, squares)
     else:
         valid = (x >= 0) & (x < K) & (d < tokens)
-        m_x = tl.load(m_ptr + (d * logits_row + short), mask=valid, other=0.0).to(tl.float32)
+        m_x = tl.load(begin(logits_ptr, base, logits_row, VECTOR) + (d * logits_row + short), mask=valid, other=0.0).to(
+            tl.float32
+        )
         one_over, s, error = errors_of(others, squares, top, m_x, x, K)
         keep(token_ptr, base + d, d, tokens, top, one_over, s, error, ROWS)
         total = one_over_tokens * tl.sum(tl.where(d < tokens, error, 0.0), axis=0)
@@ -167,18 +179,10 @@ def categorical_gradient_kernel(
     MATH: tl.constexpr,
 ):
     """Grid (tiles of ROWS tokens times PIECES, samples): scale / tokens times the gradient."""
-    b = tl.program_id(1).to(tl.int64) + first
-    piece = tl.program_id(0) % PIECES
-    if QUADS:
-        K = K // 4 * 4
-    d = tl.program_id(0) // PIECES * ROWS + tl.arange(0, ROWS)
-    if WIDE:
-        d = d.to(tl.int64)
-    _, k, start = window(d, piece, K, ROWS, COLS, QUADS)
+    b, d, K, k, start, m, x = window_of(
+        logits_ptr, x_ptr, first, K, tokens, logits_row, PIECES, ROWS, COLS, QUADS, VECTOR, WIDE
+    )
     base = b * tokens
-    near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR)
-    m = load_float(begin(logits_ptr, base, logits_row, VECTOR) + spots(d, start, logits_row, COLS, QUADS, VECTOR), near)
-    x = tl.load(x_ptr + base + d, mask=d < tokens, other=0)
     kept = token_ptr + (base + d) * 4
     top = tl.load(kept, mask=d < tokens, other=0.0)
     one_over = tl.load(kept + 1, mask=d < tokens, other=0.0)
