@@ -351,11 +351,11 @@ def run(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
         if path is not None:
             data = {"triton": triton.__version__, "complete": len(found) == len(work), "reports": found}
             write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+        trips = f"{report['round_trips']} trips  " if "round_trips" in report else ""
         print(
             f"{report['target']:7s} {case.name:42s} {report['per_element']:6.1f}/el  {report['registers']:3d} regs"
             f"  {report['spills']} spills  {report['shared']} smem  {report['barriers']} bar  "
-            f"{report.get('round_trips', '?')} trips  "
-            f"{report['tile_accesses']}{'  OVER: ' + '; '.join(missed) if missed else ''}",
+            f"{trips}{report['tile_accesses']}{'  OVER: ' + '; '.join(missed) if missed else ''}",
             flush=True,
         )
     for report in {r["case"]: r for r in found}.values():

@@ -132,7 +132,7 @@ def _training(dtype: str, lanes: int) -> Iterator[Case]:
     reads["part_ptr"] = "*fp32"
     yield Case(f"categorical_loss/k50257/{dtype}", "categorical_loss", "categorical_loss_kernel", reads, constants,
                loads=(dtype,), stores=(), scalars=4, indices=16, **fields)  # fmt: skip
-    widest = 1 << (pieces - 1).bit_length()
+    widest = constants["WIDEST"]
     parts = {"PIECES": pieces, "WIDEST": widest, "ROWS": WHOLE, "COLS": widest}
     yield Case(f"categorical_error/k50257/{dtype}", "categorical_loss", "categorical_error_kernel", reads, parts,
                loads=(), stores=(), scalars=3 * 4 + 8, indices=16, num_warps=4, lanes=lanes)  # fmt: skip
