@@ -12,7 +12,7 @@ from fastdiff.allocate import Allocation, allocate, liveness
 from fastdiff.grid import Points
 from fastdiff.lasting import lasting
 from fastdiff.prediction import factored
-from fastdiff.readout import BINNED, CATEGORICAL, check_readout, sentence
+from fastdiff.readout import BINNED, CATEGORICAL, CLASSES, ORDERS, check_readout, sentence
 
 __all__ = ["MAX_SLOTS", "ROW_HEADER", "Plan", "row_width", "stays_small"]
 
@@ -49,7 +49,8 @@ class Plan:
         after the last row.
         guidance: None or [N], the weight w of a row, used where sampling gives none.
         readout: how p comes from the model's output, affine as above or fastdiff.readout.READOUTS: p of K classes or
-        bins. classes: K, 0 for affine. last_readout: the last row's, default `readout`.
+        bins; of tokens A, b, d, s mean what fastdiff.solvers.masked says. classes: K, 0 for affine. mask: the id of a
+        masked token. last_readout: the last row's, default `readout`.
         log_var_lo, log_var_hi: None, or [N] for models that return a second plane v: n is then scaled by
         exp((f log_var_hi + (1 - f) log_var_lo) / 2), f = (v + 1) / 2.
     Raises: ValueError for wrong shapes, entries that are not finite, a start or end that is not clean where it must be.
@@ -77,6 +78,7 @@ class Plan:
     readout: str = "affine"
     classes: int = 0
     last_readout: str = ""
+    mask: int = -1
     log_var_lo: np.ndarray | None = None
     log_var_hi: np.ndarray | None = None
     _device_tables: dict[torch.device, torch.Tensor] = field(init=False, default_factory=dict, repr=False)
@@ -132,7 +134,7 @@ class Plan:
             raise ValueError(
                 f"plan {self.name!r}: the first row reads slots {sorted(self._need[0])}, only 0 exists there"
             )
-        if self.end == (1.0, 0.0):
+        if self.end == (1.0, 0.0) and self.readout not in ORDERS:
             if self.s[-1, 0] != 0:
                 raise ValueError(f"plan {self.name!r}: the last row adds noise ({self.s[-1, 0]:g}) to the clean sample")
             only_p = not np.any(self.A[-1, 0]) and self.d[-1, 0] == 0
@@ -188,7 +190,7 @@ class Plan:
     def beyond_table(self) -> str:
         """What rows do besides clamping and the affine map of x, m and n that their table is; "" where that is all."""
         if self.readout != "affine":
-            return "reads out classes or bins"
+            return "reads out classes, bins or tokens"
         return "learns its variance" if self.learned_variance else ""
 
     @property
@@ -223,8 +225,12 @@ class Plan:
 
         fp32 slots read and written plus the model's output (two of them when guided). The low-precision copy of the
         next model input is not counted, but for classes, whose input 2 theta - 1 is never the state itself. Bins are
-        read out before the step (and guided before that).
+        read out before the step (and guided before that). Of tokens an element is a logit, and those of tokens that a
+        row can change are read.
         """
+        if self.readout in ORDERS:
+            read = self.sigma * (self.b[:, 0] if self.readout == "random" else 1) / (self.d.max() + 1)
+            return model_bytes * (1 + guided) * read
         a = self._allocation
         uses_m = np.any(self.d != 0, axis=1) | (np.any(self.b != 0, axis=1) & (self.c_out != 0))
         slots = np.sum(a.read >= 0, axis=1) + np.sum(a.write >= 0, axis=1)
@@ -242,7 +248,7 @@ class Plan:
         accurate; what c_ratio leaves over joins d. A slot that is p alone stays so too, to be stored as it is.
         """
         c_skip, c_out = self._conversion
-        free = np.isneginf(self.lo) & np.isposinf(self.hi) & (c_out != 0) & (self.readout not in CATEGORICAL)
+        free = np.isneginf(self.lo) & np.isposinf(self.hi) & (c_out != 0) & (self.readout not in CLASSES)
         alone = ~self.A.any(-1) & (self.d == 0) & (np.arange(self.slots) > 0)
         b = np.where(free[:, None] & ~alone, self.b, 0.0)
         own, x = self.A[:, :, 0], b * c_skip[:, None]
@@ -283,6 +289,8 @@ class Plan:
 
 
 def _terms(plan: Plan, k: int, i: int) -> str:
+    if plan.readout in ORDERS:
+        return "  ".join(f"{name} {getattr(plan, name)[k].item():.5g}" for name in "Abds")
     parts = [(plan.A[k, i, j], f"S{j}") for j in range(plan.slots)]
     parts += [(plan.b[k, i], "p"), (plan.d[k, i], "m"), (plan.s[k, i], "n")]
     text = " ".join(f"{c:+.5g} {name}" if c != 1 else f"+ {name}" for c, name in parts if c != 0)

@@ -1,4 +1,4 @@
-"""What turns a model's output into the prediction p of a row: an affine map, or a readout of classes or bins."""
+"""What turns a model's output into the prediction p of a row: an affine map, or a readout of classes, bins or tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 if TYPE_CHECKING:
     from fastdiff.plan import Plan
 
-__all__ = ["BINNED", "CATEGORICAL", "DECIDED", "READOUTS", "check_readout", "sentence"]
+__all__ = ["BINNED", "CATEGORICAL", "CLASSES", "DECIDED", "ORDERS", "READOUTS", "check_readout", "sentence"]
 
 DECIDED = ("sample", "argmax")  # readouts that name one class
 CATEGORICAL = (*DECIDED, "mean")
 BINNED = ("binned", "binned_mean")
-READOUTS = ("affine", *CATEGORICAL, *BINNED)
+ORDERS = ("random", "confidence", "margin", "entropy")  # of unmasking tokens
+CLASSES = (*CATEGORICAL, *ORDERS)  # plans that sample int64 classes
+READOUTS = ("affine", *CATEGORICAL, *BINNED, *ORDERS)
 MEANING = {
     "sample": "p = one-hot(k), k ~ Categorical(softmax(m))",
     "argmax": "p = one-hot(k), k = argmax m",
@@ -31,6 +33,12 @@ BINARY = {
 
 def sentence(plan: Plan) -> str:
     """The readout for people, in the names of a plan."""
+    if plan.readout in ORDERS:
+        which = "b of the masked" if plan.readout == "random" else f"the surest b of the masked, by {plan.readout},"
+        return (
+            f"{plan.classes} classes, mask {plan.mask}: k = argmax(m + s g), g Gumbel noise; {which} tokens of block d "
+            f"become k, its others stay with probability A, else are masked again"
+        )
     if plan.readout in BINNED:
         return f"{plan.classes} bins: {MEANING[plan.readout]}"
     meaning, seen = (BINARY, "2 sigmoid(S0) - 1") if plan.classes == 2 else (MEANING, "2 softmax(S0) - 1")
@@ -49,6 +57,11 @@ def check_readout(plan: Plan) -> None:
         raise ValueError(f"{name}: unknown readout {plan.readout!r}; valid: {', '.join(READOUTS)}")
     if isinstance(plan.classes, bool) or not isinstance(plan.classes, int | np.integer):
         raise TypeError(f"{name}: classes must be an integer, got {plan.classes!r}")
+    if plan.readout in ORDERS:
+        _check_order(plan, name)
+        return
+    if plan.mask != -1:
+        raise ValueError(f"{name}: readout {plan.readout!r} has no mask, got {plan.mask!r}")
     if plan.readout == "affine":
         if plan.classes or plan.last_readout != "affine":
             raise ValueError(
@@ -73,3 +86,18 @@ def check_readout(plan: Plan) -> None:
     last = np.append(plan.A[-1, 0], plan.b[-1, 0])
     if plan.end != (1.0, 0.0) or np.any(last[:-1]) or last[-1] != 1:
         raise ValueError(f"{name}: the last row of readout {plan.readout!r} must be S0 = p, with end (1, 0)")
+
+
+def _check_order(plan: Plan, name: str) -> None:
+    """A plan of tokens: A and b are probabilities, d a block, s a temperature."""
+    if plan.classes < 2:
+        raise ValueError(f"{name}: readout {plan.readout!r} needs at least 2 classes, got {plan.classes}")
+    if isinstance(plan.mask, bool) or not isinstance(plan.mask, int | np.integer) or not 0 <= plan.mask <= plan.classes:
+        raise ValueError(f"{name}: mask must be an integer in 0..{plan.classes}, got {plan.mask!r}")
+    if plan.slots != 1 or plan.last_readout != plan.readout or plan.clamped or np.any(plan.c_in != 1):
+        raise ValueError(f"{name}: tokens have one slot, one readout, no clamp and c_in 1")
+    for what, value in (("A", plan.A), ("b", plan.b)):
+        if np.any((value < 0) | (value > 1)):
+            raise ValueError(f"{name}: {what} is a probability of readout {plan.readout!r}, got {value.ravel()}")
+    if np.any(plan.s < 0) or np.any(plan.d < 0) or np.any(plan.d != np.round(plan.d)):
+        raise ValueError(f"{name}: s is a temperature >= 0 and d the number of a block, got {plan.s.ravel()}, {plan.d.ravel()}")

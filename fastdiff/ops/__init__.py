@@ -18,6 +18,7 @@ from fastdiff.ops.guide import guidance_scales, guidance_scales_ref, guide, guid
 from fastdiff.ops.outer_step import outer_step, outer_step_ref
 from fastdiff.ops.posterior import posterior, posterior_ref
 from fastdiff.ops.threshold import threshold, threshold_bound, threshold_bound_ref, threshold_ref
+from fastdiff.ops.unmask_step import unmask_step, unmask_step_ref
 
 __all__ = [
     "add_noise",
@@ -57,5 +58,7 @@ __all__ = [
     "threshold_bound",
     "threshold_bound_ref",
     "threshold_ref",
+    "unmask_step",
+    "unmask_step_ref",
     "use_kernels",
 ]

@@ -17,6 +17,7 @@ from fastdiff.schedules.betas import (
 )
 from fastdiff.schedules.bfn import BFNContinuous, BFNDiscrete
 from fastdiff.schedules.continuous import EDM, Cosine, Flow, dynamic_shift
+from fastdiff.schedules.masked import Masked
 from fastdiff.schedules.sde import VE, VP, SubVP
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Betas",
     "Cosine",
     "Flow",
+    "Masked",
     "Schedule",
     "SubVP",
     "constant_betas",

@@ -16,6 +16,7 @@ from fastdiff.solvers.edm import edm_stochastic
 from fastdiff.solvers.er_sde import er_sde
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.inversion import ddim_inversion
+from fastdiff.solvers.masked import masked
 from fastdiff.solvers.multistep_sde import dpmpp_2m_sde, dpmpp_3m_sde
 from fastdiff.solvers.pndm import plms
 from fastdiff.solvers.restart import restart
@@ -56,6 +57,7 @@ __all__ = [
     "langevin",
     "lcm",
     "lms",
+    "masked",
     "plms",
     "probability_flow",
     "restart",

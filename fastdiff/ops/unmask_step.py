@@ -1,0 +1,284 @@
+"""One row of a plan of tokens: masked ones become classes, at random or the surest first; others may be masked again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import native, rng
+from fastdiff.gumbel import gumbels_at
+from fastdiff.ops import _dispatch
+from fastdiff.ops._categorical import row_stride, rows_of, vectors, with_rows
+from fastdiff.ops._dispatch import FLOATS, check_tensor
+from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
+from fastdiff.plan import ROW_HEADER, row_width
+from fastdiff.readout import ORDERS
+
+CHOICE = 5  # the stream that chooses tokens
+LOWEST = -3.0e38
+WIDTH = row_width(1)
+CHUNK = 1 << 20  # logits that are read at once on a CPU
+WIDE = 1 << 9  # classes from which on the Gumbel numbers of a token are worth a call of their own
+
+
+def unmask_step(
+    tokens: Tensor,
+    model_out: Tensor,
+    table: Tensor,
+    row: Tensor,
+    *,
+    mask: int,
+    order: str = "random",
+    group: Tensor | None = None,
+    uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    seeds: Tensor,
+    index: Tensor | None = None,
+    model_in: Tensor | None = None,
+) -> None:
+    """Runs one row of a plan of tokens, in place.
+
+        m = uncond + w (model_out - uncond)          with guidance, else model_out; of the mask itself -inf
+        k = argmax(m + s g)                          g Gumbel noise; ties to the first class
+        random:  mask -> k where u <= b;             k -> mask where u > A;   u uniform in (0, 1]
+        else:    of M masked tokens all but floor(M (1 - b) + 1/2) become k: those with the largest score, ties to the
+                 first: confidence ln(p_k / (1 - p_k)), margin q = p_1 - p_2 as ln(q / (1 - q)), entropy sum p ln p
+
+    A, b, d, s are the row's; p = softmax(m). Tokens of another group than d stay what they are.
+    Args:
+        tokens: int64 [B, *D], classes 0..K-1 or mask; contiguous.   model_out: [B, *D, K], fp32, bf16 or fp16 logits,
+            any strides.   uncond: like model_out.   table, row: [N, W] of a plan with one slot, int [1] or [B].
+        mask: the id of a masked token, 0..K.   order: "random", "confidence", "margin" or "entropy".
+        group: int32 [B, *D], the block of a token, negative where it is given; None is 0 everywhere.
+        guidance: fp32, one number or [N or 1, B or 1].   seeds, index: int64 [B]: g are the numbers of stream 2
+            (fastdiff.gumbel), u those of stream 5, one a token.
+        model_in: int64 output [B, *D], or [2B, *D] (two copies): what the model sees next.
+    Returns: None; tokens and model_in are written.
+    Raises:  TypeError, ValueError: a tensor of another dtype, shape, device or layout; an unknown order; guidance
+        without uncond or the reverse; a mask outside 0..K; a row outside the table (on the CPU).
+    Numerics: fp32; a token with a NaN among its logits, or with none above -inf, stays masked. Classes agree with
+        unmask_step_ref in float64 but for ties within 4e-6.
+    Source:  Sahoo et al. 2024, arXiv:2406.07524, eq. 7; Wang et al. 2025, arXiv:2503.00307; Chang et al. 2022,
+        arXiv:2202.04200.
+    """
+    _check(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, model_in)
+    if tokens.numel() == 0:
+        return
+    if group is None:
+        group = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
+    if _dispatch.kernels_for(tokens):
+        torch.ops.fastdiff.unmask_step(
+            tokens, model_out, table, row, mask, ORDERS.index(order), group, uncond, guidance, seeds, index, model_in
+        )
+        return
+    every = torch.compiler.is_compiling()
+    new = _step(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, every=every)
+    tokens.copy_(new)
+    if model_in is not None:
+        for half in model_in.split(len(tokens)):
+            half.copy_(new)
+
+
+def unmask_step_ref(
+    tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, *, mask: int, order: str = "random",
+    group: Tensor | None = None, uncond: Tensor | None = None, guidance: Tensor | None = None, seeds: Tensor,
+    index: Tensor | None = None, dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """`unmask_step` in plain torch: functional, the logits in `dtype` (float32 or float64), without host syncs.
+
+    Returns: the new tokens, int64 [B, *D].
+    """
+    if group is None:
+        group = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
+    return _step(
+        tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, every=True, dtype=dtype
+    )
+
+
+@torch.no_grad()
+def _step(
+    tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: str, group: Tensor,
+    uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, *, every: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """The new tokens. every: read all of them, with the same operations whatever they hold."""
+    batch, length = len(tokens), tokens[0].numel()
+    held, blocks = tokens.reshape(batch, length), group.reshape(batch, length)
+    at = row.long().expand(batch)
+    keep, b, block, s = table[at][:, ROW_HEADER : ROW_HEADER + 4, None].unbind(1)  # [B, 1]
+    which = torch.zeros_like(seeds) if index is None else index
+    free = blocks == block.int()
+    chosen = free & (held == mask)
+    if order == "random":
+        u = uniforms(seeds, which, at, CHOICE, length)
+        again = free & (held != mask) & (u > keep)
+        chosen = chosen & (u <= b)
+    flat = torch.arange(batch * length, device=tokens.device) if every else chosen.view(-1).nonzero()[:, 0]
+    logits = (model_out, uncond) if uncond is not None else (model_out,)
+    wide = [v.reshape(batch * length, -1) for v in logits]
+    w = None
+    if guidance is not None:
+        w = guidance.reshape(-1, guidance.shape[-1] if guidance.dim() else 1)
+        w = (w[at] if w.shape[0] > 1 else w.expand(batch, -1)).to(dtype)
+        w = w[:, 0] if w.shape[1] == 1 else w.diagonal()
+    hit = torch.full((batch * length,), mask, dtype=torch.int64, device=tokens.device)
+    score = torch.full((batch * length,), -torch.inf, dtype=dtype, device=tokens.device)
+    for part in [flat] if every else flat.split(max(1, CHUNK // wide[0].shape[1])):
+        sample, d = part // length, part % length
+        m = wide[0][part].to(dtype)
+        if w is not None:
+            v = wide[1][part].to(dtype)
+            m = torch.where(m == v, m, v + w[sample, None] * (m - v))
+        if mask < m.shape[1]:
+            m[:, mask] = -torch.inf
+        scale = s[sample].to(dtype)
+        v = m
+        if every or bool((scale != 0).any()):
+            g = _gumbel(seeds, which, at, sample, d, m.shape[1], every).to(dtype)
+            v = torch.where(scale == 0, m, m + scale * g)
+        k, known = _first_largest(v, mask)
+        hit[part] = k
+        if order != "random":
+            score[part] = torch.where(known, _score(m, k, order), LOWEST).clamp_min(LOWEST)
+    hit, score = hit.view(batch, length), score.view(batch, length)
+    if order == "random":
+        new = torch.where(again, mask, torch.where(chosen, hit, held))
+    else:
+        score = torch.where(chosen, score, -torch.inf)
+        masked = chosen.sum(1, keepdim=True)
+        kept = torch.floor(masked.float() * (1.0 - b) + 0.5)
+        ranks = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        new = torch.where(chosen & (ranks < masked - kept), hit, held)
+    return new.view(tokens.shape)
+
+
+def uniforms(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
+    """Uniform numbers in (0, 1]: i 2^-32 + 2^-33 of Philox's words. seeds, index, rows int64 [B] -> fp32 [B, n]."""
+    counter = torch.arange((n + 3) // 4, device=seeds.device)
+    c2 = torch.full((), stream, dtype=torch.int64, device=seeds.device)
+    words = rng.philox(counter, rows[:, None], c2, index[:, None], (seeds & rng.MASK)[:, None], (seeds >> 32)[:, None])
+    return torch.stack(words, -1).flatten(-2)[:, :n].to(torch.float32) * 2.0**-32 + 2.0**-33
+
+
+def _gumbel(
+    seeds: Tensor, index: Tensor, rows: Tensor, sample: Tensor, d: Tensor, width: int, every: bool
+) -> Tensor:
+    """The Gumbel numbers of tokens d of samples, [T, K]."""
+    key, start = (seeds[sample], index[sample], rows[sample]), d * width
+    if not every and width >= WIDE and native.usable(seeds, index, rows):
+        drawn = torch.empty(len(d), width, device="cpu")
+        for i, first in enumerate(start.tolist()):
+            one = [v[i : i + 1] for v in key]
+            row = native.draw(*one, rng.CATEGORICAL, width + first % 4, kind="gumbel", first=first // 4)
+            drawn[i] = row[0, first % 4 :]  # type: ignore[index]
+        return drawn
+    counter = (start >> 2)[:, None] + torch.arange((width + 6) // 4, device=d.device)
+    drawn = gumbels_at(counter, *(v[:, None] for v in key), 4 * counter.shape[1], logistic=False)
+    return drawn.gather(1, (start & 3)[:, None] + torch.arange(width, device=d.device))
+
+
+def _first_largest(v: Tensor, mask: int) -> tuple[Tensor, Tensor]:
+    """The first of the largest, or the mask where a number is NaN or all are -inf; and where there is one."""
+    top = v.amax(1, keepdim=True)
+    each = torch.arange(v.shape[1], device=v.device)
+    k = torch.where(v < top, v.shape[1], each).amin(1)
+    known = (top > -torch.inf)[:, 0]
+    return torch.where(known, k, mask), known
+
+
+def _score(m: Tensor, k: Tensor, order: str) -> Tensor:
+    """How sure tokens are, [T]: sums leave out the class they are relative to, so that nothing cancels."""
+    top, first = m.max(1, keepdim=True)
+    k = (k.clamp_max(m.shape[1] - 1)[:, None] if order == "confidence" else first)
+    e = torch.exp(m - top).scatter(1, k, 0.0)
+    rest = e.sum(1)
+    if order == "confidence":
+        return m.gather(1, k)[:, 0] - top[:, 0] - torch.log(rest)
+    if order == "margin":
+        gap = e.amax(1)
+        return torch.log((1.0 - gap) / (rest + gap))
+    weighted = torch.where(e > 0, e * (m - top), 0.0).sum(1)
+    return weighted / (1.0 + rest) - torch.log(1.0 + rest)
+
+
+def _check(
+    tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: str, group: Tensor | None,
+    uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
+) -> None:  # fmt: skip
+    check_tensor("tokens", tokens, dtypes=(torch.int64,), contiguous=True)
+    if tokens.dim() < 2:
+        raise ValueError(f"tokens must be [B, *D], got {tuple(tokens.shape)}")
+    shape = tuple(tokens.shape)
+    check_tensor("model_out", model_out, dtypes=FLOATS, like=tokens)
+    if model_out.shape[:-1] != shape or model_out.shape[-1] < 2:
+        raise ValueError(f"model_out must be {shape} and K >= 2 logits, got {tuple(model_out.shape)}")
+    if order not in ORDERS:
+        raise ValueError(f"unknown order {order!r}; valid: {', '.join(ORDERS)}")
+    if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask <= model_out.shape[-1]:
+        raise ValueError(f"mask must be an integer in 0..{model_out.shape[-1]}, got {mask!r}")
+    check_table(table, 1, tokens)
+    check_row(row, table, shape[0], tokens)
+    if (uncond is None) != (guidance is None):
+        raise ValueError(
+            f"uncond and guidance go together: uncond is {'None' if uncond is None else 'given'}, "
+            f"guidance is {'None' if guidance is None else 'given'}"
+        )
+    if uncond is not None:
+        check_tensor("uncond", uncond, shape=model_out.shape, like=tokens)
+    if guidance is not None:
+        check_guidance(guidance, table, shape[0], tokens)
+    if group is not None:
+        check_tensor("group", group, shape=shape, dtypes=(torch.int32,), like=tokens, contiguous=True)
+    if seeds is None:
+        raise ValueError("an unmask step needs seeds, got None")
+    check_seeds(seeds, index, shape[0], tokens)
+    if model_in is not None:
+        check_tensor("model_in", model_in, dtypes=(torch.int64,), like=tokens, contiguous=True)
+        if tuple(model_in.shape) not in (shape, (2 * shape[0], *shape[1:])):
+            raise ValueError(f"model_in must be {shape} or {(2 * shape[0], *shape[1:])}, got {tuple(model_in.shape)}")
+
+
+def _launch(
+    tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: int, group: Tensor,
+    uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
+) -> None:  # fmt: skip
+    batch, length, width = len(tokens), tokens[0].numel(), model_out.shape[-1]
+    w_row = w_batch = 0
+    if guidance is not None and guidance.numel() > 1:
+        guidance = guidance.contiguous()
+        w_row = guidance.shape[1] if guidance.shape[0] > 1 else 0
+        w_batch = 1 if guidance.shape[1] > 1 else 0
+    index = torch.zeros_like(seeds) if index is None else index.contiguous()
+    seeds, row = seeds.contiguous(), row.contiguous()
+    model_out, uncond = with_rows(model_out), None if uncond is None else with_rows(uncond)
+    strides = [row_stride(v) or 0 for v in (model_out, uncond) if v is not None]
+    rows = rows_of(width, length, lanes=64 if torch.version.hip else 32)
+    picked = seen = None
+    if order:
+        picked = torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device)
+        seen = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
+    copies = 0 if model_in is None else len(model_in) // batch
+    row_step, plan = int(row.numel() > 1), {"HEADER": ROW_HEADER, "WIDTH": WIDTH, "COPIES": copies}
+    shape: dict[str, Any] = {"ROWS": rows.rows, "COLS": rows.cols, "PIECES": rows.pieces, "QUADS": width % 4 == 0}
+    shape |= {"VECTOR": vectors(width, length, strides), "WIDE": rows.reach(length, max([width, *strides])) >= 2**31}
+    kernels = _dispatch.kernels("unmask_step")
+    args: tuple[object, ...] = (tokens, group, model_out, uncond, model_in, picked, seen, table, row, guidance, seeds)
+    args = (*args, index, width, length, _dispatch.FIRST, mask, row_step, w_row, w_batch, tokens.numel(), strides[0])
+    _dispatch.run(
+        kernels.unmask_read_kernel, (*args, strides[-1]), -(-length // rows.rows), batch, ORDER=order,
+        GUIDED=uncond is not None, num_warps=rows.num_warps, **plan, **shape,
+    )  # fmt: skip
+    if order:
+        args = (tokens, model_in, picked, seen, table, row, length, _dispatch.FIRST, row_step, tokens.numel())
+        _dispatch.run(
+            kernels.unmask_place_kernel, args, -(-length // 64), batch, ROWS=64, COLS=64, num_warps=4, **plan
+        )
+
+
+_dispatch.register(
+    "unmask_step(Tensor(a!) tokens, Tensor model_out, Tensor table, Tensor row, int mask, int order, Tensor group, "
+    "Tensor? uncond, Tensor? guidance, Tensor seeds, Tensor? index, Tensor(b!)? model_in) -> ()",
+    _launch,
+)

@@ -1,0 +1,84 @@
+"""Masked diffusion: rows that unmask some tokens, at random or the surest first, and may mask others again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+
+import numpy as np
+
+from fastdiff.plan import Plan
+from fastdiff.readout import ORDERS
+from fastdiff.schedules.masked import Masked
+from fastdiff.solvers.bfn_grid import count
+
+__all__ = ["masked"]
+
+
+def masked(
+    schedule: Masked, steps: int, *, order: str = "random", temperature: float = 1.0, remask: float = 0.0,
+    remask_most: float = 1.0, blocks: int = 1, spacing: Sequence[float] | np.ndarray | None = None, start: int = 0,
+) -> Plan:  # fmt: skip
+    """Ancestral sampling of masked diffusion: a masked token becomes a sampled class, others stay what they are.
+
+        k = argmax(m + temperature g),  g Gumbel noise: at temperature 1 a sample of softmax(m), at 0 its largest
+        from t to s:  mask -> k with b = (alpha_s - (1 - r) alpha_t) / (1 - alpha_t);   k -> mask with r
+        r = min(remask r_max, remask_most),  r_max = min(1, (1 - alpha_s) / alpha_t)
+
+    At order "random" each token is drawn for itself: the exact posterior for the predicted class. The others unmask
+    the surest tokens first, M - round(M (1 - b)) of M masked ones: by the probability of k ("confidence"), by that of
+    the first above the second ("margin") or by the least entropy ("entropy").
+    Args: schedule: schedules.Masked. steps: rows, one model evaluation each. order, temperature: above.
+        remask: 0 is none, ReMDM's rescale 0 < remask <= 1; with remask=1 remask_most is its cap. For order "random".
+        blocks: the masked tokens are unmasked in so many groups from left to right (semi-autoregressive), each in
+            steps / blocks rows. spacing: decreasing times [steps] of a block's rows, default 1, (n - 1)/n, ..., 1/n.
+        start: skip this many rows of one block: x_init is masked as the first row expects.
+    Returns: Plan, nfe = steps - start, int64 tokens; the model gets ids [B, *D], schedule.mask where masked, and
+        returns logits [B, *D, K].
+    Raises: TypeError, ValueError: no Masked schedule; an unknown order; a number outside its range.
+    Source: Sahoo et al. 2024, arXiv:2406.07524, eq. 7; Wang et al. 2025, arXiv:2503.00307 (remasking); Chang et al.
+        2022, arXiv:2202.04200 and Nie et al. 2025, arXiv:2502.09992 (confidence, blocks).
+    """
+    if not isinstance(schedule, Masked):
+        raise TypeError(f"masked needs a schedule of type Masked, got {type(schedule).__name__}")
+    if order not in ORDERS:
+        raise ValueError(f"unknown order {order!r}; valid: {', '.join(ORDERS)}")
+    steps, blocks, start = count("steps", steps, 1), count("blocks", blocks, 1), count("start", start, 0)
+    for name, value, most in (("temperature", temperature, np.inf), ("remask", remask, 1), ("remask_most", remask_most, 1)):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most or not np.isfinite(value):
+            raise ValueError(f"{name} must be a number in [0, {most:g}], got {value!r}")
+    if remask and order != "random":
+        raise ValueError(f"remask goes with order 'random', got order={order!r}")
+    if steps % blocks:
+        raise ValueError(f"steps must be a multiple of blocks, got {steps} and {blocks}")
+    if start and (blocks > 1 or start >= steps):
+        raise ValueError(f"start must be < steps, {steps}, and goes with one block, got start={start}, blocks={blocks}")
+    t = _times(spacing, steps // blocks)[start:]
+    gone = schedule.masked(t)  # 1 - alpha_t
+    left = np.append(gone[1:], 0.0)  # 1 - alpha_s
+    alpha = 1.0 - gone
+    with np.errstate(divide="ignore"):
+        r = np.minimum(remask * np.minimum(1.0, left / alpha), remask_most)
+    b = 1.0 - (left - r * alpha) / gone  # (alpha_s - (1 - r) alpha_t) / (1 - alpha_t), without cancellation
+    b[-1] = 1.0
+    n = len(t) * blocks
+    block = np.repeat(np.arange(blocks), len(t))
+    known = (block + np.tile(alpha, blocks)) / blocks
+    told = (blocks - 1 - block + np.tile(t, blocks)) / blocks
+    zero, one = np.zeros(n), np.ones(n)
+    return Plan(
+        f"masked({order})", told, told, known, 1.0 - known, one, zero, one, np.full(n, -np.inf), np.full(n, np.inf),
+        np.tile(1.0 - r, blocks).reshape(n, 1, 1), np.tile(b, blocks)[:, None], block[:, None],
+        np.full((n, 1), float(temperature)), init_scale=0.0, readout=order, classes=schedule.num_classes,
+        mask=schedule.mask,
+    )  # fmt: skip
+
+
+def _times(spacing: Sequence[float] | np.ndarray | None, rows: int) -> np.ndarray:
+    """A block's times, the first noisiest."""
+    if spacing is None:
+        return np.arange(rows, 0, -1) / rows
+    t = np.asarray(spacing, np.float64)
+    if t.shape != (rows,) or not np.all(np.isfinite(t)) or np.any(np.diff(t) >= 0) or not 0 < t[-1] <= t[0] <= 1:
+        raise ValueError(f"spacing must be {rows} decreasing times in (0, 1], got {spacing!r}")
+    return t

@@ -1,0 +1,226 @@
+# mypy: disable-error-code="misc, var-annotated, assignment"
+"""One row of a plan of tokens: which masked ones become which class, and which are masked again.
+
+    k = argmax(m + s g),  m = uncond + w (model_out - uncond) without the mask,  g Gumbel noise
+
+A token is read in windows, one after the other, and only where the row can change it. Noise: stream 2 for g, 5 for the
+choice of tokens.
+"""
+
+import triton
+import triton.language as tl
+
+from fastdiff_kernels.categorical import (
+    LOG2E,
+    begin,
+    covered,
+    guided,
+    key_of,
+    spots,
+    top_and_class,
+    window,
+    window_gumbel,
+    within,
+)
+from fastdiff_kernels.philox import philox_sample
+from fastdiff_kernels.tiles import load_float
+
+RANDOM = tl.constexpr(0)  # orders
+CONFIDENCE = tl.constexpr(1)
+MARGIN = tl.constexpr(2)
+ENTROPY = tl.constexpr(3)
+LOWEST = tl.constexpr(-3.0e38)  # the score of a token that cannot be read out
+
+
+@triton.jit
+def uniform(d, key):
+    """A number in (0, 1] of each token d: word d % 4 of counter d // 4."""
+    i0, i1, i2, i3 = philox_sample((d >> 2).to(tl.uint32), key)
+    lane = d & 3
+    i = tl.where(lane == 0, i0, tl.where(lane == 1, i1, tl.where(lane == 2, i2, i3)))
+    return tl.fma(i.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+
+
+@triton.jit
+def place(tokens_ptr, model_in_ptr, at, copy_stride, value, inside, COPIES: tl.constexpr):
+    """Writes tokens and the copies of them that the model sees."""
+    tl.store(tokens_ptr + at, value, mask=inside)
+    for i in tl.static_range(COPIES):
+        tl.store(model_in_ptr + at + i * copy_stride, value, mask=inside)
+
+
+@triton.jit
+def merged(m, k, rest, weighted, own, high, take, hit, WEIGHTED: tl.constexpr):
+    """Sums over the classes but `hit`, of the windows so far and this one: sum exp(m - high), with (m - high) if asked.
+
+    The class that was `hit` before joins them where this window takes its place: nothing cancels.
+    """
+    top = tl.maximum(high, tl.max(m, axis=1))
+    shift = tl.where(high == float("-inf"), 0.0, high - top)  # before the first class the sums are 0
+    e = tl.exp2(tl.where(m == float("-inf"), float("-inf"), (m - top[:, None]) * LOG2E))
+    out = (k == hit[:, None]) & take[:, None]
+    e = tl.where(out, 0.0, e)
+    scale = tl.exp2(shift * LOG2E)
+    gone = tl.where(take & (own > float("-inf")), tl.exp2((own - top) * LOG2E), 0.0)
+    if WEIGHTED:
+        weighted = scale * tl.fma(shift, rest, weighted) + tl.sum(tl.where(e > 0.0, e * (m - top[:, None]), 0.0), axis=1)
+        weighted += tl.where(gone > 0.0, gone * (own - top), 0.0)
+    rest = tl.fma(scale, rest, gone) + tl.sum(e, axis=1)
+    own = tl.where(take, tl.sum(tl.where(out, m, 0.0), axis=1), own)
+    return rest, weighted, own, top
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "first", "mask_id", "row_stride", "w_row_stride", "w_batch_stride", "copy_stride", "model_row",
+        "uncond_row",
+    ]
+)  # fmt: skip
+def unmask_read_kernel(
+    tokens_ptr,  # [batch, tokens] int64
+    group_ptr,  # [batch, tokens] int32: the block of a token, -1 where it is given
+    model_ptr,  # [batch, tokens, K]
+    uncond_ptr,  # like model_ptr, or None
+    model_in_ptr,  # [COPIES * batch, tokens] int64 or None
+    class_ptr,  # [batch, tokens] int32 or None at order RANDOM
+    score_ptr,  # [batch, tokens] fp32 or None: -inf where the row cannot unmask
+    table_ptr,  # [N, WIDTH] fp32
+    row_ptr,  # [1] or [batch], int32 or int64
+    w_ptr,  # guidance, fp32, read at row * w_row_stride + sample * w_batch_stride, or None
+    seed_ptr,  # [batch] int64
+    index_ptr,  # [batch] int64
+    K,
+    tokens,
+    first,
+    mask_id,
+    row_stride,
+    w_row_stride,
+    w_batch_stride,
+    copy_stride,
+    model_row,  # elements between the tokens of a tensor
+    uncond_row,
+    HEADER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ORDER: tl.constexpr,
+    GUIDED: tl.constexpr,
+    COPIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    PIECES: tl.constexpr,
+    QUADS: tl.constexpr,  # K is a multiple of 4
+    VECTOR: tl.constexpr,  # windows start at multiples of 4 elements in every tensor
+    WIDE: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """Grid (tiles of ROWS tokens, samples). At order RANDOM it is the whole row."""
+    b = tl.program_id(1).to(tl.int64) + first
+    row = tl.load(row_ptr + b * row_stride).to(tl.int64)
+    if QUADS:
+        K = K // 4 * 4
+    d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if WIDE:
+        d = d.to(tl.int64)
+    base = b * tokens
+    c = table_ptr + row * WIDTH + HEADER
+    there = d < tokens
+    token = tl.load(tokens_ptr + base + d, mask=there, other=-1)
+    block = tl.load(group_ptr + base + d, mask=there, other=-1)
+    free = block == tl.load(c + 2).to(tl.int32)
+    chosen = free & (token == mask_id)
+    if ORDER == RANDOM:
+        u = uniform(d, key_of(row, 5, seed_ptr, index_ptr, b))
+        again = free & (token != mask_id) & (u > tl.load(c))
+        chosen = chosen & (u <= tl.load(c + 1))
+    temperature = tl.load(c + 3)
+    w = 1.0
+    if GUIDED:
+        w = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride)
+
+    none = tl.full([ROWS], float("-inf"), tl.float32)
+    best, second, own, high = none, none, none, none
+    rest = tl.zeros([ROWS], tl.float32)
+    weighted = rest
+    hit = tl.zeros([ROWS], tl.int32) + mask_id
+    on = tl.max(chosen.to(tl.int32), axis=0)
+    for piece in range(on * PIECES):
+        counter, k, start = window(d, piece, K, ROWS, COLS, QUADS)
+        near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR) & chosen[:, None]
+        m = load_float(begin(model_ptr, base, model_row, VECTOR) + spots(d, start, model_row, COLS, QUADS, VECTOR), near)
+        if GUIDED:
+            at = begin(uncond_ptr, base, uncond_row, VECTOR) + spots(d, start, uncond_row, COLS, QUADS, VECTOR)
+            m = guided(m, load_float(at, near), w)
+        m = tl.where(within(d, k, tokens, K, QUADS) & chosen[:, None] & (k != mask_id), m, float("-inf"))
+        v = m
+        if temperature != 0.0:
+            key = key_of(row, 2, seed_ptr, index_ptr, b)
+            g = window_gumbel(tl.zeros([ROWS, COLS], tl.float32), counter, key, ROWS, COLS, MATH)
+            v = tl.fma(temperature, g, m)
+        top, which = top_and_class(v, k, MATH)
+        take = top > best
+        hit = tl.where(take, which, hit)
+        best = tl.where(take | (top != top), top, best)
+        if ORDER == CONFIDENCE:
+            rest, weighted, own, high = merged(m, k, rest, weighted, own, high, take, which, False)
+        elif ORDER != RANDOM:
+            top, which = top_and_class(m, k, MATH)
+            take = top > high
+            other = tl.max(tl.where(k == which[:, None], float("-inf"), m), axis=1)
+            second = tl.maximum(tl.minimum(high, top), tl.maximum(second, other))
+            rest, weighted, own, high = merged(
+                m, k, rest, weighted, own, high, take, which, ORDER == ENTROPY
+            )
+    hit = tl.where(best == best, hit, mask_id)  # a NaN among a token's logits: it stays masked
+    if ORDER == RANDOM:
+        new = tl.where(chosen, hit.to(tl.int64), token)
+        place(tokens_ptr, model_in_ptr, base + d, copy_stride, tl.where(again, mask_id, new), there, COPIES)
+    else:
+        if ORDER == CONFIDENCE:
+            score = own - high - tl.log(rest)  # of p / (1 - p)
+        elif ORDER == MARGIN:
+            gap = tl.exp2((second - high) * LOG2E)
+            score = tl.log((1.0 - gap) / (rest + gap))  # of q / (1 - q), q = p_1 - p_2
+        else:
+            score = weighted / (1.0 + rest) - tl.log(1.0 + rest)  # minus the entropy
+        score = tl.where(hit == mask_id, LOWEST, tl.maximum(score, LOWEST))
+        tl.store(class_ptr + base + d, hit, mask=there)
+        tl.store(score_ptr + base + d, tl.where(chosen, score, float("-inf")), mask=there)
+
+
+@triton.jit(do_not_specialize=["tokens", "first", "row_stride", "copy_stride"])
+def unmask_place_kernel(
+    tokens_ptr,  # [batch, tokens] int64
+    model_in_ptr,  # [COPIES * batch, tokens] int64 or None
+    class_ptr,  # [batch, tokens] int32
+    score_ptr,  # [batch, tokens] fp32
+    table_ptr,  # [N, WIDTH] fp32
+    row_ptr,  # [1] or [batch], int32 or int64
+    tokens,
+    first,
+    row_stride,
+    copy_stride,
+    HEADER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COPIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """Grid (tiles of ROWS tokens, samples): the tokens that fewer than n are surer than, the first of equals first."""
+    b = tl.program_id(1).to(tl.int64) + first
+    row = tl.load(row_ptr + b * row_stride).to(tl.int64)
+    d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    base = b * tokens
+    there = d < tokens
+    mine = tl.load(score_ptr + base + d, mask=there, other=float("-inf"))[:, None]
+    before = tl.zeros([ROWS], tl.int32)
+    masked = 0
+    for start in range(0, tokens, COLS):
+        j = start + tl.arange(0, COLS)
+        score = tl.load(score_ptr + base + j, mask=j < tokens, other=float("-inf"))
+        masked += tl.sum((score > float("-inf")).to(tl.int32), axis=0)
+        ahead = (score[None, :] > mine) | ((score[None, :] == mine) & (j[None, :] < d[:, None]))
+        before += tl.sum(ahead.to(tl.int32), axis=1)
+    kept = tl.floor(masked.to(tl.float32) * (1.0 - tl.load(table_ptr + row * WIDTH + HEADER + 1)) + 0.5)
+    chosen = there & (mine > float("-inf")).reshape([ROWS]) & (before < masked - kept.to(tl.int32))
+    hit = tl.load(class_ptr + base + d, mask=chosen, other=0).to(tl.int64)
+    place(tokens_ptr, model_in_ptr, base + d, copy_stride, hit, chosen, COPIES)
