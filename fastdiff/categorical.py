@@ -12,9 +12,10 @@ from fastdiff import ops
 from fastdiff.binned import BinnedRun, seeds_of
 from fastdiff.categorical_cpu import CompiledStep
 from fastdiff.learned import LearnedVarianceRun
+from fastdiff.masked import MaskedRun
 from fastdiff.noise import Noise, ReadoutNoise
 from fastdiff.plan import Plan
-from fastdiff.readout import BINNED, CATEGORICAL
+from fastdiff.readout import BINNED, CATEGORICAL, ORDERS
 from fastdiff.request import Request
 from fastdiff.run import Run
 
@@ -27,7 +28,12 @@ def make_run(model: Callable[..., Any], plan: Plan, request: Request, *, compile
     """The run of a plan: its readout decides which."""
     if plan.learned_variance:
         return LearnedVarianceRun(model, plan, request, compiled=compiled)
-    kind = CategoricalRun if plan.readout in CATEGORICAL else BinnedRun if plan.readout in BINNED else Run
+    kinds: list[tuple[tuple[str, ...], type[Run]]] = [
+        (CATEGORICAL, CategoricalRun),
+        (BINNED, BinnedRun),
+        (ORDERS, MaskedRun),
+    ]
+    kind = next((made for readouts, made in kinds if plan.readout in readouts), Run)
     return kind(model, plan, request, compiled=compiled)
 
 

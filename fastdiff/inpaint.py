@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.at_time import check_times, numbers_at, planes
 from fastdiff.plan import Plan
-from fastdiff.readout import BINNED, CATEGORICAL
+from fastdiff.readout import BINNED, CATEGORICAL, ORDERS
 from fastdiff.request import check_pair
 
 __all__ = ["inpaint"]
@@ -46,6 +46,10 @@ def inpaint(model: Callable[..., Any], plan: Plan, *, clean: bool = False) -> to
     check_pair(model, plan)
     if not isinstance(clean, bool):
         raise TypeError(f"clean must be True or False, got {clean!r}")
+    if plan.readout in ORDERS:
+        raise ValueError(
+            f"plan {plan.name!r} keeps what is known by itself: give x_T, {plan.mask} where it is not known"
+        )
     if plan.readout not in CATEGORICAL:
         check_times(plan)
     return _Inpaint(model, plan, clean)

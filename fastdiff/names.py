@@ -30,7 +30,7 @@ def _schedule_makers() -> dict[str, Callable[..., Any]]:
         if not inspect.isclass(thing):
             if "T" in inspect.signature(thing).parameters:
                 makers[name] = thing
-        elif issubclass(thing, fd.schedules.Schedule) and thing not in (fd.schedules.Schedule, fd.schedules.Betas):
+        elif thing not in (fd.schedules.Schedule, fd.schedules.Betas):
             makers[name.lower()] = thing
     return makers
 

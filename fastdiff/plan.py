@@ -49,7 +49,7 @@ class Plan:
         after the last row.
         guidance: None or [N], the weight w of a row, used where sampling gives none.
         readout: how p comes from the model's output, affine as above or fastdiff.readout.READOUTS: p of K classes or
-        bins; of tokens A, b, d, s mean what fastdiff.solvers.masked says. classes: K, 0 for affine. mask: the id of a
+        bins; of tokens A, b, d, s mean what fastdiff.solvers.unmask says. classes: K, 0 for affine. mask: the id of a
         masked token. last_readout: the last row's, default `readout`.
         log_var_lo, log_var_hi: None, or [N] for models that return a second plane v: n is then scaled by
         exp((f log_var_hi + (1 - f) log_var_lo) / 2), f = (v + 1) / 2.
@@ -190,7 +190,7 @@ class Plan:
     def beyond_table(self) -> str:
         """What rows do besides clamping and the affine map of x, m and n that their table is; "" where that is all."""
         if self.readout != "affine":
-            return "reads out classes, bins or tokens"
+            return "unmasks tokens" if self.readout in ORDERS else "reads out classes or bins"
         return "learns its variance" if self.learned_variance else ""
 
     @property

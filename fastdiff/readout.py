@@ -1,4 +1,4 @@
-"""What turns a model's output into the prediction p of a row: an affine map, or a readout of classes, bins or tokens."""
+"""What turns a model's output into the prediction p of a row: an affine map, or a readout of classes, bins, tokens."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ BINARY = {
 def sentence(plan: Plan) -> str:
     """The readout for people, in the names of a plan."""
     if plan.readout in ORDERS:
-        which = "b of the masked" if plan.readout == "random" else f"the surest b of the masked, by {plan.readout},"
-        return (
-            f"{plan.classes} classes, mask {plan.mask}: k = argmax(m + s g), g Gumbel noise; {which} tokens of block d "
-            f"become k, its others stay with probability A, else are masked again"
-        )
+        which = f"the surest share b of the masked tokens, by {plan.readout}, becomes k"
+        if plan.readout == "random":
+            which = "a masked token becomes k with probability b, another is masked again with 1 - A"
+        return f"{plan.classes} classes, mask {plan.mask}: k = argmax(m + s g), g Gumbel noise; in block d {which}"
     if plan.readout in BINNED:
         return f"{plan.classes} bins: {MEANING[plan.readout]}"
     meaning, seen = (BINARY, "2 sigmoid(S0) - 1") if plan.classes == 2 else (MEANING, "2 softmax(S0) - 1")
@@ -100,4 +99,6 @@ def _check_order(plan: Plan, name: str) -> None:
         if np.any((value < 0) | (value > 1)):
             raise ValueError(f"{name}: {what} is a probability of readout {plan.readout!r}, got {value.ravel()}")
     if np.any(plan.s < 0) or np.any(plan.d < 0) or np.any(plan.d != np.round(plan.d)):
-        raise ValueError(f"{name}: s is a temperature >= 0 and d the number of a block, got {plan.s.ravel()}, {plan.d.ravel()}")
+        raise ValueError(
+            f"{name}: s is a temperature >= 0 and d the number of a block, got {plan.s.ravel()}, {plan.d.ravel()}"
+        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.plan import Plan
-from fastdiff.readout import BINNED, CATEGORICAL
+from fastdiff.readout import BINNED, CATEGORICAL, ORDERS
 
 __all__ = ["reference_sample"]
 
@@ -35,6 +35,8 @@ def reference_sample(
     Returns: the final state, [B, *] of x_T's dtype; of a plan of classes, whose x_T is logits [B, *D, K'], the classes
         int64 [B, *D].
     """
+    if plan.readout in ORDERS:
+        raise ValueError(f"plan {plan.name!r} unmasks tokens: its definition is ops.unmask_step_ref")
     S: list[Tensor | None] = [x_T] + [None] * (plan.slots - 1)
     for k in range(plan.nfe):
         x = S[0]

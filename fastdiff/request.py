@@ -18,7 +18,7 @@ from fastdiff.ops._categorical import channels
 from fastdiff.ops.guide import RULES, check_rule
 from fastdiff.ops.threshold import check_threshold
 from fastdiff.plan import Plan
-from fastdiff.readout import BINNED, CATEGORICAL
+from fastdiff.readout import BINNED, CLASSES, ORDERS
 
 __all__ = ["CHECK_FINITE", "MODES", "Options", "Request", "resolve"]
 
@@ -176,17 +176,24 @@ def _categorical(o: Options, plan: Plan, shape: tuple[int, ...], device: torch.d
     _plain(o, plan)
     if o.out_dtype not in (None, torch.int64):
         raise TypeError(f"plan {plan.name!r} gives classes, int64; got out_dtype={o.out_dtype}")
-    x = o.x_init
+    _classes("x_init", o.x_init, plan.classes - 1, shape, device)
+    if plan.readout in ORDERS:
+        _classes("x_T", o.x_T, max(plan.classes - 1, plan.mask), shape, device)
+        if o.noise != "philox":
+            raise ValueError(f"plan {plan.name!r} draws noise='philox' only, got noise={o.noise!r}")
+
+
+def _classes(name: str, x: object, largest: int, shape: tuple[int, ...], device: torch.device) -> None:
     if x is None:
         return
     if not isinstance(x, Tensor) or x.dtype != torch.int64:
-        raise TypeError(f"x_init must be classes, an int64 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        raise TypeError(f"{name} must be classes, an int64 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.shape != shape:
-        raise ValueError(f"x_init must have the shape asked for, {shape}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have the shape asked for, {shape}, got {tuple(x.shape)}")
     if x.device.type != device.type:
-        raise ValueError(f"x_init must be on {device}, got {x.device}")
-    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < plan.classes:
-        raise ValueError(f"x_init must be in 0..{plan.classes - 1}, got {int(x.min())}..{int(x.max())}")
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= largest:
+        raise ValueError(f"{name} must be in 0..{largest}, got {int(x.min())}..{int(x.max())}")
 
 
 def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
@@ -283,10 +290,12 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = o.dtype or (parameter.dtype if parameter is not None and parameter.dtype in MODEL_DTYPES else torch.float32)
-    out_dtype = o.out_dtype or (torch.int64 if plan.readout in CATEGORICAL else torch.float32)
+    if plan.readout in ORDERS:
+        dtype = torch.float32  # nothing is cast: the model sees ids
+    out_dtype = o.out_dtype or (torch.int64 if plan.readout in CLASSES else torch.float32)
     if dtype not in MODEL_DTYPES:
         raise TypeError(f"dtype, the model's input type, must be one of {MODEL_DTYPES}, got {dtype}")
-    if plan.readout not in CATEGORICAL and not getattr(out_dtype, "is_floating_point", False):
+    if plan.readout not in CLASSES and not getattr(out_dtype, "is_floating_point", False):
         raise TypeError(f"out_dtype must be a floating point dtype, got {out_dtype}")
     if o.mode in ("step_graph", "loop_graph") and device.type not in GRAPH_DEVICES:
         raise ValueError(
@@ -305,8 +314,8 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     if o.x_T is not None and o.x_init is not None:
         raise ValueError("give x_T (the state itself) or x_init (clean data to be noised), not both")
     state = size
-    if plan.readout in CATEGORICAL:
-        state = (*size, channels(plan.classes))
+    if plan.readout in CLASSES:
+        state = size if plan.readout in ORDERS else (*size, channels(plan.classes))
         _categorical(o, plan, size, device)
     else:
         if plan.readout in BINNED:
@@ -314,7 +323,8 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
             if len(size) < 2:
                 raise ValueError(f"shape must be (B, C, *): the model returns 2 C channels; got {size}")
         _state("x_init", o.x_init, size, device)
-    _state("x_T", o.x_T, state, device)
+    if plan.readout not in ORDERS:
+        _state("x_T", o.x_T, state, device)
     if o.x_init is not None and not np.isfinite(plan.alpha[0]):
         raise ValueError(f"plan {plan.name!r} does not record its alpha, so x_init cannot be noised; give x_T")
     if o.x_init is not None and plan.alpha[0] == 0:

@@ -18,6 +18,7 @@ from fastdiff import run as runs
 from fastdiff.categorical import make_run
 from fastdiff.noise import NoiseFunction
 from fastdiff.plan import Plan
+from fastdiff.readout import ORDERS
 from fastdiff.request import Callback, Options, Request, resolve
 from fastdiff.run import Run
 
@@ -29,7 +30,8 @@ CACHED_RUNS = 4
 class Trajectory(NamedTuple):
     """What a run went through: x [nfe + 1, B, *] fp32 (the start first), x0 [nfe, B, *] fp32, t [nfe] schedule time.
 
-    Of a plan of classes: x the logits [nfe + 1, B, *D, K], x0 the classes [nfe, B, *D] int64.
+    Of a plan of classes: x the logits [nfe + 1, B, *D, K], x0 the classes [nfe, B, *D] int64; of masked tokens both are
+    the tokens.
     """
 
     x: Tensor
@@ -143,7 +145,8 @@ class Sampler:
         if not request.options.trajectory:
             return x
         n = self.plan.nfe
-        states = torch.empty(n + 1, *request.state, dtype=torch.float32, device=request.device)
+        kept = torch.int64 if self.plan.readout in ORDERS else torch.float32
+        states = torch.empty(n + 1, *request.state, dtype=kept, device=request.device)
         x0 = torch.empty(
             n, *request.shape, dtype=torch.float32 if x.is_floating_point() else x.dtype, device=request.device
         )
@@ -212,7 +215,7 @@ def _rows(count: int, progress: bool) -> Any:  # noqa: ANN401 - an iterable of i
 
 def _allocate(run: Run, plan: Plan) -> Trajectory:
     assert run.x0 is not None
-    x = torch.empty(plan.nfe + 1, *run.shape, dtype=torch.float32, device=run.device)
+    x = torch.empty(plan.nfe + 1, *run.shape, dtype=run.x.dtype, device=run.device)
     x0 = torch.empty(plan.nfe, *run.x0.shape, dtype=run.x0.dtype, device=run.device)
     return Trajectory(x, x0, torch.from_numpy(plan.t.copy()))
 
@@ -224,6 +227,8 @@ def _edit(run: Run, callback: Callback, k: int) -> None:
             raise TypeError(f"callback must return None or a Tensor, got {type(new).__name__}")
         if new.shape != run.shape:
             raise ValueError(f"callback must return a state of shape {tuple(run.shape)}, got {tuple(new.shape)}")
+        if new.is_floating_point() != run.x.is_floating_point():
+            raise TypeError(f"callback must return a state of dtype {run.x.dtype}, got {new.dtype}")
         run.x.copy_(new)
     run.refresh(k + 1)
 
@@ -306,6 +311,9 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
         model sees 2 theta - 1, [B, *D, K] (a view with padded rows: reshape, do not view), and returns logits of that
         shape; for K = 2 both are [B, *D, 1], 2 P(class 1) - 1 and the logit of class 1. x_T is the logits, x_init
         classes; callbacks get (row, t, logits, classes); guidance acts on the logits.
+    Plans of masked tokens (fd.solvers.unmask): shape is (B, *D), the result int64 [B, *D]. The model sees ids, the
+        plan's mask where masked, and returns logits [B, *D, K]. x_T is ids: what is not masked there is given, and
+        stays; x_init is classes, masked as the first row expects; callbacks get (row, t, tokens, tokens).
     Returns: x [B, *] of out_dtype, or (x, Trajectory).
     Raises: TypeError / ValueError for anything else, before the first model call.
     Numerics: fp32 state; bit-equal for any batch with an elementwise model; modes and devices agree to 1e-5 relative.

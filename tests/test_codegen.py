@@ -48,7 +48,7 @@ def test_budgets(args, tmp_path):
     # the float64 sine of large angles, which none is, has a stack
     assert reports and all(r["spills"] == 0 for r in reports if not r["case"].startswith("levels/Cosine"))
     # sums between warps
-    reductions = ("guide/rescale", "guide/apg", "guide/zero_star", "threshold/bound", "categorical")
+    reductions = ("guide/rescale", "guide/apg", "guide/zero_star", "threshold/bound", "categorical", "unmask_step")
     assert all(r["shared"] == r["barriers"] == 0 for r in reports if not r["case"].startswith(reductions))
     assert all(r["fmnmx_nan"] > 0 for r in reports if r["case"].startswith(("affine_step", "posterior")))
 

@@ -56,10 +56,22 @@ def two_channels(x: Tensor, t: Tensor) -> Tensor:
     return torch.cat([model(x, t), -0.5 + 0.3 * torch.cos(x)], 1)
 
 
+def tokens(x: Tensor, t: Tensor) -> Tensor:
+    ramp = torch.arange(5) / 5
+    return 3 * torch.sin(x[..., None] + t.view(-1, 1, 1) + 4 * ramp)
+
+
 CONDITIONS = {"cond": {"shift": torch.full((3,), 0.5)}, "uncond": {"shift": torch.zeros(3)}, "guidance": 3.0}
 RUNS: dict[str, tuple[Callable[..., Tensor], fd.Plan, tuple[int, ...], dict[str, Any]]] = {
     "classes": (classes, solvers.bfn_discrete(S.BFNDiscrete(2.0, 5), 3), (2, 3), {}),
     "two classes": (classes, solvers.bfn_discrete(S.BFNDiscrete(2.0, 2), 3), (2, 3), {}),
+    "tokens": (tokens, solvers.unmask(S.Masked(5), 3), (2, 6), {}),
+    "sure tokens": (
+        tokens,
+        solvers.unmask(S.Masked(5, 4), 4, order="margin", blocks=2),
+        (2, 6),
+        {"check_finite": "raise"},
+    ),
     "bins": (two_channels, solvers.bfn_discretised(S.BFNContinuous(0.05), 6, bins=16, readout="binned"), SHAPE, {}),
     "learned variance": (two_channels, solvers.ddpm(CHAIN, 6, variance="learned_range"), SHAPE, {}),
     "restarted": (model, solvers.restart(S.EDM(), 6, prediction="edm"), SHAPE, {}),

@@ -51,7 +51,7 @@ class Case:
     num_warps: int = 4
     lanes: int = 32
     vector: int = 4  # neighbouring elements of a thread
-    indices: int = 0  # predicated loads of single int64 numbers, at most
+    indices: int = 0  # predicated accesses of single int64 numbers, at most
     divisible: tuple[str, ...] = ("n",)  # sizes that are multiples of 16
 
     @property
@@ -312,8 +312,9 @@ def over_budget(case: Case, report: dict[str, Any], budgets: dict[str, Any]) -> 
             width = min(16, SIZES[dtype] * case.vector)
             want[f"{head}{width}"] += int(case.elements_per_thread * SIZES[dtype]) // width
     found = collections.Counter(report["tile_accesses"])
-    if 0 < found["LDG8"] - want["LDG8"] <= case.indices:
-        found["LDG8"] = want["LDG8"]
+    for ids in ("LDG8", "STG8"):
+        if 0 < found[ids] - want[ids] <= case.indices:
+            found[ids] = want[ids]
     if +found != +want or report["narrow_accesses"] > case.scalars:
         missed.append(f"accesses {report['tile_accesses']} + {report['narrow_accesses']} narrow, expected {dict(want)}")
     if case.clamps and not report["fmnmx_nan"]:

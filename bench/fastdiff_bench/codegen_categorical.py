@@ -141,8 +141,44 @@ def _training(dtype: str, lanes: int) -> Iterator[Case]:
                loads=("fp32", "fp32"), stores=(dtype,), num_warps=warps, lanes=lanes)  # fmt: skip
 
 
+def _tokens(model: str, lanes: int) -> Iterator[Case]:
+    """Rows that unmask: what an order needs of a token, in one window or in several."""
+    from fastdiff.ops.unmask_step import windows
+    from fastdiff.plan import ROW_HEADER, row_width
+    from fastdiff.readout import ORDERS
+
+    types = {
+        "tokens_ptr": "*i64",
+        "group_ptr": "*i32",
+        "model_ptr": f"*{model}",
+        **PLAN,
+        **SEEDS,
+        **INTS,
+        "mask_id": "i32",
+    }
+    plan = {"HEADER": ROW_HEADER, "WIDTH": row_width(1), "COPIES": 0}
+    low = () if model == "fp32" else ((27, 1), (4096, 0), (50257, 1), (126464, 2), (126464, 3))
+    for num_classes, order in ((27, 0), (126464, 0), (126464, 1), *low):
+        rows = windows(num_classes, TOKENS, lanes=lanes)
+        constants = {"ROWS": rows.rows, "COLS": rows.cols, "PIECES": rows.pieces, "QUADS": num_classes % 4 == 0}
+        constants |= {"VECTOR": True, "WIDE": False, "ORDER": order, "GUIDED": False}
+        scored = {"class_ptr": "*i32", "score_ptr": "*fp32"} if order else {}
+        yield Case(
+            f"unmask_step/k{num_classes}+{ORDERS[order]}/{model}", "unmask_step", "unmask_read_kernel",
+            {**types, **scored}, {**plan, **constants}, loads=(model,), stores=(), scalars=16, indices=16,
+            num_warps=rows.num_warps, lanes=lanes, divisible=("n", "K") if num_classes % 16 == 0 else ("n",),
+        )  # fmt: skip
+    if model == "fp32":
+        scored = {"class_ptr": "*i32", "score_ptr": "*fp32"}
+        yield Case(
+            "unmask_step/place/fp32", "unmask_step", "unmask_place_kernel", {**types, **scored},
+            {**plan, "ROWS": 64, "COLS": 64}, loads=(), stores=(), scalars=40, indices=16, num_warps=4, lanes=lanes,
+        )  # fmt: skip
+
+
 def categorical_cases(lanes: int) -> Iterator[Case]:
     """The categorical kernels in the variants that matter, for warps of `lanes` threads."""
     for dtype in ("fp32", "bf16"):
         yield from _steps(dtype, lanes)
+        yield from _tokens(dtype, lanes)
         yield from _training(dtype, lanes)

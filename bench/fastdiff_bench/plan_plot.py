@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 import fastdiff as fd
+from fastdiff.readout import ORDERS
 from fastdiff_bench.plots import pyplot
 
 __all__ = ["plot_plan", "plot_schedule"]
 
 MOST_MARKERS = 80
 POINTS = 401
+TOKENS = ("keeps", "unmasks", "block", "temperature")
 LARGE = 20  # levels beyond are drawn on a logarithmic axis
 
 
@@ -46,10 +48,14 @@ def plot_plan(plan: fd.Plan, path: Path) -> Path:
 
     terms = [(f"A{0}{j}  (S{j})", plan.A[:, 0, j]) for j in range(plan.slots)]
     terms += [("b  (p)", plan.b[:, 0]), ("d  (m)", plan.d[:, 0]), ("s  (n)", plan.s[:, 0])]
+    said = "S0' = A S + b p + d m + s n"
+    if plan.readout in ORDERS:
+        terms = [(f"{name}  ({what})", getattr(plan, name).ravel()) for name, what in zip("Abds", TOKENS, strict=True)]
+        said = "what becomes of tokens"
     for name, values in terms:
         if np.any(values):
             update.plot(rows, values, label=name, **style)
-    update.set_title("S0' = A S + b p + d m + s n", loc="left", fontsize=10)
+    update.set_title(said, loc="left", fontsize=10)
     largest = max(float(np.abs(v).max()) for _, v in terms)
     if largest > 50:
         update.set_yscale("symlog", linthresh=1.0)
@@ -63,23 +69,28 @@ def plot_plan(plan: fd.Plan, path: Path) -> Path:
     return _saved(fig, path, legends=(levels, update))
 
 
-def plot_schedule(schedule: fd.schedules.Schedule, path: Path) -> Path:
+def plot_schedule(schedule: Any, path: Path) -> Path:  # noqa: ANN401 - a Schedule, or Masked
     """Draws a schedule over its times into a PNG, SVG or PDF: alpha and sigma, and 2 ln(alpha / sigma).
+
+    Of tokens: how many are what they are and how many are masked, and ln of their ratio.
 
     Raises: ValueError where matplotlib is missing or does not know the ending.
     """
     t = np.linspace(0.0, schedule.t_max, POINTS)
-    alpha, sigma, logsnr = schedule.alpha(t), schedule.sigma(t), schedule.logsnr(t)
+    tokens = isinstance(schedule, fd.schedules.Masked)
+    alpha, sigma = schedule.alpha(t), schedule.masked(t) if tokens else schedule.sigma(t)
+    with np.errstate(divide="ignore"):
+        logsnr = np.log(alpha) - np.log(sigma) if tokens else schedule.logsnr(t)
     fig, (levels, snr) = pyplot().subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     fig.suptitle(str(schedule), fontsize=12)
-    for name, values in (("alpha", alpha), ("sigma", sigma)):
+    for name, values in (("alpha", alpha), ("masked" if tokens else "sigma", sigma)):
         levels.plot(t, values, label=name)
     if max(alpha.max(), sigma.max()) > LARGE:
         levels.set_yscale("symlog", linthresh=1e-2)
     levels.set_title("noise level", loc="left", fontsize=10)
     finite = np.isfinite(logsnr)
     snr.plot(t[finite], logsnr[finite], color="#444444")
-    snr.set_title("log-SNR, 2 ln(alpha / sigma)", loc="left", fontsize=10)
+    snr.set_title("ln(alpha / masked)" if tokens else "log-SNR, 2 ln(alpha / sigma)", loc="left", fontsize=10)
     for axis in (levels, snr):
         axis.set_xlabel("t")
     return _saved(fig, path, legends=(levels,))

@@ -14,6 +14,7 @@ from fastdiff.names import make_schedule, schedule_names, solver_names
 __all__ = ["add_plan", "run_plan"]
 
 COLUMNS = ("times", "t", "alpha", "sigma", "c_in", "c_skip", "c_out", "lo", "hi", "A", "b", "d", "s", "draws")
+LEVELS = ("alpha", "sigma", "logsnr", "masked", "weight")  # of a schedule; the last two of tokens
 OF_SOLVERS = ("prediction", "spacing", "final", "clip", "start", "set")
 
 
@@ -42,7 +43,8 @@ def run_plan(args: argparse.Namespace) -> int:
         print_json(_content(found)) if args.json else print(found)
         return 0
     t = np.linspace(found.t_max, 0.0, args.steps + 1)
-    columns = {"t": t, **{name: getattr(found, name)(t) for name in ("alpha", "sigma", "logsnr")}}
+    levels = [name for name in LEVELS if hasattr(found, name)]
+    columns = {"t": t, **{name: getattr(found, name)(t) for name in levels}}
     if args.json:
         print_json({"name": str(found), **{name: numbers(values) for name, values in columns.items()}})
         return 0

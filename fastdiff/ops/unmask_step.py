@@ -1,4 +1,4 @@
-"""One row of a plan of tokens: masked ones become classes, at random or the surest first; others may be masked again."""
+"""One row of a plan of tokens: masked ones become classes, at random or the surest first, or others masked again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdiff import native, rng
 from fastdiff.gumbel import gumbels_at
 from fastdiff.ops import _dispatch
-from fastdiff.ops._categorical import row_stride, rows_of, vectors, with_rows
+from fastdiff.ops._categorical import Rows, row_stride, rows_of, vectors, with_rows
 from fastdiff.ops._dispatch import FLOATS, check_tensor
 from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
 from fastdiff.plan import ROW_HEADER, row_width
@@ -19,6 +19,7 @@ from fastdiff.readout import ORDERS
 CHOICE = 5  # the stream that chooses tokens
 LOWEST = -3.0e38
 WIDTH = row_width(1)
+WINDOW = 1 << 13  # positions of a token that a program reads at once, 16 a thread
 CHUNK = 1 << 20  # logits that are read at once on a CPU
 WIDE = 1 << 9  # classes from which on the Gumbel numbers of a token are worth a call of their own
 
@@ -73,12 +74,7 @@ def unmask_step(
             tokens, model_out, table, row, mask, ORDERS.index(order), group, uncond, guidance, seeds, index, model_in
         )
         return
-    every = torch.compiler.is_compiling()
-    new = _step(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, every=every)
-    tokens.copy_(new)
-    if model_in is not None:
-        for half in model_in.split(len(tokens)):
-            half.copy_(new)
+    _step_on_cpu(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, model_in)
 
 
 def unmask_step_ref(
@@ -95,6 +91,18 @@ def unmask_step_ref(
     return _step(
         tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, every=True, dtype=dtype
     )
+
+
+def _step_on_cpu(
+    tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: str, group: Tensor,
+    uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
+) -> None:  # fmt: skip
+    every = torch.compiler.is_compiling()
+    new = _step(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, every=every)
+    tokens.copy_(new)
+    if model_in is not None:
+        for half in model_in.split(len(tokens)):
+            half.copy_(new)
 
 
 @torch.no_grad()
@@ -162,20 +170,22 @@ def uniforms(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) ->
     return torch.stack(words, -1).flatten(-2)[:, :n].to(torch.float32) * 2.0**-32 + 2.0**-33
 
 
-def _gumbel(
-    seeds: Tensor, index: Tensor, rows: Tensor, sample: Tensor, d: Tensor, width: int, every: bool
-) -> Tensor:
+def _gumbel(seeds: Tensor, index: Tensor, rows: Tensor, sample: Tensor, d: Tensor, width: int, every: bool) -> Tensor:
     """The Gumbel numbers of tokens d of samples, [T, K]."""
-    key, start = (seeds[sample], index[sample], rows[sample]), d * width
+    seed, which, at, start = seeds[sample], index[sample], rows[sample], d * width
     if not every and width >= WIDE and native.usable(seeds, index, rows):
         drawn = torch.empty(len(d), width, device="cpu")
         for i, first in enumerate(start.tolist()):
-            one = [v[i : i + 1] for v in key]
-            row = native.draw(*one, rng.CATEGORICAL, width + first % 4, kind="gumbel", first=first // 4)
-            drawn[i] = row[0, first % 4 :]  # type: ignore[index]
+            one, early = slice(i, i + 1), first % 4
+            row = native.draw(
+                seed[one], which[one], at[one], rng.CATEGORICAL, width + early, kind="gumbel", first=first // 4
+            )
+            assert row is not None
+            drawn[i] = row[0, early:]
         return drawn
     counter = (start >> 2)[:, None] + torch.arange((width + 6) // 4, device=d.device)
-    drawn = gumbels_at(counter, *(v[:, None] for v in key), 4 * counter.shape[1], logistic=False)
+    count = 4 * counter.shape[1]
+    drawn = gumbels_at(counter, seed[:, None], which[:, None], at[:, None], count, logistic=False)
     return drawn.gather(1, (start & 3)[:, None] + torch.arange(width, device=d.device))
 
 
@@ -191,7 +201,7 @@ def _first_largest(v: Tensor, mask: int) -> tuple[Tensor, Tensor]:
 def _score(m: Tensor, k: Tensor, order: str) -> Tensor:
     """How sure tokens are, [T]: sums leave out the class they are relative to, so that nothing cancels."""
     top, first = m.max(1, keepdim=True)
-    k = (k.clamp_max(m.shape[1] - 1)[:, None] if order == "confidence" else first)
+    k = k.clamp_max(m.shape[1] - 1)[:, None] if order == "confidence" else first
     e = torch.exp(m - top).scatter(1, k, 0.0)
     rest = e.sum(1)
     if order == "confidence":
@@ -240,6 +250,14 @@ def _check(
             raise ValueError(f"model_in must be {shape} or {(2 * shape[0], *shape[1:])}, got {tuple(model_in.shape)}")
 
 
+def windows(num_classes: int, tokens: int, *, lanes: int = 32) -> Rows:
+    """The windows of tokens of K classes: a program reads all of a token, the wide ones a window at a time."""
+    rows = rows_of(num_classes, tokens, lanes=lanes)
+    if rows.cols * rows.pieces <= WINDOW:
+        return rows
+    return Rows(1, WINDOW, -(-(num_classes + 3) // WINDOW), WINDOW // 16 // lanes)
+
+
 def _launch(
     tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: int, group: Tensor,
     uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
@@ -254,7 +272,7 @@ def _launch(
     seeds, row = seeds.contiguous(), row.contiguous()
     model_out, uncond = with_rows(model_out), None if uncond is None else with_rows(uncond)
     strides = [row_stride(v) or 0 for v in (model_out, uncond) if v is not None]
-    rows = rows_of(width, length, lanes=64 if torch.version.hip else 32)
+    rows = windows(width, length, lanes=64 if torch.version.hip else 32)
     picked = seen = None
     if order:
         picked = torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device)
@@ -272,9 +290,7 @@ def _launch(
     )  # fmt: skip
     if order:
         args = (tokens, model_in, picked, seen, table, row, length, _dispatch.FIRST, row_step, tokens.numel())
-        _dispatch.run(
-            kernels.unmask_place_kernel, args, -(-length // 64), batch, ROWS=64, COLS=64, num_warps=4, **plan
-        )
+        _dispatch.run(kernels.unmask_place_kernel, args, -(-length // 64), batch, ROWS=64, COLS=64, num_warps=4, **plan)
 
 
 _dispatch.register(

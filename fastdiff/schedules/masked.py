@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class Masked:
     mask: int = -1
     kind: str = "linear"
     power: float = 1.0
+    t_max: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         plain(self, "num_classes", "mask", "power")

@@ -16,7 +16,6 @@ from fastdiff.solvers.edm import edm_stochastic
 from fastdiff.solvers.er_sde import er_sde
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.inversion import ddim_inversion
-from fastdiff.solvers.masked import masked
 from fastdiff.solvers.multistep_sde import dpmpp_2m_sde, dpmpp_3m_sde
 from fastdiff.solvers.pndm import plms
 from fastdiff.solvers.restart import restart
@@ -25,6 +24,7 @@ from fastdiff.solvers.score_sde import ancestral, langevin, reverse_diffusion
 from fastdiff.solvers.sde import euler_maruyama, probability_flow
 from fastdiff.solvers.seeds import seeds
 from fastdiff.solvers.unipc import unipc
+from fastdiff.solvers.unmask import unmask
 
 __all__ = [
     "ancestral",
@@ -57,7 +57,6 @@ __all__ = [
     "langevin",
     "lcm",
     "lms",
-    "masked",
     "plms",
     "probability_flow",
     "restart",
@@ -66,4 +65,5 @@ __all__ = [
     "seeds",
     "tcd",
     "unipc",
+    "unmask",
 ]

@@ -63,7 +63,9 @@ def merged(m, k, rest, weighted, own, high, take, hit, WEIGHTED: tl.constexpr):
     scale = tl.exp2(shift * LOG2E)
     gone = tl.where(take & (own > float("-inf")), tl.exp2((own - top) * LOG2E), 0.0)
     if WEIGHTED:
-        weighted = scale * tl.fma(shift, rest, weighted) + tl.sum(tl.where(e > 0.0, e * (m - top[:, None]), 0.0), axis=1)
+        weighted = scale * tl.fma(shift, rest, weighted) + tl.sum(
+            tl.where(e > 0.0, e * (m - top[:, None]), 0.0), axis=1
+        )
         weighted += tl.where(gone > 0.0, gone * (own - top), 0.0)
     rest = tl.fma(scale, rest, gone) + tl.sum(e, axis=1)
     own = tl.where(take, tl.sum(tl.where(out, m, 0.0), axis=1), own)
@@ -145,7 +147,9 @@ def unmask_read_kernel(
     for piece in range(on * PIECES):
         counter, k, start = window(d, piece, K, ROWS, COLS, QUADS)
         near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR) & chosen[:, None]
-        m = load_float(begin(model_ptr, base, model_row, VECTOR) + spots(d, start, model_row, COLS, QUADS, VECTOR), near)
+        m = load_float(
+            begin(model_ptr, base, model_row, VECTOR) + spots(d, start, model_row, COLS, QUADS, VECTOR), near
+        )
         if GUIDED:
             at = begin(uncond_ptr, base, uncond_row, VECTOR) + spots(d, start, uncond_row, COLS, QUADS, VECTOR)
             m = guided(m, load_float(at, near), w)
@@ -166,9 +170,7 @@ def unmask_read_kernel(
             take = top > high
             other = tl.max(tl.where(k == which[:, None], float("-inf"), m), axis=1)
             second = tl.maximum(tl.minimum(high, top), tl.maximum(second, other))
-            rest, weighted, own, high = merged(
-                m, k, rest, weighted, own, high, take, which, ORDER == ENTROPY
-            )
+            rest, weighted, own, high = merged(m, k, rest, weighted, own, high, take, which, ORDER == ENTROPY)
     hit = tl.where(best == best, hit, mask_id)  # a NaN among a token's logits: it stays masked
     if ORDER == RANDOM:
         new = tl.where(chosen, hit.to(tl.int64), token)
@@ -211,9 +213,10 @@ def unmask_place_kernel(
     d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     base = b * tokens
     there = d < tokens
-    mine = tl.load(score_ptr + base + d, mask=there, other=float("-inf"))[:, None]
+    own = tl.load(score_ptr + base + d, mask=there, other=float("-inf"))
+    mine = own[:, None]
     before = tl.zeros([ROWS], tl.int32)
-    masked = 0
+    masked = tl.full((), 0, tl.int32)
     for start in range(0, tokens, COLS):
         j = start + tl.arange(0, COLS)
         score = tl.load(score_ptr + base + j, mask=j < tokens, other=float("-inf"))
@@ -221,6 +224,6 @@ def unmask_place_kernel(
         ahead = (score[None, :] > mine) | ((score[None, :] == mine) & (j[None, :] < d[:, None]))
         before += tl.sum(ahead.to(tl.int32), axis=1)
     kept = tl.floor(masked.to(tl.float32) * (1.0 - tl.load(table_ptr + row * WIDTH + HEADER + 1)) + 0.5)
-    chosen = there & (mine > float("-inf")).reshape([ROWS]) & (before < masked - kept.to(tl.int32))
+    chosen = (own > float("-inf")) & (before < masked - kept.to(tl.int32))
     hit = tl.load(class_ptr + base + d, mask=chosen, other=0).to(tl.int64)
     place(tokens_ptr, model_in_ptr, base + d, copy_stride, hit, chosen, COPIES)

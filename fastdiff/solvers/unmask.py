@@ -12,10 +12,10 @@ from fastdiff.readout import ORDERS
 from fastdiff.schedules.masked import Masked
 from fastdiff.solvers.bfn_grid import count
 
-__all__ = ["masked"]
+__all__ = ["unmask"]
 
 
-def masked(
+def unmask(
     schedule: Masked, steps: int, *, order: str = "random", temperature: float = 1.0, remask: float = 0.0,
     remask_most: float = 1.0, blocks: int = 1, spacing: Sequence[float] | np.ndarray | None = None, start: int = 0,
 ) -> Plan:  # fmt: skip
@@ -40,11 +40,15 @@ def masked(
         2022, arXiv:2202.04200 and Nie et al. 2025, arXiv:2502.09992 (confidence, blocks).
     """
     if not isinstance(schedule, Masked):
-        raise TypeError(f"masked needs a schedule of type Masked, got {type(schedule).__name__}")
+        raise TypeError(f"unmask needs a schedule of type Masked, got {type(schedule).__name__}")
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; valid: {', '.join(ORDERS)}")
     steps, blocks, start = count("steps", steps, 1), count("blocks", blocks, 1), count("start", start, 0)
-    for name, value, most in (("temperature", temperature, np.inf), ("remask", remask, 1), ("remask_most", remask_most, 1)):
+    for name, value, most in (
+        ("temperature", temperature, np.inf),
+        ("remask", remask, 1),
+        ("remask_most", remask_most, 1),
+    ):
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most or not np.isfinite(value):
             raise ValueError(f"{name} must be a number in [0, {most:g}], got {value!r}")
     if remask and order != "random":
@@ -57,8 +61,8 @@ def masked(
     gone = schedule.masked(t)  # 1 - alpha_t
     left = np.append(gone[1:], 0.0)  # 1 - alpha_s
     alpha = 1.0 - gone
-    with np.errstate(divide="ignore"):
-        r = np.minimum(remask * np.minimum(1.0, left / alpha), remask_most)
+    largest = np.minimum(1.0, np.divide(left, alpha, out=np.ones_like(left), where=alpha > 0))
+    r = np.minimum(remask * largest, remask_most)
     b = 1.0 - (left - r * alpha) / gone  # (alpha_s - (1 - r) alpha_t) / (1 - alpha_t), without cancellation
     b[-1] = 1.0
     n = len(t) * blocks
@@ -67,7 +71,7 @@ def masked(
     told = (blocks - 1 - block + np.tile(t, blocks)) / blocks
     zero, one = np.zeros(n), np.ones(n)
     return Plan(
-        f"masked({order})", told, told, known, 1.0 - known, one, zero, one, np.full(n, -np.inf), np.full(n, np.inf),
+        f"unmask({order})", told, told, known, 1.0 - known, one, zero, one, np.full(n, -np.inf), np.full(n, np.inf),
         np.tile(1.0 - r, blocks).reshape(n, 1, 1), np.tile(b, blocks)[:, None], block[:, None],
         np.full((n, 1), float(temperature)), init_scale=0.0, readout=order, classes=schedule.num_classes,
         mask=schedule.mask,

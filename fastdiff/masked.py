@@ -1,0 +1,90 @@
+"""A sampling run on tokens: the same loop around a step that unmasks them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff import ops, rng
+from fastdiff.noise import Noise, PhiloxNoise
+from fastdiff.ops.unmask_step import uniforms
+from fastdiff.request import Request
+from fastdiff.run import Run
+
+__all__ = ["MaskedRun"]
+
+
+class MaskedRun(Run):
+    """Tokens int64 [B, *D], the block of each (int32, -1 where it is given), and the copies of them the model sees.
+
+    x is the tokens; x0 is them too.
+    """
+
+    draws_on_host = False
+    output_says = "logits [B, *D, K]"
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, self.plan.mask, dtype=torch.int64, device=self.device)
+
+    def _watched(self, asked: bool) -> Tensor | None:
+        return self.x if asked else None
+
+    def _noise(self, request: Request, compiled: bool) -> Noise:
+        self.noise_in_kernel = True
+        self.keys = PhiloxNoise(self.plan, self.x, compiled=False, in_kernel=True)
+        return self.keys
+
+    def outside(self) -> bool:
+        return False
+
+    def _prepare(self, compiled: bool) -> None:
+        self.table = self.plan.pack(self.device)
+        self.blocks = int(self.plan.d.max()) + 1
+        self.group = torch.zeros(self.shape, dtype=torch.int32, device=self.device)
+
+    def output_shape(self) -> tuple[int, ...]:
+        return (*self.model_in.shape, self.plan.classes)
+
+    def draw(self, x_T: Tensor | None, x_init: Tensor | None) -> None:
+        mask = self.plan.mask
+        if x_T is not None:
+            self.x.copy_(x_T)
+        elif x_init is not None:
+            n = self.x[:1].numel()
+            u = uniforms(self.keys.seeds, self.keys.index, torch.zeros_like(self.keys.seeds), rng.START, n)
+            self.x.copy_(torch.where(u.view(self.shape) <= float(self.plan.sigma[0]), mask, x_init))
+        else:
+            self.x.fill_(mask)
+        masked = (self.x == mask).view(len(self.x), -1)
+        place, count = masked.cumsum(1) - 1, masked.sum(1, keepdim=True).clamp_min(1)
+        self.group.copy_(torch.where(masked, place * self.blocks // count, -1).view(self.shape))
+        if self.bad is not None:
+            self.bad.fill_(self.plan.nfe)
+        self.refresh(0)
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        return self.x.clone()
+
+    def refresh(self, k: int) -> None:
+        for half in self.halves:
+            half.copy_(self.x)
+
+    def _finite(self, m: Tensor) -> Tensor:
+        return ~(m.isnan() | m.isposinf()).any()  # -inf forbids a class
+
+    def step(self, k: int, row: Tensor, m: Tensor, u: Tensor | None, noise: Tensor | None) -> None:
+        plan, w = self.plan, None if u is None else self.weight
+
+        def run() -> None:
+            ops.unmask_step(
+                self.x, m, self.table, row, mask=int(plan.mask), order=plan.readout, group=self.group, uncond=u,
+                guidance=w, seeds=self.keys.seeds, index=self.keys.index,
+                model_in=None if self.aliased else self.model_in,
+            )  # fmt: skip
+
+        if self.on_host:
+            run()
+        else:
+            self.relaunch("fastdiff::unmask_step", run, (m, u, row, w))
+        if self.bad is not None:
+            self.watch(row, m)
