@@ -20,7 +20,7 @@ nvidia-smi > "$out/nvidia-smi.txt" 2>&1 || true
 failed=0
 loop=(--device cuda --quick --model unet1d --steps 100 --schedules scaled_linear_betas --solvers ddpm)
 kernels=(affine_step add_noise posterior categorical_step denoising_loss guide threshold gaussian_kl categorical_loss
-    categorical_noise add_noise_flow binned binned_mean)
+    categorical_noise unmask_step add_noise_flow binned binned_mean)
 sizes=(--sizes 12 26) # the launch floor, the bandwidth floor
 plots=()
 $PYTHON -c "import matplotlib" 2> /dev/null && plots=(--plot "$out")
@@ -56,8 +56,8 @@ warm fastdiff_bench.dropin_gpu --repeats 1
 warm fastdiff_bench.suite "${loop[@]}" --compile-only
 mkdir -p "$out/tests"
 rm -f "$out/tests.txt"
-files=(gpu gpu_bfn gpu_dropin gpu_conditions affine_step add_noise posterior denoising_loss denoising_loss_limits rng
-    times threshold guide guidance forward_step outer_step binned bound categorical_step categorical_large
+files=(gpu gpu_bfn gpu_dropin gpu_conditions gpu_tokens affine_step add_noise posterior denoising_loss
+    denoising_loss_limits rng times threshold guide guidance forward_step outer_step binned bound categorical_step categorical_large
     categorical_loss categorical_noise levels learned_variance sums registration accelerate_steps
     accelerate_threshold bfn_sampling bfn_discretised process_modes)
 pids=()

@@ -20,11 +20,13 @@ CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 COLUMNS = ("torch", "diffusers", "fastdiff eager")
 # fp32, bf16: what is read and written an element. affine_step: x in and out in fp32, the output and the next input in
-# the model's dtype; classes: 8 bytes a token of 32 numbers; binned: x and p in fp32, two outputs
+# the model's dtype; classes: 8 bytes a token of 32 numbers; binned: x and p in fp32, two outputs; unmask_step: half of
+# the logits, 36 bytes a token of 256
 BYTES = {
     "affine_step": (12, 12), "add_noise": (8, 4), "add_noise_flow": (8, 4), "posterior": (16, 8), "guide": (12, 6),
     "denoising_loss": (16, 8), "threshold": (8, 4), "gaussian_kl": (24, 12), "binned": (16, 12),
     "binned_mean": (16, 12), "categorical_noise": (4.25, 2.25), "categorical_loss": (8.25, 4.25),
+    "unmask_step": (2 + 36 / 256, 1 + 36 / 256),
 }  # fmt: skip
 
 

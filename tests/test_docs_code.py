@@ -41,6 +41,17 @@ def test_training(run):
     assert names["loss"].shape == (64,) and all(p.grad.isfinite().all() for p in names["net"].parameters())
 
 
+def test_tokens(run):
+    """The bound's loss and its gradients; ids, of which the prompt is kept."""
+    names = run("tokens.md")
+    assert names["loss"].shape == (16,) and bool((names["loss"] >= 0).all())
+    assert bool((names["loss"][1:] > 0).all())  # at t >= 1/16 a token of 32 is masked, this seed's
+    assert all(p.grad.abs().sum() > 0 for p in names["net"].parameters())
+    ids = names["ids"]
+    assert ids.dtype == torch.int64 and 0 <= int(ids.min()) <= int(ids.max()) < 27
+    assert ids[:, :5].tolist() == [[7, 4, 11, 11, 14]] * 4 and len(set(ids[:, 5:].flatten().tolist())) > 5
+
+
 def test_conditioning(run):
     """Known numbers and tokens are there; a measured sum has its posterior, within five standard errors and 1 %."""
     names = run("conditioning.md")

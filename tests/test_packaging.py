@@ -156,7 +156,8 @@ def test_readme_table_gives_the_evaluations_and_slots_of_the_plans():
         name, evaluations, slots = (cell.strip() for cell in line.split("|")[1:4])
         name = name.strip("`")
         flow = fd.schedules.BFNDiscrete(3.0, 5) if name == "bfn_discrete" else fd.schedules.BFNContinuous(0.02)
-        plan = getattr(fd.solvers, name)(flow if name.startswith("bfn") else fd.schedules.VP(), 7)
+        flow = fd.schedules.Masked(5) if name == "unmask" else flow
+        plan = getattr(fd.solvers, name)(flow if name.startswith(("bfn", "unmask")) else fd.schedules.VP(), 7)
         counts = {"steps": 7, "steps + 1": 8, "2 steps - 1": 13, "2 steps + 29": 43, "5 steps + 1": 36}
         assert plan.nfe == counts[evaluations], name
         assert plan.slots == int(slots), name

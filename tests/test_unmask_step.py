@@ -19,6 +19,11 @@ B = 3
 SEEDS, INDEX = rng.keys(5, batch=B)
 
 
+@pytest.fixture
+def device(device_of_loops: torch.device) -> torch.device:
+    return device_of_loops
+
+
 def table(*rows: tuple[float, float, float, float]) -> Tensor:
     """Rows (A, b, d, s): keep, unmask, block, temperature."""
     made = torch.zeros(len(rows), row_width(1))

@@ -38,7 +38,7 @@ GPU_PEERS = ("torch graph",)
 GRAPHS = ("step_graph", "loop_graph")
 COLUMNS = (*PEERS, *(f"fastdiff {mode}" for mode in ("eager", "compiled", *GRAPHS)))
 KERNELS = (
-    "affine_step", "add_noise", "add_noise_flow", "posterior", "categorical_step", "denoising_loss",
+    "affine_step", "add_noise", "add_noise_flow", "posterior", "categorical_step", "unmask_step", "denoising_loss",
     "categorical_noise", "categorical_loss", "guide", "threshold", "gaussian_kl", "binned", "binned_mean",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

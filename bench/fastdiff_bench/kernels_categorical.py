@@ -1,4 +1,4 @@
-"""The kernels of categorical Bayesian flows: the step, noising and the loss, over K classes."""
+"""The kernels of classes: the step, noising and the loss of Bayesian flows, and masked diffusion's step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fastdiff_bench.textbook import compiled
 from fastdiff_bench.timing import rotation
 from fastdiff_bench.work import Column, Work, finish, gap, graded, randn
 
-__all__ = ["categorical_loss", "categorical_noise", "categorical_step"]
+__all__ = ["categorical_loss", "categorical_noise", "categorical_step", "unmask_step"]
 
 CLASSES = 32
+VOCABULARY = 256  # of masked tokens
 
 
 def categorical_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str], *,
@@ -122,6 +123,50 @@ def categorical_loss(
     assert isinstance(got, tuple) and isinstance(want, tuple)
     work.differs["fastdiff eager"] = gap(got[0], want[0])
     return finish(work, names, columns, graded(ours, 1), device, compiles=True)
+
+
+def unmask_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str], *,
+                classes: int = VOCABULARY) -> Work:  # fmt: skip
+    """A row of masked diffusion: half of the tokens are masked, a fourth of them becomes classes, the surest first.
+
+    The logits of masked tokens have to be read, and 36 bytes a token: itself and its copy, its block, a class and a
+    score written and read. Both columns put the tokens back as they were.
+    """
+    tokens = max(4, elements // classes)
+    half = (tokens + 1) // 2
+    plan = fd.solvers.unmask(fd.schedules.Masked(classes), 8, order="confidence")
+    greedy = fd.solvers.unmask(fd.schedules.Masked(classes), 8, order="confidence", temperature=0.0)
+    row = torch.full((1,), 4, dtype=torch.int32, device=device)  # b = 1/4
+    many = half - int(half * 0.75 + 0.5)
+    seeds, index = fd.rng.keys(0, batch=1, device=device)
+    group = torch.zeros((1, tokens), dtype=torch.int32, device=device)
+    start = torch.full((1, tokens), 1, dtype=torch.int64, device=device)
+    start[:, ::2] = classes
+    moved = torch.finfo(dtype).bits // 8 / 2 + 36 / classes
+    sets = [
+        (start.clone(), randn((1, tokens, classes), device, dtype, i))
+        for i in range(rotation(int(moved * elements), device))
+    ]
+    work = Work("unmask_step", schedule, elements, str(dtype), moved, sets, {})
+
+    def textbook(held: Tensor, m: Tensor, drawn: bool = True) -> Tensor:
+        held.copy_(start)
+        p = m.float().softmax(-1)
+        k = (p / torch.empty_like(p).exponential_() if drawn else p).argmax(-1)
+        sure = torch.where(held == classes, p.gather(-1, k[..., None])[..., 0], -1.0)
+        at = sure.topk(many, -1).indices
+        return held.scatter(1, at, k.gather(1, at))
+
+    def ours(held: Tensor, m: Tensor, by: fd.Plan = plan) -> Tensor:
+        held.copy_(start)
+        ops.unmask_step(held, m, by.pack(device), row, mask=classes, order="confidence", group=group, seeds=seeds,
+                        index=index)  # fmt: skip
+        return held
+
+    columns: dict[str, Column] = {"torch": textbook, "torch.compile": compiled(textbook, elements)}
+    held, m = sets[0]
+    work.differs["fastdiff eager"] = gap(ours(held, m, greedy).clone(), textbook(held, m, False))
+    return finish(work, names, columns, ours, device, compiles=True)
 
 
 def _tokens(elements: int) -> tuple[int, int]:

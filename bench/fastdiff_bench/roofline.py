@@ -31,6 +31,7 @@ __all__ = ["main", "points", "run"]
 
 SCHEDULE = {
     **dict.fromkeys(("categorical_step", "categorical_noise", "categorical_loss"), "bfndiscrete"),
+    "unmask_step": "masked",
     **dict.fromkeys(("binned", "binned_mean"), "bfn"),
     "add_noise_flow": "flow",
     **dict.fromkeys(("guide", "threshold", "gaussian_kl"), "any"),

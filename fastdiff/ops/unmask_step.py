@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastdiff import native, rng
 from fastdiff.gumbel import gumbels_at
-from fastdiff.ops import _dispatch
+from fastdiff.native import TYPES
+from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._categorical import Rows, row_stride, rows_of, vectors, with_rows
 from fastdiff.ops._dispatch import FLOATS, check_tensor
 from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
@@ -97,12 +98,44 @@ def _step_on_cpu(
     tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: str, group: Tensor,
     uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
 ) -> None:  # fmt: skip
+    if _by_loop(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, model_in):
+        return
     every = torch.compiler.is_compiling()
     new = _step(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, every=every)
     tokens.copy_(new)
     if model_in is not None:
         for half in model_in.split(len(tokens)):
             half.copy_(new)
+
+
+def _by_loop(
+    tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: str, group: Tensor,
+    uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
+) -> bool:  # fmt: skip
+    """The C++ loop; False where it does not run."""
+    given = [
+        v for v in (tokens, model_out, table, row, group, uncond, guidance, seeds, index, model_in) if v is not None
+    ]
+    if not (_fused.wanted(model_out) and native.usable(*given)):
+        return False
+    batch, length, width = len(tokens), tokens[0].numel(), model_out.shape[-1]
+    m, u = model_out.detach().contiguous(), None if uncond is None else uncond.detach().contiguous()
+    w, w_row, w_each = _weights(guidance)
+    which = torch.zeros_like(seeds) if index is None else index.contiguous()
+    return native.run(
+        "unmask", "unmask_row", tokens, group, m, u, w, table, row.long().contiguous(), seeds.contiguous(), which,
+        model_in, 0 if model_in is None else len(model_in) // batch, mask, ORDERS.index(order), batch, length, width,
+        WIDTH, ROW_HEADER, w_row, w_each, int(row.numel() > 1), TYPES[m.dtype], TYPES[(m if u is None else u).dtype],
+        native.threads(m.numel(), heavy=True),
+    )  # fmt: skip
+
+
+def _weights(guidance: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """Dense weights, and how far apart those of neighbouring rows and samples are."""
+    if guidance is None or guidance.numel() == 1:
+        return guidance, 0, 0
+    w = guidance.contiguous()
+    return w, w.shape[1] if w.shape[0] > 1 else 0, 1 if w.shape[1] > 1 else 0
 
 
 @torch.no_grad()
@@ -263,11 +296,7 @@ def _launch(
     uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
 ) -> None:  # fmt: skip
     batch, length, width = len(tokens), tokens[0].numel(), model_out.shape[-1]
-    w_row = w_batch = 0
-    if guidance is not None and guidance.numel() > 1:
-        guidance = guidance.contiguous()
-        w_row = guidance.shape[1] if guidance.shape[0] > 1 else 0
-        w_batch = 1 if guidance.shape[1] > 1 else 0
+    guidance, w_row, w_batch = _weights(guidance)
     index = torch.zeros_like(seeds) if index is None else index.contiguous()
     seeds, row = seeds.contiguous(), row.contiguous()
     model_out, uncond = with_rows(model_out), None if uncond is None else with_rows(uncond)

@@ -10,6 +10,7 @@ from fastdiff.training.bfn import (
 )
 from fastdiff.training.bound import BitsPerDim, bits_per_dim, hybrid_loss, prior_kl, vlb_loss
 from fastdiff.training.marginals import ideal_model, log_density, score
+from fastdiff.training.masked import mask_tokens, masked_loss
 from fastdiff.training.noising import add_noise
 from fastdiff.training.times import (
     ImportanceTimes,
@@ -40,6 +41,8 @@ __all__ = [
     "log_normal_times",
     "logit_normal_times",
     "low_discrepancy_times",
+    "mask_tokens",
+    "masked_loss",
     "prior_kl",
     "score",
     "step_times",

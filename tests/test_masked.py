@@ -1,0 +1,431 @@
+"""Masked diffusion: its schedule, its plans, what they sample, its loss."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff import rng, solvers, training
+from fastdiff import schedules as S
+from fastdiff.readout import ORDERS
+
+K, L = 5, 12
+SCHEDULE = S.Masked(K)
+KINDS = [S.Masked(K), S.Masked(K, 2, "cosine"), S.Masked(K, kind="polynomial", power=2.5)]
+P = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25])
+JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.05, 0.25, 0.01], [0.04, 0.05, 0.20]])  # of two tokens
+
+
+def independent(x: Tensor, t: Tensor) -> Tensor:
+    assert x.dtype == torch.int64
+    return P.log().expand(*x.shape, K)
+
+
+def network(x: Tensor, t: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+    """Logits that depend on the neighbours, the time and a condition."""
+    seen = torch.nn.functional.one_hot(x, K + 1).float() @ torch.linspace(-1, 1, K + 1)
+    ramp = torch.arange(K, device=x.device) / K
+    mixed = seen.roll(1, -1) + 0.5 * seen.roll(-1, -1) + t.view(-1, 1)
+    given = torch.as_tensor(shift, device=x.device).view(-1, 1, 1)
+    return 2 * torch.sin(3 * mixed[..., None] + 4 * ramp) + given * ramp
+
+
+def of_joint(x: Tensor, t: Tensor) -> Tensor:
+    """The exact conditionals of two tokens with the distribution JOINT; 3 is the mask."""
+    p = JOINT.to(x.device)
+    one, two = x[:, 0], x[:, 1]
+    rows = torch.cat([p, p.sum(0, keepdim=True)])[one]  # of the second, given the first
+    columns = torch.cat([p, p.sum(1, keepdim=True)], 1).T[two]
+    return torch.stack([columns, rows], 1).log()
+
+
+def near(share: float, p: float, of: int) -> bool:
+    return abs(share - p) <= 4 * math.sqrt(p * (1 - p) / of)
+
+
+@pytest.mark.parametrize("schedule", KINDS, ids=lambda s: s.kind)
+def test_schedule(schedule: S.Masked) -> None:
+    t = np.linspace(0.01, 0.99, 31)
+    assert np.array_equal(schedule.alpha(np.array([0.0, 1.0])), [1.0, 0.0])
+    assert np.allclose(schedule.alpha(t) + schedule.masked(t), 1, rtol=0, atol=1e-15)
+    h = 1e-6
+    slope = (schedule.alpha(t + h) - schedule.alpha(t - h)) / (2 * h)
+    assert np.allclose(schedule.weight(t), -slope / schedule.masked(t), rtol=1e-7)
+    assert schedule.weight(0.0) == math.inf
+    for name in ("alpha", "masked", "weight"):
+        got = getattr(schedule, name)(torch.from_numpy(t))
+        assert got.dtype == torch.float64 and np.allclose(got, getattr(schedule, name)(t), rtol=1e-15)
+
+
+def test_numbers_of_the_plan() -> None:
+    plan = solvers.unmask(SCHEDULE, 8)
+    assert np.allclose(plan.b[:, 0], 1 / np.arange(8, 0, -1), rtol=1e-14)  # MDLM's (t - s) / t
+    assert np.array_equal(plan.A, np.ones((8, 1, 1))) and np.array_equal(plan.s, np.ones((8, 1)))
+    assert np.allclose(plan.times, np.arange(8, 0, -1) / 8) and np.allclose(plan.sigma, plan.times)
+    assert (plan.classes, plan.mask, plan.nfe, plan.slots, plan.last_readout) == (K, K, 8, 1, "random")
+    blocks = solvers.unmask(S.Masked(K, 2, "cosine"), 8, blocks=2, order="margin", temperature=0.0)
+    assert np.array_equal(blocks.d[:, 0], [0] * 4 + [1] * 4) and np.array_equal(blocks.b[:4], blocks.b[4:])
+    t = np.array([1.0, 0.75, 0.5, 0.25])
+    assert np.allclose(blocks.times, np.concatenate([1 + t, t]) / 2)
+    ahead = 1 - np.append(np.sin(np.pi * t[1:] / 2), 0) / np.sin(np.pi * t / 2)
+    assert np.allclose(blocks.b[:4, 0], ahead) and np.allclose(blocks.alpha[4:], (1 + 1 - np.sin(np.pi * t / 2)) / 2)
+    given = solvers.unmask(SCHEDULE, 3, spacing=[0.9, 0.5, 0.1])
+    assert np.allclose(given.b[:, 0], [4 / 9, 4 / 5, 1])
+
+
+@pytest.mark.parametrize("schedule", KINDS, ids=lambda s: s.kind)
+@pytest.mark.parametrize(("remask", "most"), [(0.0, 1.0), (0.4, 1.0), (1.0, 0.05), (1.0, 1.0), (0.7, 0.2)])
+def test_a_row_takes_one_marginal_to_the_next(schedule: S.Masked, remask: float, most: float) -> None:
+    """P(not masked) is alpha_t before a row and alpha_s after it, whatever is masked again."""
+    plan = solvers.unmask(schedule, 10, remask=remask, remask_most=most)
+    alpha, keep, b = plan.alpha, plan.A[:, 0, 0], plan.b[:, 0]
+    assert np.allclose(alpha * keep + (1 - alpha) * b, np.append(alpha[1:], 1), rtol=0, atol=1e-14)
+    with np.errstate(divide="ignore"):
+        largest = np.minimum(1, (1 - np.append(alpha[1:], 1)) / alpha)
+    assert np.allclose(1 - keep, np.minimum(remask * largest, most), rtol=0, atol=1e-14)
+    assert keep[-1] == b[-1] == 1
+
+
+@pytest.mark.parametrize("mask", [K, 2])
+@pytest.mark.parametrize(
+    "options", [{}, {"remask": 1.0, "remask_most": 0.1}, {"blocks": 4}, {"temperature": 0.5}], ids=repr
+)
+def test_independent_tokens_have_their_distribution(options: dict[str, Any], mask: int) -> None:
+    check_distribution(options, mask, (10, 1200))
+
+
+def test_kernels_give_independent_tokens_their_distribution(kernel_device: torch.device) -> None:
+    check_distribution({"remask": 0.3, "blocks": 2}, 2, (2, 1200))
+
+
+def check_distribution(options: dict[str, Any], mask: int, shape: tuple[int, int]) -> None:
+    plan = solvers.unmask(S.Masked(K, mask), 8, **options)
+    x = fd.sample(independent, plan, shape, seed=1)
+    assert x.dtype == torch.int64
+    p = P.double() ** (1 / options.get("temperature", 1.0))
+    p[mask:][:1] = 0
+    p /= p.sum()
+    for k in range(K):
+        assert near(float((x == k).float().mean()), float(p[k]), x.numel()), k
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "joint"),
+    [(2, {"blocks": 2}, True), (1, {}, False), (1, {"order": "entropy"}, False), (256, {}, True)],
+)
+def test_two_tokens_have_their_joint_distribution(steps: int, options: dict[str, Any], joint: bool) -> None:
+    """One after the other exactly; both in one step, as the product of the marginals. In 256 steps they rarely meet."""
+    n = 10_000
+    x = fd.sample(of_joint, solvers.unmask(S.Masked(3), steps, **options), (n, 2), seed=2)
+    want = JOINT if joint else JOINT.sum(1, keepdim=True) * JOINT.sum(0)
+    for i, j in itertools.product(range(3), range(3)):
+        share = float(((x[:, 0] == i) & (x[:, 1] == j)).float().mean())
+        assert near(share, float(want[i, j]), n), (i, j)
+    assert float((JOINT - JOINT.sum(1, keepdim=True) * JOINT.sum(0)).abs().min()) > 0.01
+
+
+def test_how_many_are_masked_after_each_row() -> None:
+    n = 400
+    for order in ORDERS:
+        plan = solvers.unmask(S.Masked(K, kind="cosine"), 6, order=order)
+        x, kept = fd.sample(network, plan, (n, L), seed=3, trajectory=True)
+        masked = (kept.x == K).sum(-1)
+        assert kept.x.dtype == kept.x0.dtype == torch.int64 and torch.equal(kept.x[-1], x)
+        assert torch.equal(kept.x[1:], kept.x0) and bool((kept.x[0] == K).all())
+        gone = np.append(plan.sigma, 0)
+        if order == "random":
+            assert all(
+                near(float(m.float().mean() / L), g, n * L) for m, g in zip(masked[1:-1], gone[1:-1], strict=True)
+            )
+            continue
+        count = float(L)
+        for k in range(plan.nfe):
+            count = math.floor(np.float32(count) * (np.float32(1) - np.float32(plan.b[k, 0])) + np.float32(0.5))
+            assert bool((masked[k + 1] == count).all()), (order, k)
+        assert count == 0
+        was, now = kept.x[:-1], kept.x[1:]
+        assert bool(((was == now) | (was == K)).all())  # what is unmasked stays
+
+
+def test_blocks_go_from_left_to_right() -> None:
+    plan = solvers.unmask(SCHEDULE, 6, blocks=3, order="confidence")
+    x_T = torch.full((2, L), K)
+    x_T[:, [1, 6, 7]] = torch.tensor([4, 0, 3])
+    x_T[1, 11] = 1  # 9 masked tokens, and 8
+    _, kept = fd.sample(network, plan, (2, L), seed=4, x_T=x_T, trajectory=True)
+    for i, count in ((0, 9), (1, 8)):
+        places = (x_T[i] == K).nonzero()[:, 0]
+        groups = [places[torch.arange(count) * 3 // count == g] for g in range(3)]
+        for g in range(3):
+            done = kept.x[2 * (g + 1), i]
+            assert bool((done[torch.cat(groups[: g + 1])] != K).all())
+            assert all(bool((done[later] == K).all()) for later in groups[g + 1 :])
+        assert torch.equal(kept.x[-1, i][x_T[i] != K], x_T[i][x_T[i] != K])
+
+
+def test_what_is_given_stays() -> None:
+    x_T = torch.full((64, L), K)
+    x_T[:, ::3] = torch.arange(4)
+    for options in ({"remask": 1.0}, {"order": "margin"}, {"blocks": 2, "remask": 0.5}):
+        x = fd.sample(network, solvers.unmask(SCHEDULE, 8, **options), (64, L), seed=5, x_T=x_T)
+        assert torch.equal(x[:, ::3], x_T[:, ::3]) and bool((x < K).all())
+    whole = torch.zeros(2, L, dtype=torch.int64)
+    assert torch.equal(fd.sample(network, solvers.unmask(SCHEDULE, 4), (2, L), x_T=whole), whole)
+
+
+def test_from_the_middle() -> None:
+    """x_init is masked as the first row expects; what is not masked stays."""
+    plan = solvers.unmask(SCHEDULE, 10, start=6)
+    assert plan.nfe == 4 and np.allclose(plan.sigma, [0.4, 0.3, 0.2, 0.1])
+    x_init = torch.randint(0, K, (500, L), generator=torch.Generator().manual_seed(0))
+    x, kept = fd.sample(independent, plan, (500, L), seed=6, x_init=x_init, trajectory=True)
+    masked = kept.x[0] == K
+    assert near(float(masked.float().mean()), 0.4, 500 * L)
+    assert torch.equal(kept.x[0][~masked], x_init[~masked]) and torch.equal(x[~masked], x_init[~masked])
+    again = fd.sample(independent, plan, (1, L), seed=6, first=7, x_init=x_init[7:8])
+    assert torch.equal(again[0], x[7])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_way_gives_the_same_tokens(order: str, device: torch.device) -> None:
+    plan = solvers.unmask(SCHEDULE, 6, order=order, blocks=2)
+    shift = {"shift": torch.full((3,), 0.5)}, {"shift": torch.zeros(3)}
+    guided = {"cond": shift[0], "uncond": shift[1], "guidance": 2.0}
+    want = fd.sample(network, plan, (3, L), seed=7)
+    for mode in ("auto", "eager"):
+        sampler = fd.Sampler(network, plan, mode=mode, check_finite="raise")
+        assert all(torch.equal(sampler((3, L), seed=7), want) for _ in range(2))
+    assert torch.equal(fd.sample(network, plan, (1, L), seed=7, first=2)[0], want[2])
+    assert torch.equal(fd.sample(network, plan, (3, L), seeds=[1, 7, 9])[1], want[0])
+    assert torch.equal(fd.sample(network, plan, (3, L), seed=7, out_dtype=torch.int64), want)
+    both = [fd.sample(network, plan, (3, L), seed=7, batched_guidance=b, **guided) for b in (True, False)]
+    assert torch.equal(*both) and not torch.equal(both[0], want)
+    flat, two = (fd.sample(independent, plan, (3, *size), seed=7) for size in ((L,), (2, L // 2)))
+    assert two.shape == (3, 2, L // 2) and torch.equal(two.view(3, L), flat)
+
+
+def test_guidance_combines_the_logits() -> None:
+    plan = solvers.unmask(SCHEDULE, 4, order="entropy")
+    cond, uncond = {"shift": torch.ones(2)}, {"shift": torch.zeros(2)}
+    got = fd.sample(network, plan, (2, L), seed=8, cond=cond, uncond=uncond, guidance=3.0)
+    want = fd.sample(lambda x, t: network(x, t) + 3 * (network(x, t, 1.0) - network(x, t)), plan, (2, L), seed=8)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.compiled
+def test_compiled_model() -> None:
+    plan = solvers.unmask(SCHEDULE, 4, order="confidence")
+    got = fd.sample(network, plan, (2, L), seed=9, mode="compile")
+    assert torch.equal(got, fd.sample(network, plan, (2, L), seed=9))
+
+
+def test_half_precision_network() -> None:
+    plan = solvers.unmask(SCHEDULE, 4)
+    net = torch.nn.Sequential(torch.nn.Embedding(K + 1, 8), torch.nn.Linear(8, K)).bfloat16()
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.net(x)
+
+    x = fd.sample(Net(), plan, (2, L), seed=9)
+    assert x.dtype == torch.int64 and torch.equal(x, fd.sample(lambda x, t: net(x).float(), plan, (2, L), seed=9))
+
+
+def test_callbacks_edit_tokens() -> None:
+    plan, rows = solvers.unmask(SCHEDULE, 5, order="margin"), []
+
+    def edit(row: int, t: Tensor, x: Tensor, x0: Tensor) -> Tensor | None:
+        rows.append((row, float(t[0]), x.dtype, torch.equal(x, x0)))
+        if row == 4:
+            return torch.where(x == 0, 1, x)
+        x[:, 0] = 3  # in place
+        return None
+
+    x = fd.sample(network, plan, (2, L), seed=10, callback=edit)
+    assert [r[0] for r in rows] == list(range(5)) and all(r[2:] == (torch.int64, True) for r in rows)
+    assert bool((x[:, 0] == 3).all()) and not bool((x == 0).any())
+
+
+def test_a_model_that_fails_is_seen() -> None:
+    plan = solvers.unmask(SCHEDULE, 4)
+
+    def broken(x: Tensor, t: Tensor) -> Tensor:
+        m = network(x, t)
+        m[:, 3] = torch.nan
+        return m
+
+    x = fd.sample(broken, plan, (2, L), seed=11)
+    assert bool((x[:, 3] == K).all()) and bool((x[:, 4:] < K).all())  # it stays masked
+    with pytest.raises(ValueError, match="first at row 0 of 4"):
+        fd.sample(broken, plan, (2, L), seed=11, check_finite="raise")
+    with pytest.raises(ValueError, match=r"must return logits \[B, \*D, K\], \(2, 12, 5\), got \(2, 12, 6\)"):
+        fd.sample(lambda x, t: torch.zeros(*x.shape, 6), plan, (2, L))
+
+
+def test_an_empty_batch() -> None:
+    x, kept = fd.sample(network, solvers.unmask(SCHEDULE, 4), (0, L), trajectory=True)
+    assert x.shape == (0, L) and x.dtype == kept.x.dtype == torch.int64 and kept.x.shape == (5, 0, L)
+
+
+def test_what_the_plan_says_of_itself() -> None:
+    plan = solvers.unmask(SCHEDULE, 4, remask=0.5)
+    text = str(plan)
+    assert "5 classes, mask 5: k = argmax(m + s g)" in text and "A 0.5  b 0.25  d 0  s 1" in text
+    assert "the surest share b of the masked tokens, by margin" in str(solvers.unmask(SCHEDULE, 4, order="margin"))
+    assert np.allclose(plan.bytes_per_element(model_bytes=2), 2 * plan.sigma * plan.b[:, 0])
+    ordered = solvers.unmask(SCHEDULE, 4, order="margin", blocks=2)
+    assert np.allclose(ordered.bytes_per_element(), 4 * ordered.sigma / 2)
+
+
+def expected_loss(schedule: S.Masked, logits: Any, units: str = "nats") -> float:
+    """E over times, data and masks of masked_loss for two tokens of JOINT: quadrature and enumeration."""
+    nodes, weights = np.polynomial.legendre.leggauss(24)
+    data = torch.tensor(list(itertools.product(range(3), range(3))))
+    total = 0.0
+    for u, w in zip((nodes + 1) / 2, weights / 2, strict=True):
+        gone = float(schedule.masked(u))
+        for hidden in itertools.product((False, True), repeat=2):
+            tokens = torch.where(torch.tensor(hidden), schedule.mask, data)
+            p = gone ** sum(hidden) * (1 - gone) ** (2 - sum(hidden))
+            t = torch.full((9,), u, dtype=torch.float64)
+            loss = training.masked_loss(logits(tokens, t).double(), data, tokens, t, schedule, units=units)
+            total += w * p * float((JOINT.flatten().double() * loss).sum())
+    return total
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "polynomial"])
+def test_the_exact_network_reaches_the_entropy(kind: str) -> None:
+    """Masked diffusion is autoregression in every order: with exact conditionals the bound is the data's entropy."""
+    schedule = S.Masked(3, kind=kind, power=2.0 if kind == "polynomial" else 1.0)
+    entropy = float(-torch.xlogy(JOINT, JOINT).double().sum())
+    assert expected_loss(schedule, of_joint) == pytest.approx(entropy, rel=1e-6)
+    assert expected_loss(schedule, of_joint, "bits_per_dim") == pytest.approx(entropy / 2 / math.log(2), rel=1e-6)
+    assert expected_loss(schedule, lambda x, t: 0.9 * of_joint(x, t)) > entropy + 1e-3
+
+
+def test_masking_tokens() -> None:
+    x = torch.randint(0, K, (3, 20_000), generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0.1, 0.5, 0.9])
+    seeds, index = rng.keys(3, batch=3)
+    for schedule in KINDS:
+        got = training.mask_tokens(x, t, schedule, seeds=seeds, index=index)
+        hidden = got == schedule.mask
+        plain = x != schedule.mask  # a class of that number looks masked
+        for i in range(3):
+            p = float(schedule.masked(t[i].double()))
+            assert near(float(hidden[i][plain[i]].float().mean()), p, int(plain[i].sum()))
+        assert torch.equal(got[~hidden], x[~hidden])
+        one = training.mask_tokens(x[2:], t[2:], schedule, seeds=seeds[2:], index=index[2:])
+        assert torch.equal(one[0], got[2])
+        assert not torch.equal(training.mask_tokens(x, t, schedule, seeds=seeds, index=index, row=1), got)
+    u = torch.rand(3, 20_000)
+    assert torch.equal(training.mask_tokens(x, 0.25, SCHEDULE, noise=u), torch.where(u <= 0.25, K, x))
+    assert torch.equal(training.mask_tokens(x, 0.0, SCHEDULE, seeds=[1, 2, 3]), x)
+    assert bool((training.mask_tokens(x, 1.0, SCHEDULE, seeds=[1, 2, 3]) == K).all())
+
+
+def test_the_loss_and_its_gradient() -> None:
+    g = torch.Generator().manual_seed(2)
+    schedule = S.Masked(K, 2)
+    x = torch.tensor([[0, 1, 3, 4], [4, 3, 1, 0], [0, 0, 1, 1]])
+    tokens = torch.tensor([[2, 1, 2, 4], [2, 2, 2, 2], [0, 0, 1, 1]])
+    t = torch.tensor([0.3, 0.7, 0.0])
+    logits = torch.randn(3, 4, K, generator=g, dtype=torch.float64, requires_grad=True)
+    loss = training.masked_loss(logits, x, tokens, t, schedule)
+    allowed = logits.detach().clone()
+    allowed[..., 2] = -torch.inf
+    logp = torch.log_softmax(allowed, -1).gather(-1, x[..., None])[..., 0]
+    hidden = tokens == 2
+    want = -(logp * hidden).sum(1) / t.double().clamp_min(1e-300)
+    want[2] = 0
+    assert torch.allclose(loss, want, rtol=1e-12)
+    loss.sum().backward()
+    p = torch.softmax(allowed, -1) - torch.nn.functional.one_hot(x, K)
+    scale = torch.where(hidden, 1 / t.double().clamp_min(1e-300)[:, None], 0.0)
+    assert torch.allclose(logits.grad, scale[..., None] * p, rtol=1e-12)
+    bad = logits.detach().clone().requires_grad_()
+    spoiled = torch.where(hidden[..., None], bad, torch.nan)
+    training.masked_loss(spoiled, x, tokens, t, schedule).sum().backward()
+    assert torch.allclose(bad.grad, logits.grad)
+    half = training.masked_loss(logits.detach().bfloat16(), x, tokens, t, schedule)
+    assert half.dtype == torch.float32 and torch.allclose(half.double(), want, rtol=2e-2)
+
+
+TOKENS = torch.zeros(2, L, dtype=torch.int64)
+PLAN = solvers.unmask(SCHEDULE, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: S.Masked(1), ValueError, "num_classes must be >= 2, got 1"),
+        (lambda: S.Masked(2.0), TypeError, "num_classes must be an integer, got 2.0"),
+        (lambda: S.Masked(4, 5), ValueError, "mask must be in 0..4, got 5"),
+        (lambda: S.Masked(4, kind="sine"), ValueError, "unknown kind 'sine'; valid: linear, cosine, polynomial"),
+        (lambda: S.Masked(4, power=2.0), ValueError, "power belongs to kind 'polynomial'"),
+        (lambda: S.Masked(4, kind="polynomial", power=0), ValueError, "power must be a finite number > 0"),
+        (lambda: SCHEDULE.alpha(1.1), ValueError, r"t must be in \[0, 1\] for Masked"),
+        (lambda: solvers.unmask(S.VP(), 4), TypeError, "unmask needs a schedule of type Masked, got VP"),
+        (lambda: solvers.ddim(SCHEDULE, 4), TypeError, "got Masked"),
+        (lambda: solvers.unmask(SCHEDULE, 0), ValueError, "steps must be >= 1"),
+        (lambda: solvers.unmask(SCHEDULE, 4, order="best"), ValueError, "unknown order 'best'; valid: random"),
+        (
+            lambda: solvers.unmask(SCHEDULE, 4, temperature=-1),
+            ValueError,
+            r"temperature must be a number in \[0, inf\]",
+        ),
+        (lambda: solvers.unmask(SCHEDULE, 4, remask=1.5), ValueError, r"remask must be a number in \[0, 1\], got 1.5"),
+        (
+            lambda: solvers.unmask(SCHEDULE, 4, remask=0.1, order="margin"),
+            ValueError,
+            "remask goes with order 'random'",
+        ),
+        (lambda: solvers.unmask(SCHEDULE, 5, blocks=2), ValueError, "steps must be a multiple of blocks, got 5 and 2"),
+        (lambda: solvers.unmask(SCHEDULE, 4, start=4), ValueError, "start must be < steps, 4"),
+        (lambda: solvers.unmask(SCHEDULE, 4, start=1, blocks=2), ValueError, "goes with one block"),
+        (lambda: solvers.unmask(SCHEDULE, 2, spacing=[0.5, 0.6]), ValueError, "spacing must be 2 decreasing times"),
+        (lambda: fd.sample(network, PLAN, (4,)), ValueError, r"shape must be \(B, \*D\)"),
+        (lambda: fd.sample(network, PLAN, (2, L), noise="torch"), ValueError, "draws noise='philox' only, got"),
+        (lambda: fd.sample(network, PLAN, (2, L), x_T=torch.zeros(2, L)), TypeError, "x_T must be classes, an int64"),
+        (lambda: fd.sample(network, PLAN, (2, L), x_T=TOKENS + 6), ValueError, "x_T must be in 0..5, got 6..6"),
+        (lambda: fd.sample(network, PLAN, (3, L), x_T=TOKENS), ValueError, "must have the shape asked for"),
+        (lambda: fd.sample(network, PLAN, (2, L), x_init=TOKENS), ValueError, "x_init is lost where plan"),
+        (lambda: fd.sample(network, solvers.unmask(SCHEDULE, 4, start=1), (2, L)), ValueError, "give x_init, or x_T"),
+        (lambda: fd.sample(network, PLAN, (2, L), out_dtype=torch.float32), TypeError, "gives classes, int64"),
+        (lambda: fd.sample(network, PLAN, (2, L), threshold=(0.9, 1.0)), ValueError, "no threshold"),
+        (lambda: fd.sample(network, PLAN, (2, L), callback=lambda *a: a[2] * 0.5), TypeError, "a state of dtype"),
+        (lambda: fd.inpaint(network, PLAN), ValueError, "give x_T, 5 where it is not known"),
+        (lambda: fd.Unrolled(network, PLAN), ValueError, "unmasks tokens"),
+        (lambda: fd.ops.cfg_plus_plus(PLAN, 0.5), ValueError, "CFG\\+\\+"),
+        (
+            lambda: training.mask_tokens(TOKENS, 0.5, S.VP(), seeds=[1, 2]),
+            TypeError,
+            "must be schedules.Masked, got VP",
+        ),
+        (lambda: training.mask_tokens(TOKENS, 1, SCHEDULE, seeds=[1, 2]), TypeError, "t must be a float or"),
+        (lambda: training.mask_tokens(TOKENS, 2.0, SCHEDULE, seeds=[1, 2]), ValueError, r"t must be in \[0, 1\]"),
+        (lambda: training.mask_tokens(TOKENS, torch.rand(3), SCHEDULE, seeds=[1, 2]), ValueError, "shape \\(2,\\)"),
+        (lambda: training.mask_tokens(TOKENS, 0.5, SCHEDULE), ValueError, "give either seeds or noise"),
+        (lambda: training.mask_tokens(TOKENS + 5, 0.5, SCHEDULE, seeds=[1, 2]), ValueError, "x must be in 0..4"),
+        (lambda: training.masked_loss(torch.zeros(2, L, 4), TOKENS, TOKENS, 0.5, SCHEDULE), ValueError, "logits must"),
+        (
+            lambda: training.masked_loss(torch.zeros(2, L, K), TOKENS, TOKENS.int(), 0.5, SCHEDULE),
+            TypeError,
+            "tokens must",
+        ),
+    ],
+)
+def test_errors(call: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        call()
