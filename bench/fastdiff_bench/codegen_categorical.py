@@ -172,7 +172,7 @@ def _tokens(model: str, lanes: int) -> Iterator[Case]:
         scored = {"class_ptr": "*i32", "score_ptr": "*fp32"}
         yield Case(
             "unmask_step/place/fp32", "unmask_step", "unmask_place_kernel", {**types, **scored},
-            {**plan, "ROWS": 64, "COLS": 64}, loads=(), stores=(), scalars=40, indices=16, num_warps=4, lanes=lanes,
+            {**plan, "ROWS": 32, "COLS": 64}, loads=(), stores=(), scalars=40, indices=16, num_warps=4, lanes=lanes,
         )  # fmt: skip
 
 

@@ -319,7 +319,7 @@ def _launch(
     )  # fmt: skip
     if order:
         args = (tokens, model_in, picked, seen, table, row, length, _dispatch.FIRST, row_step, tokens.numel())
-        _dispatch.run(kernels.unmask_place_kernel, args, -(-length // 64), batch, ROWS=64, COLS=64, num_warps=4, **plan)
+        _dispatch.run(kernels.unmask_place_kernel, args, -(-length // 32), batch, ROWS=32, COLS=64, num_warps=4, **plan)
 
 
 _dispatch.register(
