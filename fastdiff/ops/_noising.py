@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def times(t: object, schedule: object, x: Tensor, *, raw: bool = False) -> Tenso
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be one of fastdiff.schedules, got {type(schedule).__name__}")
+    if not isinstance(t, int | float | Tensor) and isinstance(t, Real):  # NumPy's
+        t = int(t) if isinstance(t, Integral) else float(t)
     if isinstance(t, bool) or not isinstance(t, int | float | Tensor):
         raise TypeError(f"t must be a number or a tensor [B], got {type(t).__name__}")
     if isinstance(t, Tensor):

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.ops import _dispatch
-
 __all__ = ["once"]
 
 
@@ -17,7 +15,7 @@ class _Kept(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, source: Tensor) -> Tensor:
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.clone()
 
     @staticmethod
@@ -25,7 +23,7 @@ class _Kept(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:  # noqa: ANN401
+    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:  # noqa: ANN401
         raise RuntimeError(
             "trying to differentiate twice: this loss keeps its gradient, not how it came about; "
             "the operation's _ref in fastdiff.ops is plain torch and has every derivative"
@@ -33,26 +31,17 @@ class _Kept(torch.autograd.Function):
 
 
 def once(
-    gradients: Callable[[], Sequence[Tensor | None]], sources: Sequence[Tensor | None] = ()
+    gradients: Callable[[], Sequence[Tensor | None]], sources: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Gradients on their way out of a backward: where a graph of them is being made, ones that refuse to go further.
 
     torch's once_differentiable looks only at whether the incoming gradient asks for one, which a mean's does not.
-    sources: inside a function transform what each is the gradient of; elsewhere nothing has to be kept for it.
+    sources: what the gradients are functions of, the incoming one included, or an output of the forward: the engine
+        passes by what does not lead to the tensors that it was asked for, so a leaf of our own would never be seen.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tuple(gradients())
     with torch.no_grad():
         made = gradients()
-    inside = _dispatch.transformed()
-    return tuple(
-        g if g is None else _kept(g, source if inside else None)
-        for g, source in zip(made, sources if inside else made, strict=True)
-    )
-
-
-def _kept(gradient: Tensor, source: Tensor | None) -> Tensor:
-    if source is None:
-        gradient = source = gradient.detach().requires_grad_()
-    out: Tensor = _Kept.apply(gradient, source)
-    return out
+    tied = [v for v in sources if v is not None]
+    return tuple(g if g is None else _Kept.apply(g, *tied) for g in made)

@@ -109,10 +109,25 @@ def bin_of(v: Tensor, bins: int) -> Tensor:
     return (2 * torch.floor((v + 1) * (bins / 2)).clamp(0, bins - 1) + 1) / bins - 1
 
 
+def smallest(std: Tensor) -> Tensor:
+    """std, at least 4e-12 (float64: 5e-93): (edge - mean)^2 / std^2 and its gradient, one std^-1 more, stay numbers."""
+    return std.clamp(min=torch.finfo(std.dtype).tiny ** 0.3)
+
+
 def bin_mean(mean: Tensor, std: Tensor, bins: int) -> Tensor:
-    """The mean bin centre of N(mean, std^2): 1 - 1/K - (2/K) sum over the inner edges e of Phi((e - mean)/std)."""
+    """The mean bin centre of N(mean, std^2): 1 - 1/K - (2/K) sum over the inner edges e of Phi((e - mean)/std).
+
+    Args: mean, std: [B, *]. Numerics: the order of a sample's sums depends on its size and the bins alone; `smallest`.
+    """
+    std = smallest(std)
+    group = min(bins, max(1, CHUNK // max(1, mean.shape[1:].numel())))  # edges of a pass
+    rows = max(1, CHUNK // (group * max(1, mean.shape[1:].numel())))  # and samples
+    parts = [_bin_mean(m, s, bins, group) for m, s in zip(mean.split(rows), std.split(rows), strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _bin_mean(mean: Tensor, std: Tensor, bins: int, group: int) -> Tensor:
     total = torch.zeros_like(mean)
-    group = max(1, CHUNK // max(1, mean.numel()))
     for first in range(1, bins, group):
         j = torch.arange(first, min(first + group, bins), device=mean.device, dtype=mean.dtype)
         edges = 2 * j / bins - 1
@@ -124,10 +139,10 @@ def bin_log_probability(mean: Tensor, std: Tensor, k: Tensor, bins: int) -> Tens
     """ln P(bin k) of N(mean, std^2), the tails with the outer bins; differentiable far from the bin too.
 
     Args: mean, std: [*]. k: int64 [*], 0..K-1. Numerics: from log_ndtr on the side where it is small, so that a bin 20
-        std away keeps its value and its gradient. A std below 7e-16 (float64: 7e-124) is taken as that, so that
-        (edge - mean)^2 / std^2 stays a number.
+        std away keeps its value and its gradient; `smallest`. The mass of a bin is a difference of two: of an inner one
+        of K to 1.5e-7 K std (float64: 2e-16), relative.
     """
-    std = std.clamp(min=torch.finfo(std.dtype).tiny ** 0.4)
+    std = smallest(std)
     edge = 2 * k.to(mean.dtype) / bins - 1
     low, high = (edge - mean) / std, (edge + 2 / bins - mean) / std
     flip = (low + high) > 0  # work in the lower tail

@@ -45,9 +45,11 @@ def categorical_loss(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) ->
     """
     weight = _checked(logits, x, weight)
     kernel = _dispatch.kernels_for(logits) and logits.dtype != torch.float64
-    if not kernel and (torch.compiler.is_compiling() or not logits.is_cpu) or logits.numel() == 0:
+    traced = torch.compiler.is_compiling()
+    inside = not traced and _dispatch.transformed()  # plain torch has every transform
+    if inside or not kernel and (traced or not logits.is_cpu) or logits.numel() == 0:
         return categorical_loss_ref(logits, x, weight)
-    error = _Error.apply(logits, x) if _dispatch.graded(logits) else _error(logits, x, None)
+    error = _Error.apply(logits, x)[0] if _dispatch.graded(logits) else _error(logits, x, None)
     return error if isinstance(weight, float) and weight == 1 else weight * error
 
 
@@ -65,29 +67,37 @@ def categorical_loss_ref(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0
 
 class _Error(torch.autograd.Function):
     """mean_d ||e_x - softmax(logits)||^2 [B]: its gradient is made and kept in the same pass, or, with four numbers a
-    token, from the logits later."""
+    token, from the logits later. What is kept is an output too: see `denoising_loss`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         ctx.again = _reads_again(logits)
         if ctx.again:
-            token = torch.empty(x.numel(), 4, dtype=torch.float32, device=x.device)
-            error = _error(logits, x, token=token)
-            ctx.save_for_backward(logits, x, token)
+            kept = torch.empty(x.numel(), 4, dtype=torch.float32, device=x.device)
+            error = _error(logits, x, token=kept)
+            ctx.save_for_backward(kept, logits, x)
         else:
-            grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            error = _error(logits, x, grad)
-            ctx.save_for_backward(grad)
-        return error
+            kept = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            error = _error(logits, x, kept)
+            ctx.save_for_backward(kept)
+        ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():
+            ctx.mark_non_differentiable(kept)
+        return error, kept
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.again:
-            logits, x, token = ctx.saved_tensors
-            return *once(lambda: (_gradient(logits, x, token, upstream[0]),)), None
-        (grad,) = ctx.saved_tensors
-        factor = 1.0 / grad.shape[1:-1].numel()
-        return *once(lambda: (scaled(grad, upstream[0], factor=factor),)), None
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, None]:  # noqa: ANN401
+        g = upstream[0]
+        if g is None:
+            return None, None
+        kept, *given = ctx.saved_tensors
+
+        def gradients() -> tuple[Tensor]:
+            if ctx.again:
+                return (_gradient(given[0], given[1], kept, g),)
+            return (scaled(kept, g, factor=1.0 / kept.shape[1:-1].numel()),)
+
+        return once(gradients, (kept, g))[0], None
 
 
 def _reads_again(logits: Tensor) -> bool:

@@ -88,7 +88,7 @@ def denoising_loss(
     if _dispatch.transformed():
         out: Tensor = _DenoisingLoss.apply(model_out, x0, *given)[0]
     elif _dispatch.graded(model_out, x0):
-        out = _Direct.apply(model_out, x0, given)
+        out = _Direct.apply(model_out, x0, given)[0]
     else:
         out = _loss_and_slopes(model_out, x0, *given)[0]
     return out if named == weighting else out * weighting.to(out.dtype)  # type: ignore[union-attr]
@@ -140,7 +140,7 @@ def _rho(d: Tensor, kind: int, delta: float) -> tuple[Tensor, Tensor]:
     return inside * (d - 0.5 * inside), inside
 
 
-def _sum(values: Tensor) -> Tensor:
+def ordered_sum(values: Tensor) -> Tensor:
     """[B, n] -> [B], GROUP at a time, in an order that depends on n alone (not on B, not on threads)."""
     dtype = values.dtype
     while values.shape[1] > GROUP:
@@ -163,7 +163,7 @@ def _fill(
         goal = goal + coef[:, :1] * x0.to(wide)
     value, derivative = _rho(model_out.to(wide) - goal, kind, delta)
     n, weight = noise.shape[1], coef[:, 2]
-    loss.copy_(weight * (_sum(value) / n))  # of an empty sample: NaN, as torch has it
+    loss.copy_(weight * (ordered_sum(value) / n))  # of an empty sample: NaN, as torch has it
     slope.copy_(derivative)
     scale.copy_(weight / max(n, 1))
 
@@ -216,16 +216,21 @@ class _DenoisingLoss(torch.autograd.Function):
 
 
 class _Direct(torch.autograd.Function):
-    """The loss alone, in the form that binds no arguments to names: that takes longer than a small loss."""
+    """The same in the form that binds no arguments to names: that takes longer than a small loss.
+
+    scale is an output because a saved output belongs to the graph: what `once` ties a gradient to, at no cost.
+    """
 
     @staticmethod
-    def forward(ctx: Any, model_out: Tensor, x0: Tensor | None, given: tuple[Any, ...]) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: Any, model_out: Tensor, x0: Tensor | None, given: tuple[Any, ...]  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         loss, slope, scale = _loss_and_slopes(model_out, x0, *given)
         _save(ctx, x0, given[0], given[1], slope, scale)
-        return loss
+        return loss, scale
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         return *_scaled(ctx, g), None
 
 
@@ -255,7 +260,7 @@ def _scaled(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: A
             of_x0 = scaled(slope, -(g * scale) * column, ctx.x0_dtype)
         return of_model, of_x0
 
-    return once(gradients, sources)
+    return once(gradients, (*sources, scale, g))
 
 
 def _coefficients(

@@ -16,6 +16,7 @@ from fastdiff.ops._once import once
 from fastdiff.ops.denoising_loss import add_parts, loss_tile
 
 SLOPE_SLOTS = 4  # tensors that the gradient's kernel reads
+NARROW = 1e-3  # half a bin in std, and times its distance, below which a bin's mass is its width times the density
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def _backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa:
     if g is None:
         return (None,) * 4
     values = ctx.saved_tensors
-    return None, None, *once(lambda: _gradients(values, g, ctx.needs_input_grad[2:]), values[2:])
+    return None, None, *once(lambda: _gradients(values, g, ctx.needs_input_grad[2:]), (*values[2:], g))
 
 
 def _gradients(values: tuple[Tensor, ...], g: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
@@ -178,7 +179,8 @@ def decoder_nll(x: Tensor, mean: Tensor, log_scale: Tensor, *, bins: int = 256) 
              bins: >= 2, or 0 for continuous data: -ln of the density.
     Returns: [B] float32 (float64 where an argument is), in nats; differentiable in mean and log_scale.
     Raises:  TypeError, ValueError for another dtype, shape, device or number of bins.
-    Numerics: in float64 by ln Phi on the side of the smaller tail: finite, with a gradient, however far x lies.
+    Numerics: in float64 by ln Phi on the side of the smaller tail: finite, with a gradient, however far x lies; of a
+        wide Gaussian by its density, whose two Phi would be equal.
     Source:  Ho et al. 2020, arXiv:2006.11239, eq. 13.
     """
     check_tensor("x", x, dtypes=FLOATS64)
@@ -193,19 +195,22 @@ def decoder_nll(x: Tensor, mean: Tensor, log_scale: Tensor, *, bins: int = 256) 
     if bins == 0:
         nll = 0.5 * z.square() + log_scale + 0.5 * math.log(2 * math.pi)
     else:
-        nll = -_log_bin(x, z, torch.exp(-log_scale) / (bins - 1), 1.0 / (bins - 1))
+        nll = -_log_bin(x, z, log_scale, 1.0 / (bins - 1))
     return nll.expand_as(x).reshape(len(x), x.shape[1:].numel()).mean(1).to(dtype)
 
 
-def _log_bin(x: Tensor, z: Tensor, half: Tensor, width: float) -> Tensor:
-    """ln of the standard normal's mass between z - half and z + half, or beyond at the two ends of the grid."""
-    centre = -z.abs()  # the mass is symmetric: on the left neither ln Phi is near 0
-    above, below = log_ndtr(centre + half), log_ndtr(centre - half)
-    inside = above + torch.log(-torch.expm1(below - above))
-    # an end's mass is one Phi: of the near edge, seen from its side
-    lowest = log_ndtr(z + half)
-    highest = log_ndtr(half - z)
-    return torch.where(x < -1 + width, lowest, torch.where(x > 1 - width, highest, inside))
+def _log_bin(x: Tensor, z: Tensor, log_scale: Tensor, width: float) -> Tensor:
+    """ln of the normal's mass between (x - mean -+ width) / s, z = (x - mean) / s, or beyond at the grid's two ends."""
+    half, far = torch.exp(-log_scale) * width, z.abs()
+    lowest, highest = x < -1 + width, x > 1 - width
+    end, narrow = lowest | highest, half * far.clamp(min=1) < NARROW
+    # the mass is symmetric: on the left neither ln Phi is near 0; an end's is one Phi, of the edge seen from its side
+    upper = log_ndtr(torch.where(lowest, z, torch.where(highest, -z, -far)) + half)
+    gap = torch.where(end | narrow, -1.0, log_ndtr(-far - half) - upper)
+    inside = upper + torch.log(-torch.expm1(gap))
+    bend = torch.where(narrow, half.square() * (z.square() - 1) / 6, 0.0)  # of the density within the bin
+    density = math.log(2 * width) - log_scale - 0.5 * z.square() - 0.5 * math.log(2 * math.pi) + torch.log1p(bend)
+    return torch.where(end, upper, torch.where(narrow, density, inside))
 
 
 def _broadcasts(name: str, value: object, x: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastdiff.ops._categorical import channels, check_classes, check_logits
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
 from fastdiff.ops._noising import Seeds
 from fastdiff.ops.binned import bin_log_probability, bin_mean
+from fastdiff.ops.denoising_loss import ordered_sum
 from fastdiff.schedules import BFNContinuous, BFNDiscrete
 
 __all__ = [
@@ -42,7 +44,7 @@ def scaled(loss: Tensor, dimensions: int, units: str) -> Tensor:
 
 def _total(values: Tensor) -> Tensor:
     """The sum over each sample's elements, also of samples without axes: [B, *] -> [B]."""
-    return values.reshape(len(values), values.shape[1:].numel()).sum(1)
+    return ordered_sum(values.reshape(len(values), values.shape[1:].numel()))
 
 
 def interval(t: Tensor, schedule: BFNContinuous | BFNDiscrete, steps: int) -> tuple[Tensor, Tensor]:
@@ -50,16 +52,28 @@ def interval(t: Tensor, schedule: BFNContinuous | BFNDiscrete, steps: int) -> tu
 
     Raises: ValueError where t is not the beginning of a step (on the CPU).
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
+    steps = _whole(steps)
     exact = (1.0 - t.double()) * steps + 1.0
     i = exact.round()
     if i.is_cpu and not torch.compiler.is_compiling() and i.numel():
-        if bool(((exact - i).abs() > 1e-3 + 1e-6 * steps).any()) or not 1 <= int(i.min()) <= int(i.max()) <= steps:
+        held = 1e-3 + steps * 2.0**-24  # how far fp32 may have rounded t
+        if bool(((exact - i).abs() > held).any()) or not 1 <= int(i.min()) <= int(i.max()) <= steps:
             raise ValueError(f"t must be 1 - (i - 1)/{steps}, i = 1..{steps}, the beginning of a step; got {t}")
     if isinstance(schedule, BFNDiscrete):
         return i, schedule.beta_1 * (2 * i - 1) / steps**2
     return i, torch.exp(schedule.rate * i / steps) * -math.expm1(-schedule.rate / steps)
+
+
+def _whole(steps: object) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
+    return int(steps)
+
+
+def _without_steps(seeds: object, index: object, row: object, noise: object) -> None:
+    """Raises: ValueError where something of the n-step loss's noise is given without steps."""
+    if seeds is not None or index is not None or noise is not None or row != 0:
+        raise ValueError("seeds, index, row and noise belong to the loss of n steps; give steps")
 
 
 def flow_weight(t: Tensor, schedule: BFNContinuous, steps: int | None) -> Tensor:
@@ -195,16 +209,18 @@ def bfn_discrete_loss(
             normalised difference).   units: "nats" (a sum over the sample) or "bits_per_dim" (a token).
     Returns: [B] fp32 (float64 for float64 logits), differentiable in logits; its expectation is the loss.
     Raises:  TypeError, ValueError: a wrong shape, dtype or schedule, classes outside 0..K-1, t outside [0, 1] or, with
-        steps, within a step; steps without noise or the reverse.
+        steps, within a step; steps without noise, or what draws it without steps.
     Source:  Graves et al. 2023, arXiv:2308.07037, eq. 205 and 189.
     """
     _logits(logits, x, schedule)
     at, tokens = _noising.times(t, schedule, logits), x.shape[1:].numel()
     if steps is None:
-        if seeds is not None or noise is not None:
-            raise ValueError("seeds and noise belong to the loss of n steps; give steps")
+        _without_steps(seeds, index, row, noise)
+        if not tokens:  # a sum over none, not a mean
+            return scaled(_total(logits.to(_noising.wide(logits))), tokens, units)
         loss = ops.categorical_loss(logits, x, schedule.scale * tokens * (1.0 - at))
         return scaled(loss, tokens, units)
+    steps = _whole(steps)
     keyed, which = _noising.noise_arguments(logits, seeds, index, row, rng.CATEGORICAL, noise)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     n = _noising.noise_of(logits, keyed, which, row, rng.CATEGORICAL, noise, dtype)
@@ -256,7 +272,8 @@ def _bins(
     at = _noising.times(t, schedule, x)
     m0, m1 = model_out.chunk(2, 1)
     mean, out, known = data_prediction(m0, x_t, at, schedule, prediction)
-    std = out.abs() * torch.exp(m1.to(mean.dtype))
+    largest = 0.9 * math.log(torch.finfo(mean.dtype).max)  # of a log-std: an infinite std has no gradient
+    std = out.abs() * torch.exp(m1.to(mean.dtype).clamp(max=largest))
     return mean, torch.where(known | (prediction != "eps"), std, 1.0), x.to(mean.dtype), at
 
 
@@ -289,16 +306,16 @@ def bfn_discretised_loss(
         twice as many until backward.
     Returns: [B] fp32 (float64 for float64), differentiable in model_out.
     Raises:  TypeError, ValueError: a wrong shape, dtype or schedule, bins < 2, t as bfn_continuous_loss; steps without
-        noise or the reverse.
+        noise, or what draws it without steps.
     Source:  Graves et al. 2023, arXiv:2308.07037, eq. 112-117; mean 0 and std 1 for eps where u < 1e-6.
     """
     mean, std, data, at = _bins(model_out, x, x_t, t, schedule, bins, prediction)
     size = x.shape[1:].numel()
     if steps is None:
-        if seeds is not None or noise is not None:
-            raise ValueError("seeds and noise belong to the loss of n steps; give steps")
+        _without_steps(seeds, index, row, noise)
         error = _total((data - bin_mean(mean, std, bins)) ** 2)
         return scaled(flow_weight(at, schedule, None).to(error.dtype) * error, size, units)
+    steps = _whole(steps)
     keyed, which = _noising.noise_arguments(x, seeds, index, row, rng.CATEGORICAL, noise)
     n = _noising.noise_of(x, keyed, which, row, rng.CATEGORICAL, noise, data.dtype)
     a = spread(interval(at, schedule, steps)[1], x).to(data.dtype)
@@ -326,4 +343,5 @@ def bfn_discretised_reconstruction(
     """
     mean, std, data, _ = _bins(model_out, x, x_t, 0.0, schedule, bins, prediction)
     k = torch.floor((data + 1) * (bins / 2)).clamp(0, bins - 1).long()
-    return scaled(-_total(bin_log_probability(mean, std, k, bins)), x.shape[1:].numel(), units)
+    loss = torch.where(data.isnan(), data, -bin_log_probability(mean, std, k.clamp(0, bins - 1), bins))
+    return scaled(_total(loss), x.shape[1:].numel(), units)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops, rng
-from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
 from fastdiff.ops._noising import Seeds, check_chain, noise_arguments, noise_of, table_of, times, wide
 from fastdiff.schedules import Betas
 
@@ -75,6 +75,7 @@ def vb_term(
     Raises:  TypeError, ValueError as `fastdiff.ops.posterior`; ValueError for another variance or channel count.
     Source:  Ho et al. 2020, arXiv:2006.11239, eq. 5; Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 4-7.
     """
+    _check_data(x0, clip)
     at = _chain_times(t, schedule, x0)
     mean_out, v = _planes(model_out, x0, variance)
     if stop_mean:
@@ -89,9 +90,14 @@ def vb_term(
     else:
         f = (v.to(wide(x0)) + 1) / 2
         log_variance = f * high + (1 - f) * low
-    kl = ops.gaussian_kl(true_mean, spread(true_log.to(wide(x0)), x0), mean, log_variance)
-    nll = ops.decoder_nll(x0, mean, 0.5 * log_variance, bins=bins)
-    first = (at == 0).expand(x0.shape[0])
+    first, true_log = (at == 0).expand(x0.shape[0]), spread(true_log.to(wide(x0)), x0)
+    here = spread(first, x0)  # each term sees only its own samples: 0 times an infinite slope is NaN
+    kl = ops.gaussian_kl(
+        true_mean, true_log, torch.where(here, true_mean, mean), torch.where(here, true_log, log_variance)
+    )
+    nll = ops.decoder_nll(
+        x0, torch.where(here, mean, x0.to(mean.dtype)), torch.where(here, 0.5 * log_variance, 0.0), bins=bins
+    )
     return torch.where(first, nll, kl) / math.log(2)
 
 
@@ -109,12 +115,14 @@ def vlb_loss(
     stop_mean: bool = False,
     index: Tensor | None = None,
     row: int = 0,
+    stream: int = rng.ROWS,
 ) -> Tensor:
     """L_vlb: T times the term of a random t, an unbiased estimate of the sum over t, in bits per dimension.
 
     x_t is made again from seeds.   Args, Returns, Raises: as `vb_term` and `add_noise`; without the prior's L_T.
     """
-    x_t = ops.add_noise(x0, t, schedule, seeds=seeds, index=index, row=row)
+    _check_data(x0, clip)
+    x_t = ops.add_noise(x0, t, schedule, seeds=seeds, index=index, row=row, stream=stream)
     assert isinstance(x_t, Tensor)
     term = vb_term(
         model_out, x0, x_t, t, schedule, prediction=prediction, variance=variance, clip=clip, bins=bins,
@@ -135,21 +143,22 @@ def hybrid_loss(
     bins: int = 256,
     index: Tensor | None = None,
     row: int = 0,
+    stream: int = rng.ROWS,
     **options: Any,  # noqa: ANN401 - those of denoising_loss
 ) -> Tensor:
     """L_hybrid = L_simple + weight L_vlb, the bound's gradient going to the variance alone.
 
     Args:    model_out: [B, 2 C, ...]: the prediction, then v.   weight: of L_vlb.   bins: as `vb_term`.
              options: of `fastdiff.ops.denoising_loss` (weighting, loss, ...).   The rest: as `denoising_loss`.
-    Returns: [B].   Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 16.
+    Returns: [B].   Raises: as `denoising_loss` and `vlb_loss`; TypeError for target, which is `prediction` here.
+    Source:  Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 16.
     """
+    if "target" in options:
+        raise TypeError(f"the target is what the model predicts: give prediction={options['target']!r}, not target")
     m, _ = _planes(model_out, x0, "learned_range")
-    simple = ops.denoising_loss(
-        m, x0, t, schedule, seeds, target=prediction, index=index, row=row, **options
-    )  # fmt: skip
-    bound = vlb_loss(
-        model_out, x0, t, schedule, seeds, prediction=prediction, bins=bins, stop_mean=True, index=index, row=row
-    )
+    noise: dict[str, Any] = {"index": index, "row": row, "stream": stream}
+    simple = ops.denoising_loss(m, x0, t, schedule, seeds, target=prediction, **noise, **options)
+    bound = vlb_loss(model_out, x0, t, schedule, seeds, prediction=prediction, bins=bins, stop_mean=True, **noise)
     return simple + weight * bound
 
 
@@ -158,7 +167,7 @@ def prior_kl(x0: Tensor, schedule: Betas) -> Tensor:
 
     Source: Ho et al. 2020, arXiv:2006.11239, eq. 5.
     """
-    check_tensor("x0", x0, dtypes=FLOATS64)
+    _check_data(x0)
     check_chain(schedule, "the bound")
     x = x0.to(wide(x0))
     end = table_of(schedule, _end, (), x.device, torch.float64)[0].to(x.dtype)
@@ -203,7 +212,7 @@ def bits_per_dim(
     Returns: BitsPerDim; nothing is read back from the device.
     Source:  Ho et al. 2020, arXiv:2006.11239, section 4; Nichol and Dhariwal 2021, arXiv:2102.09672.
     """
-    check_tensor("x0", x0, dtypes=FLOATS64)
+    _check_data(x0, clip)
     check_chain(schedule, "the bound")
     batch, length = x0.shape[0], len(schedule.betas)
     keyed: Sequence[int] | Tensor = torch.arange(batch, device=x0.device) if seeds is None else seeds
@@ -230,6 +239,13 @@ def bits_per_dim(
         errors.append((hat - x0).square().reshape(batch, x0.shape[1:].numel()).mean(1))
     stacked, prior = torch.stack(terms[::-1]), prior_kl(x0, schedule)
     return BitsPerDim(prior + stacked.sum(0), prior, stacked, torch.stack(errors[::-1]))
+
+
+def _check_data(x0: Tensor, clip: object = None) -> None:
+    check_tensor("x0", x0, dtypes=FLOATS64)
+    check_batched("x0", x0)
+    if clip is not None and not (isinstance(clip, tuple | list) and len(clip) == 2):
+        raise ValueError(f"clip must be (lo, hi) with lo <= hi, or None, got {clip!r}")
 
 
 def _chain_times(t: int | Tensor, schedule: Betas, x0: Tensor) -> Tensor:

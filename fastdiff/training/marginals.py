@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.ops._dispatch import check_tensor
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.prediction import PREDICTIONS, Prediction
 from fastdiff.schedules import EDM, Flow, Schedule
 
@@ -17,6 +18,8 @@ __all__ = ["ideal_model", "log_density", "score"]
 
 CHUNK = 1 << 22  # products of queries and data points held at a time
 FLOATS = (torch.float32, torch.float64)
+EXACT = 1e-10  # error of a logarithm from which the leading points' distances are taken from differences
+LEADING = 50.0  # below the largest logarithm: e^-50 is nothing beside 1
 
 
 def log_density(
@@ -41,9 +44,11 @@ def log_density(
 def score(x: Tensor, data: Tensor, t: float | Tensor, schedule: Schedule, *, weights: Tensor | None = None) -> Tensor:
     """grad_x ln q_t(x) = (alpha E[x0 | x] - x) / sigma^2: [M, *sample] float64.   Args, Raises: as `log_density`."""
     alpha, sigma = _levels(schedule, t, x)
-    _, mean = _Mixture(data, weights)(x, alpha, sigma)
-    flat = (alpha[:, None] * mean - x.flatten(1).double()) / sigma[:, None] ** 2
-    return flat.view(x.shape)
+    mixture = _Mixture(data, weights)
+    _, mean = mixture(x, alpha, sigma)
+    # from the centre of the data, as the mixture itself: an offset costs no digits
+    away = x.flatten(1).double() - alpha[:, None] * mixture.centre
+    return ((alpha[:, None] * (mean - mixture.centre) - away) / sigma[:, None] ** 2).view(x.shape)
 
 
 def ideal_model(
@@ -61,10 +66,12 @@ def ideal_model(
 
     Sampled to the end it returns data points, so it tests samplers and schedules, and shows what a network adds.
     Args:    data: [N, *sample].   schedule: the plan's.   prediction, sigma_data, sign: as the plan's.   weights: [N].
-    Returns: model(x, t): x [B, *sample], t [B] the plan's model time -> [B, *sample] of x's dtype. It reads t on the
-             host, so it cannot be captured into a CUDA graph.
-    Raises:  TypeError, ValueError for bad data, an unknown prediction or a sign that is not +-1.
-    Numerics: float64, in chunks: memory does not grow with the data set beyond its own copy.
+    Returns: model(x, t): x [B, *sample], t the plan's model time, a number or [B] -> [B, *sample] of x's dtype. It
+             reads t on the host, so it cannot be captured into a CUDA graph.
+    Raises:  TypeError, ValueError for bad data, an unknown prediction, a sign that is not +-1 or a sigma_data <= 0;
+             the model for another shape of x or t, or a t outside the schedule.
+    Numerics: float64, in chunks: memory does not grow with the data set beyond its own copy. Where sigma is 0, x0-hat
+             is the nearest data point, and what is divided by sigma is 0 on that point, infinite off it: the limit.
     Source:  Karras et al. 2022, arXiv:2206.00364, appendix B.3.
     """
     if not isinstance(schedule, Schedule):
@@ -73,51 +80,69 @@ def ideal_model(
         raise ValueError(f"unknown prediction {prediction!r}; valid: {', '.join(PREDICTIONS)}, or a function")
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1 or -1, got {sign!r}")
-    mixture = _Mixture(data, weights)
-    std = sigma_data or (schedule.sigma_data if isinstance(schedule, EDM) else 0.5)
+    if sigma_data is None:
+        sigma_data = schedule.sigma_data if isinstance(schedule, EDM) else 0.5
+    if isinstance(sigma_data, bool) or not isinstance(sigma_data, Real) or not 0 < sigma_data < math.inf:
+        raise ValueError(f"sigma_data must be None or a finite number > 0, got {sigma_data!r}")
+    mixture, std = _Mixture(data, weights), float(sigma_data)
 
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        a, s = (v[:, None].to(x.device) for v in _model_levels(schedule, t, prediction))
+    def model(x: Tensor, t: float | Tensor) -> Tensor:
+        check_tensor("x", x, dtypes=FLOATS64)
+        check_batched("x", x)
+        a, s = (v[:, None].to(x.device) for v in _model_levels(schedule, t, len(x), prediction))
         flat = x.flatten(1).double()
         if prediction == "edm":  # the network is shown c_in x
             flat = flat * a * torch.sqrt((s / a) ** 2 + std**2)
         x0 = mixture(flat.view(x.shape), a[:, 0], s[:, 0])[1]
         blank = (a == 0) & (s == 0)
-        eps = torch.where(blank, 0.0, (flat - a * x0) / s)
+        rounding = 4 * torch.finfo(torch.float64).eps * (flat.abs() + (a * mixture.centre).abs())
+        eps = torch.where(blank, 0.0, _over(flat - a * x0, s, rounding))
         if callable(prediction):
             levels = (v[:, 0].cpu().numpy() for v in (a, s))
             skip, out = (torch.as_tensor(np.asarray(c, np.float64)).to(x.device) for c in prediction(*levels))
-            m = (x0 - skip.view(-1, 1) * flat) / out.view(-1, 1)
+            m = _over(x0 - skip.view(-1, 1) * flat, out.view(-1, 1), rounding)
         elif prediction == "edm":
             r2 = (s / a) ** 2 + std**2
-            m = (x0 - std**2 / r2 * flat / a) * torch.sqrt(r2) / (s / a * std)
+            m = _over((x0 - std**2 / r2 * flat / a) * torch.sqrt(r2), s / a * std, rounding)
         else:
             m = {
                 "eps": eps, "x0": x0, "v": torch.where(blank, -x0, (a * eps - s * x0) / torch.hypot(a, s)),
-                "score": -eps / s, "flow": eps - x0,
+                "score": _over(-eps, s), "flow": eps - x0,
             }[prediction]  # fmt: skip
         return (sign * m).view(x.shape).to(x.dtype)
 
     return model
 
 
+def _over(a: Tensor, b: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
+    """a / b, and 0 where both are, a to rounding."""
+    return torch.where((b == 0) & (a.abs() <= rounding), 0.0, a / b)
+
+
 class _Mixture:
-    """ln sum_i w_i exp(-|x - alpha x_i|^2 / (2 sigma^2)) and the mean of x_i under it, some points at a time."""
+    """ln sum_i w_i exp(-|x - alpha x_i|^2 / (2 sigma^2)) and the mean of x_i under it, some points at a time.
+
+    Distances are |q|^2 - 2 q y + |y|^2 of q = x - alpha c and y = alpha (x_i - c), c the data's mean: one product of
+    matrices. Where that loses digits the leading points' are summed from the differences q - y.
+    """
 
     def __init__(self, data: Tensor, weights: Tensor | None) -> None:
         check_tensor("data", data, dtypes=FLOATS)
         if data.dim() < 2 or data.shape[0] < 1:
             raise ValueError(f"data must be [N, *sample] with N >= 1, got {tuple(data.shape)}")
         self.sample = tuple(data.shape[1:])
-        self.points = data.flatten(1).double()
+        points = data.flatten(1).double()
+        self.centre = points.mean(0)
+        self.points = points - self.centre
         self.half = 0.5 * self.points.square().sum(1)
         if weights is None:
             self.log_weights = torch.full_like(self.half, -math.log(len(data)))
         else:
             check_tensor("weights", weights, shape=(len(data),), dtypes=FLOATS, like=data)
-            if not bool((weights > 0).all()):
-                raise ValueError("weights must be > 0")
+            if not bool(((weights > 0) & weights.isfinite()).all()):
+                raise ValueError("weights must be finite and > 0")
             self.log_weights = torch.log(weights.double() / weights.double().sum())
+        self.spread = self.log_weights.max() - self.log_weights.min()
 
     def __call__(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if tuple(x.shape[1:]) != self.sample:
@@ -127,13 +152,34 @@ class _Mixture:
         flat = x.flatten(1).double()
         totals, means = [], []
         rows = max(1, CHUNK // len(self.points))
-        for q, a, s in zip(flat.split(rows), alpha.split(rows), sigma.split(rows), strict=True):
-            inverse = torch.where((a == 0) & (s == 0), 0.0, 1 / s**2)[:, None]  # a flow's start: nothing is known
-            part = self.log_weights + inverse * (a[:, None] * (q @ self.points.T) - a[:, None] ** 2 * self.half)
-            total = torch.logsumexp(part, 1)
-            means.append(torch.exp(part - total[:, None]) @ self.points)
-            totals.append(total - 0.5 * inverse[:, 0] * q.square().sum(1))
+        for q, a, s in zip(flat.split(rows), alpha[:, None].split(rows), sigma[:, None].split(rows), strict=True):
+            part = self._logarithms(q - a * self.centre, a, s)
+            means.append(self.centre + torch.softmax(part, 1) @ self.points)
+            totals.append(torch.logsumexp(part, 1))
         return torch.cat(totals), torch.cat(means)
+
+    def _logarithms(self, q: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        """ln w_i - |q - a points_i|^2 / (2 s^2) [M, N] of q [M, n], a and s [M, 1]."""
+        half = 0.5 * q.square().sum(1, keepdim=True)
+        apart = half - a * (q @ self.points.T) + a**2 * self.half
+        lost = 4 * torch.finfo(torch.float64).eps * (half + a**2 * self.half.max())  # of apart, to rounding
+        known = torch.where((a == 0) & (s == 0), math.inf, s**2)  # a flow's start: nothing is known
+        if bool((lost > EXACT * known).any()):
+            apart = self._from_differences(q, a, apart, 2 * lost + (LEADING + self.spread) * known)
+        clean = known == 0
+        if bool(clean.any()):  # the limit: the nearest alone
+            apart = torch.where(clean, torch.where(apart > apart.amin(1, keepdim=True), math.inf, 0.0), apart)
+            known = torch.where(clean, 1.0, known)
+        return self.log_weights - apart / known
+
+    def _from_differences(self, q: Tensor, a: Tensor, apart: Tensor, margin: Tensor) -> Tensor:
+        """apart with those within `margin` of the least made again, some points at a time."""
+        with torch.no_grad():
+            count = int((apart <= apart.amin(1, keepdim=True) + margin).sum(1).max())
+            leading = apart.topk(count, 1, largest=False).indices
+        width = max(1, CHUNK // max(1, q.numel()))
+        made = [0.5 * (q[:, None] - a[..., None] * self.points[at]).square().sum(2) for at in leading.split(width, 1)]
+        return apart.scatter(1, leading, torch.cat(made, 1))
 
 
 def _levels(schedule: Schedule, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +187,7 @@ def _levels(schedule: Schedule, t: float | Tensor, x: Tensor) -> tuple[Tensor, T
     check_tensor("x", x, dtypes=FLOATS)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be one of fastdiff.schedules, got {type(schedule).__name__}")
+    check_batched("x", x)
     at = torch.as_tensor(t, dtype=torch.float64, device=x.device).reshape(-1)
     if at.numel() not in (1, len(x)):
         raise ValueError(f"t must be a number or have shape ({len(x)},), got {tuple(at.shape)}")
@@ -150,15 +197,30 @@ def _levels(schedule: Schedule, t: float | Tensor, x: Tensor) -> tuple[Tensor, T
     return alpha, sigma
 
 
-def _model_levels(schedule: Schedule, t: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+def _model_levels(
+    schedule: Schedule, t: float | Tensor, batch: int, prediction: Prediction
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """alpha, sigma [B] float64 on the host from what the model receives as t; of edm, whose x is c_in x, 1 and r."""
-    at = t.detach().cpu().double()
+    if isinstance(t, bool) or not isinstance(t, Real | Tensor):
+        raise TypeError(f"t must be a number or a tensor [B], got {type(t).__name__}")
+    given = t.detach().cpu() if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+    if given.dim() > 1 or given.numel() not in (1, batch):
+        raise ValueError(f"t must be a number or have shape ({batch},), got {tuple(given.shape)}")
+    at = given.double().expand(batch)
     if prediction == "edm":  # whatever the schedule: t = ln(sigma / alpha) / 4
-        return torch.ones_like(at), torch.exp(4 * at)
+        return torch.ones_like(at), _inside(torch.exp(4 * at), math.inf, given, schedule)
+    if isinstance(schedule, EDM):  # its stochastic sampler goes beyond sigma_max
+        return torch.ones_like(at), _inside(at, math.inf, given, schedule)
     if isinstance(schedule, Flow):
+        at = _inside(at, 1.0, given, schedule)
         return 1 - at, at
-    if isinstance(schedule, EDM):
-        return torch.ones_like(at), at
     backwards = float(np.asarray(schedule.model_time(0.0))) == 1.0  # Bayesian flow networks count from noise to data
-    at = (1 - at if backwards else at).clamp(0, schedule.t_max)
-    return schedule.alpha_sigma(at)
+    return schedule.alpha_sigma(_inside(1 - at if backwards else at, schedule.t_max, given, schedule))
+
+
+def _inside(at: Tensor, largest: float, given: Tensor, schedule: Schedule) -> Tensor:
+    """at in [0, largest], from which rounding to the dtype of `given` may have moved it."""
+    slack = 2 * torch.finfo(given.dtype).eps * largest if given.dtype.is_floating_point and largest < math.inf else 0.0
+    if not bool(((at >= -slack) & (at <= largest + slack)).all()) or bool(at.isinf().any()):
+        raise ValueError(f"t must be a model time of {schedule}, got {given.min().item():g}..{given.max().item():g}")
+    return at.clamp(0, largest)

@@ -7,10 +7,11 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.lasting import lasting
 from fastdiff.schedules import Betas, Schedule
+from fastdiff.schedules.base import outside
 
 __all__ = [
     "ImportanceTimes",
@@ -20,6 +21,8 @@ __all__ = [
     "step_times",
     "uniform_times",
 ]
+
+END = 60  # log-normal times go down to t_max / 2^END where the level has no end there
 
 
 def uniform_times(
@@ -124,10 +127,10 @@ def step_times(
     Args:    batch: B.   steps: n >= 1.   generator, device: as `uniform_times`.
     Returns: t [B] float32.   Raises: TypeError, ValueError for a bad batch or number of steps.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps must be an int >= 1, got {steps!r}")
     _check_batch(batch)
-    i = torch.randint(steps, (batch,), generator=generator, device=_device(generator, device))
+    i = torch.randint(int(steps), (batch,), generator=generator, device=_device(generator, device))
     return (1.0 - i.double() / steps).float()
 
 
@@ -137,7 +140,8 @@ class ImportanceTimes:
         p_t ~ sqrt(mean of the last `history` losses^2 at t),  mixed with `uniform` of the uniform distribution
         weights: 1 / (T p_t), so that mean(weights * losses) estimates the uniform mean
 
-    Uniform until every bin has `history` losses. State lives on one device and is updated there, without host syncs.
+    Uniform until every bin has `history` losses, and where a loaded one is not finite. State lives on one device and is
+    updated there, without host syncs; a loss that is not finite, or (on CUDA) whose time is outside, is left out.
     Args:    schedule: Betas has one bin an index; a continuous schedule `bins` of equal width.   history: losses kept
              a bin.   uniform: share of the uniform distribution.   device: of the state.
     Source:  Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 18.
@@ -165,10 +169,14 @@ class ImportanceTimes:
 
     def probabilities(self) -> Tensor:
         """p [bins] float64, sums to 1."""
-        root = self.losses.square().mean(1).sqrt()
-        warm = (self.counts >= self.losses.shape[1]).all() & (root.sum() > 0)
+        # by a power of two, which changes no digit: else a square may be infinite
+        largest = self.losses.abs().amax()
+        scale = torch.where(largest > 0, largest / torch.frexp(largest)[0], 1.0)
+        root = (self.losses / scale).square().mean(1).sqrt()
+        total = root.sum()
+        warm = (self.counts >= self.losses.shape[1]).all() & (total > 0) & total.isfinite()
         even = torch.full_like(root, 1.0 / self.bins)
-        p = torch.where(warm, root / torch.where(warm, root.sum(), torch.ones_like(root.sum())), even)
+        p = torch.where(warm, root / torch.where(warm, total, 1.0), even)
         return (1 - self.uniform) * p + self.uniform * even
 
     def sample(self, batch: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -186,30 +194,51 @@ class ImportanceTimes:
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Enters unweighted losses [B] at times t [B], the oldest of a bin leaving (t may repeat in a batch)."""
+        """Enters unweighted losses [B] at times t [B], the oldest of a bin leaving (t may repeat in a batch).
+
+        Raises: TypeError, ValueError for another shape, or kind of time; on the CPU for a time outside the schedule.
+        """
+        for name, value in (("t", t), ("losses", losses)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a Tensor [B], got {type(value).__name__}")
         if t.shape != losses.shape or t.dim() != 1:
             raise ValueError(f"t and losses must be [B] of one length, got {tuple(t.shape)} and {tuple(losses.shape)}")
-        at = t.long() if isinstance(self.schedule, Betas) else (t * (self.bins / self.schedule.t_max)).long()
-        at = at.clamp(0, self.bins - 1)
+        chain, largest = isinstance(self.schedule, Betas), self.schedule.t_max
+        if t.dtype == torch.bool or t.dtype.is_floating_point == chain:
+            kind = "an integer index" if chain else "floating point"
+            raise TypeError(f"t must be {kind} for {self.schedule}, got {t.dtype}")
+        if t.is_cpu and t.numel() and outside(t, largest):
+            low, high = t.min().item(), t.max().item()
+            raise ValueError(f"t must be in 0..{largest:g} for {self.schedule}, got {low:g}..{high:g}")
+        at = t.long() if chain else (t * (self.bins / largest)).long().clamp(max=self.bins - 1)
+        # a bin beyond the last, thrown away: of what must not enter
+        at = torch.where((t >= 0) & (t <= largest) & losses.detach().isfinite(), at, self.bins)
         order = at.argsort(stable=True)
         at, history = at[order], self.losses.shape[1]
         # the k-th loss of its bin in this batch; of more than `history` the last ones win
         first = torch.searchsorted(at, at)
         rank = torch.arange(len(at), device=at.device) - first
         left = torch.searchsorted(at, at, right=True) - first - rank  # entries from here to the bin's last
-        slot = (self.counts[at] + rank) % history
+        counts = nn.functional.pad(self.counts, (0, 1))
+        slot = (counts[at] + rank) % history
         slot = torch.where(left <= history, slot, history)  # a column that is thrown away
-        wide = torch.cat([self.losses, self.losses.new_zeros(self.bins, 1)], 1)
+        wide = nn.functional.pad(self.losses, (0, 1, 0, 1))
         wide[at, slot] = losses.detach().double()[order]
-        self.losses.copy_(wide[:, :history])
-        self.counts.index_add_(0, at, torch.ones_like(at))
+        self.losses.copy_(wide[: self.bins, :history])
+        self.counts.copy_(counts.index_add_(0, at, torch.ones_like(at))[: self.bins])
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Puts a saved state back."""
+        """Puts a saved state back.   Raises: ValueError, and nothing has changed, for other bins or another history."""
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise ValueError(f"a state holds {', '.join(own)}, got {', '.join(state) or 'nothing'}")
+        for name, value in own.items():
+            if state[name].shape != value.shape:
+                raise ValueError(f"{name} must have shape {tuple(value.shape)}, got {tuple(state[name].shape)}")
         self.losses.copy_(state["losses"])
         self.counts.copy_(state["counts"])
 
@@ -259,8 +288,11 @@ def _time_of_level(level: Tensor, schedule: Schedule) -> Tensor:
         if isinstance(schedule, Betas):
             t = np.arange(len(schedule.betas), dtype=np.float64)
         else:
-            # even in level as well as in t: steep ends are resolved
+            # even in level as well as in t: steep ends are resolved; endless ones as far as a time tells
             even = np.linspace(0.0, schedule.t_max, 4097)
+            ends = [2.0 ** -np.arange(12, END, 0.25), 1 - 2.0 ** -np.arange(12, 50, 0.25)]
+            infinite = np.isinf(schedule.logsnr(even[[0, -1]]))
+            even = np.concatenate([even, *(schedule.t_max * v for v, far in zip(ends, infinite, strict=True) if far)])
             finite = -0.5 * schedule.logsnr(even)
             finite = finite[np.isfinite(finite)]
             t = schedule.t_of(-2 * np.linspace(finite.min(), finite.max(), 1 << 16))
@@ -268,7 +300,8 @@ def _time_of_level(level: Tensor, schedule: Schedule) -> Tensor:
         at = -0.5 * schedule.logsnr(t)
         keep = np.isfinite(at)
         with lasting():
-            table[level.device] = tuple(torch.from_numpy(v[keep]).to(level.device) for v in (at, t))
+            at = np.maximum.accumulate(at[keep])  # rounding
+            table[level.device] = tuple(torch.from_numpy(v).to(level.device) for v in (at, t[keep]))
     levels, at = table[level.device]
     high = torch.searchsorted(levels, level.contiguous()).clamp(1, max(len(levels) - 1, 1)).clamp(max=len(levels) - 1)
     low = (high - 1).clamp(min=0)

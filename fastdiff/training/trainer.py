@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +19,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fastdiff.files import write_atomic
+from fastdiff.training import _checkpoint
 
 __all__ = ["Trainer"]
 
 Loss = Callable[..., Tensor]
 CHECKPOINT, HISTORY = "checkpoint.safetensors", "history.json"
+FORMAT = 2  # of a checkpoint: the optimiser's state by name
 SHOWN_EVERY = 20  # steps between looks at the loss for the progress bar
+SHORT = (torch.bfloat16, torch.float16)  # too short for an average: its steps would round to nothing
+VALIDATION = -1  # in place of an epoch: the global generator's seed in validation
 
 
 class Trainer:
@@ -28,13 +37,15 @@ class Trainer:
         learning rate at step k of N:  lr (k + 1) / W for k < W = warmup N, then lr (1 + cos(pi (k - W) / (N - W))) / 2
         average' = d average + (1 - d) weights,   d = min(ema, (1 + k) / (10 + k)), from k = 1; at first the weights
 
+    The average of 16-bit weights is kept in fp32. An epoch that was interrupted is done again: from the checkpoint
+    before it, where the folder has it; else, with a warning, from the weights as they are.
     Args:
         net: trained in place.   data: Tensor [N, ...], or several of one N.
         loss: loss(net, *batch, seeds, generator) -> [B]: seeds int64 [B], new ones every step, for add_noise and
             denoising_loss; generator (CPU) for times.
         epochs, batch: an epoch is N // batch steps over a new permutation (at least one).
         learning_rate, weight_decay, betas: of AdamW.   warmup: share of all steps.   ema: largest decay.
-        clip_norm: of the gradient, or None.
+        clip_norm: largest norm of the gradient, > 0, or None.
         held_out: like data, for the validation loss of the averaged weights, every `validate_every` epochs and at the
             last, always with the same noise.
         folder: None, or where checkpoint.safetensors and history.json go after each epoch.   keep: also
@@ -65,33 +76,41 @@ class Trainer:
         seed: int = 0,
         progress: bool = True,
     ) -> None:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+        if not callable(loss):
+            raise TypeError(f"loss must be callable, loss(net, *batch, seeds, generator), got {type(loss).__name__}")
         self.net, self.loss = net, loss
         self.data, self.held_out = _tensors("data", data), _tensors("held_out", held_out)
         if not self.data or not len(self.data[0]):
             raise ValueError("data must hold at least one sample")
         if self.held_out and not len(self.held_out[0]):
             raise ValueError("held_out must be None or hold at least one sample")
-        for name, value in (("epochs", epochs), ("batch", batch), ("validate_every", validate_every)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-        if not (learning_rate > 0 and weight_decay >= 0 and 0 <= warmup < 1 and 0 <= ema < 1):
-            raise ValueError(
-                "need learning_rate > 0, weight_decay >= 0, warmup and ema in [0, 1), got "
-                f"{learning_rate!r}, {weight_decay!r}, {warmup!r}, {ema!r}"
-            )
+        if self.held_out and len(self.held_out) != len(self.data):
+            raise ValueError(f"held_out must be as many tensors as data, {len(self.data)}, got {len(self.held_out)}")
         if keep and folder is None:
             raise ValueError("keep=True needs a folder")
-        self.epochs, self.batch, self.seed, self.progress = epochs, batch, seed, progress
-        self.learning_rate, self.warmup, self.clip_norm = learning_rate, warmup, clip_norm
-        self.options = {"weight_decay": weight_decay, "betas": list(betas), "ema": ema}
-        self.validate_every, self.keep, self.state = validate_every, keep, dict(state or {})
+        self.epochs, self.batch = _count("epochs", epochs), _count("batch", batch)
+        self.validate_every, self.seed = _count("validate_every", validate_every), _count("seed", seed, -math.inf)
+        self.learning_rate = _number("learning_rate", learning_rate, 0.0, above=True)
+        self.warmup = _number("warmup", warmup, 0.0, 1.0)
+        self.clip_norm = None if clip_norm is None else _number("clip_norm", clip_norm, 0.0, above=True)
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas!r}")
+        one, two = (_number("betas", v, 0.0, 1.0) for v in betas)
+        decay, most = _number("weight_decay", weight_decay, 0.0), _number("ema", ema, 0.0, 1.0)
+        self.options = {"weight_decay": decay, "betas": [one, two], "ema": most}
+        self.keep, self.state, self.progress = keep, dict(state or {}), progress
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
-            _safetensors()
+            _checkpoint.safetensors_torch()
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.steps_an_epoch = max(1, len(self.data[0]) // batch)
-        self.optimiser = torch.optim.AdamW(net.parameters(), learning_rate, betas=betas, weight_decay=weight_decay)
-        self.average = AveragedModel(net, multi_avg_fn=_averager(ema))
+        self.steps_an_epoch = max(1, len(self.data[0]) // self.batch)
+        self.parameters = dict(net.named_parameters())  # by the names of the optimiser's state in a checkpoint
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(), self.learning_rate, betas=(one, two), weight_decay=decay
+        )
+        self.average = _Average(net, most)
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
 
@@ -99,7 +118,10 @@ class Trainer:
         """Trains up to epoch `until` (default: all) and returns the history, one entry an epoch.
 
         An entry: epoch, step, train (mean loss), validation (or None), learning_rate (the last), seconds.
+        Raises: ValueError where an interrupted epoch's checkpoint does not fit any more.
         """
+        if self.step != self.epoch * self.steps_an_epoch:
+            self._rewind()
         last = self.epochs if until is None else min(until, self.epochs)
         from tqdm.auto import tqdm
 
@@ -122,19 +144,34 @@ class Trainer:
                     self.save()
         return self.history
 
+    def _rewind(self) -> None:
+        """After an interruption: back to the beginning of the epoch, with the weights where they were kept."""
+        epoch = self.epoch
+        if self.folder is not None and epoch and (self.folder / CHECKPOINT).exists():
+            if _checkpoint.read(self.folder / CHECKPOINT)[0]["epoch"] == epoch:
+                self.resume()
+        if self.step != epoch * self.steps_an_epoch:
+            warnings.warn(
+                f"epoch {epoch + 1} was interrupted and no checkpoint holds what was before: it is done again from the "
+                "weights as they are, so this is not the run that it would have been",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self.step = epoch * self.steps_an_epoch
+
     def _epoch(self, bar: Any) -> float:  # noqa: ANN401 - tqdm
         generator = _generator(self.seed, self.epoch + 1)
         order = torch.randperm(len(self.data[0]), generator=generator, device="cpu")
         device = self.data[0].device
         total = torch.zeros((), dtype=torch.float64, device=device)
         self.net.train()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))  # of dropout, say
+        with _seeded(int(torch.randint(2**62, (), generator=generator, device="cpu")), device):  # of dropout, say
             for k in range(self.steps_an_epoch):
                 pick = order[k * self.batch : (k + 1) * self.batch].to(device)
                 seeds = torch.randint(2**62, (len(pick),), generator=generator, device="cpu").to(device)
                 for group in self.optimiser.param_groups:
                     group["lr"] = self.learning_rate * self._factor(self.step)
+                self.step += 1  # before anything changes: an interruption shows
                 loss = self.loss(self.net, *(v[pick] for v in self.data), seeds, generator).mean()
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()
@@ -142,7 +179,6 @@ class Trainer:
                     torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
                 self.optimiser.step()
                 self.average.update_parameters(self.net)
-                self.step += 1
                 total += loss.detach()
                 bar.update()
                 if not bar.disable and k % SHOWN_EVERY == 0:
@@ -158,75 +194,101 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The mean loss of the averaged weights on held_out, with the same times and noise every time."""
+        """The mean loss of the averaged weights on held_out, with the same times and noise every time.
+
+        Raises: ValueError without held_out.
+        """
+        if not self.held_out:
+            raise ValueError("validate needs held_out, which is None")
         generator = _generator(self.seed, 0)
         device, losses = self.data[0].device, []
-        self.average.eval()
-        for at in range(0, len(self.held_out[0]), self.batch):
-            part = [v[at : at + self.batch] for v in self.held_out]
-            seeds = torch.randint(2**62, (len(part[0]),), generator=generator, device="cpu").to(device)
-            losses.append(self.loss(self.average.module, *part, seeds, generator).reshape(-1))
+        net = self.average.shown(self.net).eval()
+        with _seeded(_mixed(self.seed, VALIDATION), device):
+            for at in range(0, len(self.held_out[0]), self.batch):
+                part = [v[at : at + self.batch] for v in self.held_out]
+                seeds = torch.randint(2**62, (len(part[0]),), generator=generator, device="cpu").to(device)
+                losses.append(self.loss(net, *part, seeds, generator).reshape(-1))
         return float(torch.cat(losses).double().mean())
 
     def averaged(self) -> nn.Module:
-        """The network with the averaged weights, in eval mode and without gradients."""
-        net: nn.Module = self.average.module
-        return net.requires_grad_(False).eval()
+        """The network with the averaged weights, in eval mode, without gradients; a copy where those are of 16 bits."""
+        return self.average.shown(self.net).requires_grad_(False).eval()
 
     def save(self) -> None:
-        """Writes the checkpoint and the history, each whole or not at all."""
-        assert self.folder is not None
+        """Writes the checkpoint and the history, each whole or not at all.   Raises: ValueError without a folder."""
+        if self.folder is None:
+            raise ValueError("save needs a folder, which is None")
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.average.state_dict().items()}
+        names = list(self.parameters)
         for i, entry in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{k}": torch.as_tensor(v) for k, v in entry.items()}
+            tensors |= {f"optimiser.{names[i]}.{k}": torch.as_tensor(v) for k, v in entry.items()}
         for name, item in self.state.items():
             tensors |= {f"state.{name}.{k}": v for k, v in item.state_dict().items()}
         own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}  # tied weights apart
-        about = {"epoch": self.epoch, "step": self.step, "history": self.history, "run": self._run()}
-        data = _safetensors().save(own, metadata={"fastdiff": json.dumps(about)})
+        about = {
+            "epoch": self.epoch, "step": self.step, "history": self.history, "run": self._run(), "format": FORMAT,
+        }  # fmt: skip
+        data = _checkpoint.safetensors_torch().save(own, metadata={"fastdiff": json.dumps(about)})
         write_atomic(self.folder / CHECKPOINT, data)
         if self.keep:
             write_atomic(self.folder / f"epoch_{self.epoch:04d}.safetensors", data)
-        write_atomic(self.folder / HISTORY, (json.dumps(self.history, indent=1) + "\n").encode())
+        # JSON has no NaN
+        history = [
+            {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in entry.items()}
+            for entry in self.history
+        ]
+        write_atomic(self.folder / HISTORY, (json.dumps(history, indent=1, allow_nan=False) + "\n").encode())
 
     def resume(self, path: str | Path | None = None) -> bool:
         """Continues from a checkpoint (default: the folder's); False where there is none.
 
-        Raises: ValueError for a checkpoint of another run: other options, data size or network.
+        Raises: ValueError, and nothing has changed, for a checkpoint of another run (other options, data size, network,
+            dtype or state), for a damaged one, and for an old one of which the optimiser's order cannot be told.
         """
         if path is None and self.folder is None:
             raise ValueError("resume needs a folder or a path")
         path = Path(path) if path is not None else self.folder / CHECKPOINT  # type: ignore[operator]
-        _safetensors()
+        _checkpoint.safetensors_torch()
         if not path.exists():
             return False
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("fastdiff", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if about.get("run") != self._run():
-            raise ValueError(f"{path.name} belongs to another run: {about.get('run')}, this one is {self._run()}")
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        try:
-            self.net.load_state_dict(part("net."))
-            self.average.load_state_dict(part("ema."))
-        except RuntimeError as error:
-            raise ValueError(f"{path.name} holds another network: {str(error).splitlines()[0]}") from error
+        about, tensors = _checkpoint.read(path)
+        if differences := _checkpoint.differing(about["run"], self._run()):
+            raise ValueError(f"{path} belongs to another run: {differences}")
+        net, ema = _checkpoint.part(tensors, "net."), _checkpoint.part(tensors, "ema.")
+        own, average = self.net.state_dict(), self.average.state_dict()
+        short = {f"module.{k}": v for k, v in own.items()}  # an average was in the weights' dtype at first
+        wrong = _checkpoint.mismatches(net, own, also={}) or _checkpoint.mismatches(ema, average, also=short)
+        if wrong:
+            raise ValueError(f"{path} holds another network: {wrong}")
         whole = self.optimiser.state_dict()
-        whole["state"] = {}
-        for name, value in part("optimiser.").items():
-            i, _, key = name.partition(".")
-            whole["state"].setdefault(int(i), {})[key] = value
+        try:
+            whole["state"] = _checkpoint.optimiser_state(
+                _checkpoint.part(tensors, "optimiser."), self.parameters, by_name=about.get("format", 1) >= 2
+            )
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be continued: {error}") from error
+        self._load_state(path, _checkpoint.part(tensors, "state."))
+        self.net.load_state_dict(net)
+        self.average.load_state_dict(ema)
         self.optimiser.load_state_dict(whole)
-        for name, item in self.state.items():
-            item.load_state_dict(part(f"state.{name}."))
         self.epoch, self.step, self.history = about["epoch"], about["step"], about["history"]
         return True
+
+    def _load_state(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Loads all of the state's objects or, where one refuses, none."""
+        unknown = [k for k in tensors if not any(k.startswith(f"{name}.") for name in self.state)]
+        if unknown:
+            raise ValueError(f"{path} holds state that this run has not: {', '.join(unknown)}; give it as state=")
+        before = {}
+        try:
+            for name, item in self.state.items():
+                before[name] = {k: v.clone() for k, v in item.state_dict().items()}
+                item.load_state_dict(_checkpoint.part(tensors, f"{name}."))
+        except Exception as error:
+            for name, saved in before.items():
+                self.state[name].load_state_dict(saved)
+            raise ValueError(f"{path} holds another state {name!r}: {error}") from error
 
     def _run(self) -> dict[str, Any]:
         return {
@@ -236,34 +298,79 @@ class Trainer:
 
 
 def _tensors(name: str, value: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-    found = () if value is None else (value,) if isinstance(value, Tensor) else tuple(value)
+    found = () if value is None else tuple(value) if isinstance(value, tuple | list) else (value,)
     if not all(isinstance(v, Tensor) for v in found):
         raise TypeError(f"{name} must be a Tensor or a sequence of them, got {type(value).__name__}")
+    if any(not v.dim() for v in found):
+        raise ValueError(f"{name} must be [N, ...], got a 0-d tensor")
     if len({len(v) for v in found}) > 1:
         raise ValueError(f"{name} must have one length, got {[len(v) for v in found]}")
     return found
 
 
+def _count(name: str, value: object, low: float = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        raise ValueError(f"{name} must be an int{' >= 1' if low == 1 else ''}, got {value!r}")
+    return int(value)
+
+
+def _number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    """A float in [low, high), or in (low, high) with above=True."""
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    found = float(value) if known else math.nan  # type: ignore[arg-type]
+    if not (low <= found < high and (found > low or not above)):
+        allowed = f"a finite number {'>' if above else '>='} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return found
+
+
+def _mixed(seed: int, epoch: int) -> int:
+    """What seeds a generator: a CPU's uses 32 bits of it, so those of the seed above are hashed into them."""
+    high = seed >> 32
+    folded = int.from_bytes(hashlib.blake2b(str(high).encode(), digest_size=8).digest(), "big") if high else 0
+    return (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + folded) % 2**63
+
+
 def _generator(seed: int, epoch: int) -> torch.Generator:
     """A generator of its own for each epoch, 0 being validation."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9) % 2**63
-    return torch.Generator().manual_seed(mixed)
+    return torch.Generator().manual_seed(_mixed(seed, epoch))
 
 
-def _averager(most: float) -> Callable[..., None]:
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, the global generators have this seed; afterwards what they had."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Average(AveragedModel):
+    """The average of a network's weights, of 16-bit ones in fp32; buffers are the network's own."""
+
+    def __init__(self, net: nn.Module, most: float) -> None:
+        super().__init__(net)
+        self.n_averaged = torch.zeros((), dtype=torch.int64, device="cpu")  # read in every step
+        self.most = most
+        for p in self.module.parameters():
+            if p.dtype in SHORT:
+                p.data = p.data.float()
+
     @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        n = torch.as_tensor(count).double()
-        weight = 1 - torch.minimum(torch.full_like(n, most), (1 + n) / (10 + n))
-        for a, b in zip(averaged, current, strict=True):
-            a.lerp_(b.to(a.dtype), weight.to(a.device, a.dtype))
+    def update_parameters(self, model: nn.Module) -> None:
+        n = int(self.n_averaged)
+        weight = 1 - min(self.most, (1 + n) / (10 + n)) if n else 1.0
+        for a, b in zip(self.module.parameters(), model.parameters(), strict=True):
+            a.lerp_(b.to(a.device, a.dtype), weight)
+        for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            own.copy_(buffer)
+        self.n_averaged += 1
 
-    return update
-
-
-def _safetensors() -> Any:  # noqa: ANN401 - a module
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("checkpoints need safetensors: pip install safetensors") from None
-    return safetensors.torch
+    def shown(self, net: nn.Module) -> nn.Module:
+        """The network with the average, in the dtypes of `net`: itself, or a copy where those are shorter."""
+        own: nn.Module = self.module
+        if not any(p.dtype in SHORT for p in net.parameters()):
+            return own
+        copy = deepcopy(own)
+        for p, like in zip(copy.parameters(), net.parameters(), strict=True):
+            p.data = p.data.to(like.dtype)
+        return copy
