@@ -16,10 +16,11 @@ from fastdiff_bench import cases, options, page, stock, suite, tables, throughpu
 from fastdiff_bench.cases import Case
 from fastdiff_bench.counts import counted
 from fastdiff_bench.textbook import Textbook
+from fastdiff_bench.textbook_tokens import TokensTextbook
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 5)
-ROWS = [c for c in cases.default_cases(False, steps=10) if not c.schedule.startswith("bfndiscrete")]
+ROWS = [c for c in cases.default_cases(False, steps=10) if c.kind not in cases.DISCRETE]
 
 
 def generator(seed):
@@ -133,6 +134,36 @@ def test_classes_of_the_textbook_agree_without_noise():
 
     want = fd.sample(model, plan, (4, 9), x_T=x, noise="torch", generator=generator(2), mode="eager")
     assert torch.equal(Textbook(plan, model)(x, generator(2)), want)
+
+
+@pytest.mark.parametrize("order", ["confidence", "margin", "entropy"])
+def test_tokens_of_the_textbook_agree_without_noise(order):
+    schedule = fd.schedules.Masked(5, 2, "cosine")
+    plan = fd.solvers.unmask(schedule, 6, order=order, temperature=0.0)
+    out = torch.randn(4, 9, 5, generator=generator(1))
+
+    def model(x, t):
+        return out + torch.sin(x.roll(1, -1) + t[:, None])[..., None] * out.roll(1, -1)
+
+    got = TokensTextbook(plan, model)(torch.full((4, 9), 2))
+    assert torch.equal(got, fd.sample(model, plan, (4, 9)))
+
+
+def test_tokens_of_the_textbook_in_any_order_have_their_shares():
+    plan = fd.solvers.unmask(fd.schedules.Masked(3), 4, temperature=0.5, remask=0.5)
+    p = torch.tensor([0.2, 0.3, 0.5])
+    seen = []
+
+    def model(x, t):
+        seen.append(float((x == 3).float().mean()))
+        return p.log().expand(*x.shape, 3)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        got = TokensTextbook(plan, model)(torch.full((100, 200), 3))
+    assert seen[0] == 1 and all(abs(s - g) < 0.015 for s, g in zip(seen, plan.sigma, strict=True))  # 4 sd
+    want = p**2 / (p**2).sum()
+    assert all(abs(float((got == k).float().mean()) - float(want[k])) < 0.015 for k in range(3))
 
 
 def test_interleaving_alternates_the_order_and_pairs_rounds():

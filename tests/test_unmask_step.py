@@ -127,6 +127,17 @@ def test_tokens_of_several_windows(K: int, order: str, device: torch.device) -> 
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("order", ORDERS[1:])
+def test_scores_do_not_depend_on_where_the_largest_is(order: str, device: torch.device) -> None:
+    """Surer and surer tokens, every second one back to front: the largest in the first window or in the last."""
+    z = torch.randn(WINDOW + 1, generator=torch.Generator().manual_seed(4)).sort().values
+    m = torch.stack([(3 + 0.1 * i) * (z.flip(0) if i % 2 else z) for i in range(8)]).expand(B, 8, -1).contiguous()
+    tokens = torch.full((B, 8), WINDOW + 1)
+    rows = table((1.0, 0.5, 0, 0.0))
+    got = run(device, tokens, m, rows, torch.tensor([0]), mask=WINDOW + 1, order=order)
+    assert (got != WINDOW + 1).tolist() == [[False] * 4 + [True] * 4] * B
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_guidance_and_layouts(dtype: torch.dtype, device: torch.device) -> None:
     """Both outputs in the model's dtype, padded rows or transposed: the definition on the combined logits."""

@@ -44,7 +44,8 @@ KERNELS = (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"policy": (1, 16, 7), "latent": (1, 4, 64, 64), "batch": (16, 4, 128, 128)}
 CLASSES = 27
-TEXT = (8, 64)  # tokens of a discrete flow: (B, D), K = 27
+TEXT = (8, 64)  # tokens: (B, D), K = 27
+DISCRETE = ("bfndiscrete", "masked")  # schedules of classes
 
 # schedule -> solvers; the quick list is what most people run
 QUICK: dict[str, tuple[str, ...]] = {
@@ -73,6 +74,7 @@ FULL: dict[str, tuple[str, ...]] = {
     "flow": ("euler", "heun", "dpmpp_2m"),
     "bfncontinuous": ("bfn_continuous",),
     "bfndiscrete": ("bfn_discrete",),
+    "masked": ("unmask",),
 }  # fmt: skip
 # what is not a schedule of that name on the command line
 SCHEDULES = {
@@ -80,6 +82,7 @@ SCHEDULES = {
     "cosine_v": "cosine",
     "bfncontinuous": "bfncontinuous:sigma_1=0.02",
     "bfndiscrete": f"bfndiscrete:beta_1=3.0,num_classes={CLASSES}",
+    "masked": f"masked:num_classes={CLASSES}",
 }
 PREDICTION = {"edm": "x0", "edm_network": "edm", "cosine_v": "v", "flow": "flow"}
 # options of the plan that say what the stock samplers do, of `steps` where they depend on it

@@ -96,7 +96,7 @@ class Request:
         out = []
         for shape in shapes:
             for case in self.cases:
-                discrete = case.kind == "bfndiscrete"
+                discrete = case.kind in cases.DISCRETE
                 if shape not in main and ((case.schedule, case.solver) not in few or discrete):
                     continue
                 size = cases.TEXT if discrete and not self.shapes else shape

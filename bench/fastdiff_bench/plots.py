@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdiff_bench.cases import DISCRETE
 from fastdiff_bench.tables import columns, label
 
 __all__ = ["plot_roofline", "plot_throughput", "pyplot"]
@@ -36,7 +37,7 @@ def plot_throughput(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     plt, made = pyplot(), []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        own = row["schedule"].startswith("bfndiscrete")
+        own = row["schedule"].startswith(DISCRETE)
         shape = "classes " if own else ""
         groups.setdefault((shape + "x".join(map(str, row["shape"])), row["dtype"]), []).append(row)
     for (shape, dtype), some in groups.items():

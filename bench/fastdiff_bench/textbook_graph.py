@@ -9,18 +9,19 @@ from torch import Tensor
 
 from fastdiff.graph import CaptureError, _capture
 from fastdiff_bench.textbook import Textbook
+from fastdiff_bench.textbook_tokens import TokensTextbook
 
 __all__ = ["Graphed"]
 
 
 class Graphed:
-    """The first of some Textbook loops that can be captured, captured at the first call and replayed.
+    """The first of some plain loops that can be captured, captured at the first call and replayed.
 
     Noise is drawn by torch's own generator inside it.
     Raises: CaptureError where none can be.
     """
 
-    def __init__(self, loops: Sequence[Textbook]) -> None:
+    def __init__(self, loops: Sequence[Textbook | TokensTextbook]) -> None:
         self.loops = list(loops)
         self.loop = self.loops[0]
         self.graph: torch.cuda.CUDAGraph | None = None

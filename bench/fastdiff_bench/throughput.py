@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff.commands.options import ModelError, guarded, one_line
+from fastdiff.readout import CATEGORICAL, ORDERS
 from fastdiff_bench.cases import COLUMNS, GRAPHS, PEERS, Case
 from fastdiff_bench.counts import counted, held_bytes, peak_bytes
 from fastdiff_bench.energy import Meter, throttled
@@ -20,6 +21,7 @@ from fastdiff_bench.stock import diffusers_loop, k_diffusion_loop
 from fastdiff_bench.tables import best, first_peer
 from fastdiff_bench.textbook import Textbook
 from fastdiff_bench.textbook_graph import Graphed
+from fastdiff_bench.textbook_tokens import TokensTextbook
 from fastdiff_bench.timing import LEAST_ROUNDS, interleave, paired, summary
 
 __all__ = ["ROUNDS", "Settings", "compile_row", "exact_fp32", "measure"]
@@ -72,7 +74,7 @@ def _ours(plan: fd.Plan, model: Model, mode: str, dtype: torch.dtype, device: to
     """fastdiff in one mode; `compiled` on a CPU is the default mode: compiled step and noise, the model as it is."""
     modes = {"compiled": "auto" if device.type == "cpu" else "compile"}
     sampler = fd.Sampler(model, plan, mode=modes.get(mode, mode), dtype=dtype, device=device)
-    shape_of = (lambda x: x.shape[:-1]) if plan.classes else (lambda x: x.shape)
+    shape_of = (lambda x: x.shape[:-1]) if plan.readout in CATEGORICAL else (lambda x: x.shape)
 
     def run(x: Tensor, generator: torch.Generator | None) -> Tensor:
         shape = tuple(shape_of(x))
@@ -83,17 +85,25 @@ def _ours(plan: fd.Plan, model: Model, mode: str, dtype: torch.dtype, device: to
     return Column(run, sampler=sampler)
 
 
+def _textbook(
+    plan: fd.Plan, model: Model, compiled: bool, dtype: torch.dtype, device: torch.device
+) -> Textbook | TokensTextbook:
+    if plan.readout in ORDERS:
+        return TokensTextbook(plan, model, compiled=compiled, device=device)
+    return Textbook(plan, model, compiled=compiled, dtype=dtype, device=device)
+
+
 def column_of(name: str, case: Case, plan: fd.Plan, model: Model, dtype: torch.dtype, device: torch.device,
             compiled_model: Model | None = None) -> Column | str:  # fmt: skip
     """The column, or why there is none."""
     compiled_model = model if compiled_model is None else compiled_model
     if name == "torch":
-        return Column(Textbook(plan, model, dtype=dtype, device=device))
+        return Column(_textbook(plan, model, False, dtype, device))
     if name == "torch.compile":
-        return Column(Textbook(plan, compiled_model, compiled=True, dtype=dtype, device=device))
+        return Column(_textbook(plan, compiled_model, True, dtype, device))
     if name == "torch graph" and device.type == "cuda":
         ways = ((compiled_model, True), (model, False))
-        graphed = Graphed([Textbook(plan, m, compiled=c, dtype=dtype, device=device) for m, c in ways])
+        graphed = Graphed([_textbook(plan, m, c, dtype, device) for m, c in ways])
         return Column(graphed, note=graphed.note)
     if name in ("diffusers", "k-diffusion"):
         make = diffusers_loop if name == "diffusers" else k_diffusion_loop
@@ -115,8 +125,16 @@ def _gap(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).abs().max() / scale)
 
 
-def _probe(out: Tensor) -> Model:
+def _output(plan: fd.Plan, shape: tuple[int, ...]) -> Tensor:
+    """An output for a model whose input has this shape: of tokens, logits."""
+    size = (*shape, plan.classes) if plan.readout in ORDERS else shape
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def _probe(plan: fd.Plan, out: Tensor) -> Model:
     """A model that looks at x: outputs of two loops agree only if every step does."""
+    if plan.readout in ORDERS:
+        return lambda x, t: out + torch.sin(x.roll(1, -1).float())[..., None] * out.roll(1, -1)
     return lambda x, t: (0.2 * torch.tanh(x) + 0.1 * out).to(x.dtype)
 
 
@@ -130,14 +148,13 @@ def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: to
     only, as are fastdiff's own C++ loops on a CPU. Where classes are drawn, no two libraries draw alike: those columns
     are not compared here.
     """
-    out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    model = _probe(out)
+    model = _probe(plan, _output(plan, shape).to(device))
     gaps: dict[str, float] = {}
     failed: dict[str, str] = {}
     x_T = _start(plan, shape, device)
     want = column_of("fastdiff eager", case, plan, model, dtype, device, model)
     assert isinstance(want, Column)
-    sampled = plan.readout == "sample"
+    sampled = plan.readout in ("sample", "random") or (plan.readout in ORDERS and plan.stochastic)
     for name in names:
         own_noise = plan.stochastic and name in (
             ("torch.compile", "torch graph") if device.type == "cuda" else ("fastdiff compiled",)
@@ -162,6 +179,8 @@ def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: to
 
 
 def _start(plan: fd.Plan, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if plan.readout in ORDERS:
+        return torch.full(shape, int(plan.mask), device=device)
     return (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * plan.init_scale).to(device)
 
 
@@ -204,7 +223,8 @@ def measure(case: Case, shape: tuple[int, ...], dtype_name: str, dtype: torch.dt
             row["against"] = ", ".join(others)
             theirs = [statistics.geometric_mean(round_) for round_ in zip(*(times[n] for n in others), strict=True)]
             row["times_faster"] = {n: paired(theirs, v) for n, v in times.items() if n not in others}
-        _bandwidth(row, plan, x_T.numel(), dtype, set_.copy_gb_s)
+        logits = plan.classes if plan.readout in ORDERS else 1
+        _bandwidth(row, plan, logits * x_T.numel(), dtype, set_.copy_gb_s)
         if set_.details:
             held = {
                 name: held_bytes(column.run if column.sampler is None else column.sampler)
@@ -229,7 +249,7 @@ def _models(set_: Settings, plan: fd.Plan, shape: tuple[int, ...], dtype: torch.
     Raises: ModelError, ValueError, TypeError where the given model fails or returns something else than it must.
     """
     if set_.model is None:
-        out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(set_.device, dtype)
+        out = _output(plan, shape).to(set_.device, dtype)
         return (lambda x, t: out,) * 2
     if isinstance(set_.model, torch.nn.Module):
         set_.model.to(set_.device, dtype).eval()

@@ -29,8 +29,8 @@ def mask_tokens(
         seeds, index, row: B ints or int64 [B]: u is of Philox's stream 5, no dependence on batch or device; row changes
             it (a training step, say).   noise: u itself, [B, *D], floating point; not with seeds.
     Returns: int64 [B, *D].
-    Raises:  TypeError, ValueError: a wrong shape, dtype or device, classes outside 0..K-1 or t outside [0, 1] (looked at
-        on the CPU only), seeds and noise both or neither, another schedule.
+    Raises:  TypeError, ValueError: a wrong shape, dtype or device, classes outside 0..K-1 or t outside [0, 1] (on the
+        CPU), seeds and noise both or neither, another schedule.
     Source:  Sahoo et al. 2024, arXiv:2406.07524, section 3; Shi et al. 2024, arXiv:2406.04329, section 2.
     """
     at = _times(x, t, schedule)
