@@ -201,6 +201,20 @@ def test_a_replay_that_differs_is_not_used() -> None:
 
 
 @pytest.mark.usefixtures("device_path")
+def test_a_replay_that_gives_another_token_is_not_used() -> None:
+    """Ids that are neighbours are as wrong as others."""
+    calls, K = itertools.count(), 300_000
+
+    def forgetful(x: Tensor, t: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(x * 0 + K - 1 - next(calls) % 2, K).float()
+
+    sampler = fd.Sampler(forgetful, solvers.unmask(S.Masked(K), 3, temperature=0.0), mode="step_graph")
+    with pytest.warns(RuntimeWarning, match="replay differs from the eager run"):
+        sampler((1, 8))
+    assert next(iter(sampler._runs.values())).graph is None
+
+
+@pytest.mark.usefixtures("device_path")
 def test_a_failed_capture_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> None:
         raise graphs.CaptureError("operation not permitted when stream is capturing")
