@@ -40,9 +40,11 @@ def drift(
     Args: model(x, t, **cond), t [B] the schedule's model_time; schedule; prediction, sign, sigma_data: see GridOptions.
     Returns: f(t, x): t a number or a tensor of one element (read on the host), x [B, *] -> dx/dt in x's dtype.
         Differentiable in x. torchdiffeq steps past its last time unless options={"step_t": last} says otherwise.
-    Raises: ValueError where f or g is infinite, or t lies outside the schedule.
+    Raises: ValueError where f or g is infinite, or t lies outside the schedule; TypeError for another schedule.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 13.
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"the probability flow needs a fastdiff.schedules.Schedule, got {type(schedule).__name__}")
     if isinstance(schedule, BFNDiscrete):
         raise ValueError("the probability flow is of numbers, BFNDiscrete is a flow of classes")
     arguments = dict(cond or {})

@@ -62,6 +62,19 @@ class MaskedRun(Run):
             self.bad.fill_(self.plan.nfe)
         self.refresh(0)
 
+    def edited(self, k: int) -> None:
+        """After an edit of the tokens behind row k - 1: what was masked again belongs to the block at hand."""
+        if self.x.is_cpu:
+            wrong = self.x[(self.x != self.plan.mask) & ((self.x < 0) | (self.x >= self.plan.classes))]
+            if wrong.numel():
+                raise ValueError(
+                    f"a callback left {int(wrong[0])} among the tokens, which are 0..{self.plan.classes - 1} or the "
+                    f"mask, {self.plan.mask}"
+                )
+        block = int(self.plan.d[min(k, self.plan.nfe - 1), 0])
+        self.group.masked_fill_((self.x == self.plan.mask) & (self.group < block), block)
+        self.refresh(k)
+
     def result(self, dtype: torch.dtype) -> Tensor:
         return self.x.clone()
 
@@ -88,3 +101,6 @@ class MaskedRun(Run):
             self.relaunch("fastdiff::unmask_step", run, (m, u, row, w))
         if self.bad is not None:
             self.watch(row, m)
+            left = ((self.x == plan.mask) & (self.group >= 0)).any() & (row[0] == plan.nfe - 1)
+            finite = ~left if u is None else ~left & self._finite(u)
+            self.bad.copy_(torch.minimum(self.bad, torch.where(finite, plan.nfe, row[0])))

@@ -89,7 +89,8 @@ class Plan:
             put(self, name, np.array(getattr(self, name), np.float64))
         times = np.array(self.times)
         put(self, "times", times.astype(np.int64 if np.issubdtype(times.dtype, np.integer) else np.float64))
-        draws = np.any(self.s != 0, axis=-1) if self.draws is None else self.draws
+        tokens = self.readout in ORDERS  # s is a temperature there
+        draws = (self.s != 0).any(-1) & (not tokens) if self.draws is None else self.draws
         put(self, "draws", np.array(draws, np.int64))
         for name in ("guidance", "log_var_lo", "log_var_hi"):
             if getattr(self, name) is not None:
@@ -128,7 +129,7 @@ class Plan:
         if np.any(np.isnan(self.lo) | np.isnan(self.hi)) or np.any(self.lo > self.hi):
             raise ValueError(f"plan {self.name!r}: every row needs lo <= hi")
         silent = self.draws < np.any(self.s != 0, axis=-1)
-        if np.any(silent):
+        if np.any(silent) and self.readout not in ORDERS:
             raise ValueError(f"plan {self.name!r}: row {int(np.argmax(silent))} adds noise (s), but draws none (draws)")
         if 0 not in self._need[-1] or self._need[0] != frozenset({0}):
             raise ValueError(
@@ -178,8 +179,9 @@ class Plan:
 
     @property
     def stochastic(self) -> bool:
-        """Does any row add noise?"""
-        return bool(np.any(self.s))
+        """Does any row add noise, or choose at random?"""
+        chance = self.readout == "random" and np.any((self.b < 1) | (self.A[:, 0] < 1))
+        return bool(np.any(self.s) or chance)
 
     @property
     def learned_variance(self) -> bool:

@@ -91,8 +91,8 @@ def _check_order(plan: Plan, name: str) -> None:
     """A plan of tokens: A and b are probabilities, d a block, s a temperature."""
     if plan.classes < 2:
         raise ValueError(f"{name}: readout {plan.readout!r} needs at least 2 classes, got {plan.classes}")
-    if isinstance(plan.mask, bool) or not isinstance(plan.mask, int | np.integer) or not 0 <= plan.mask <= plan.classes:
-        raise ValueError(f"{name}: mask must be an integer in 0..{plan.classes}, got {plan.mask!r}")
+    if isinstance(plan.mask, bool) or not isinstance(plan.mask, int | np.integer) or not 0 <= plan.mask < 2**31:
+        raise ValueError(f"{name}: mask must be an integer in 0..2**31 - 1, got {plan.mask!r}")
     if plan.slots != 1 or plan.last_readout != plan.readout or plan.clamped or np.any(plan.c_in != 1):
         raise ValueError(f"{name}: tokens have one slot, one readout, no clamp and c_in 1")
     for what, value in (("A", plan.A), ("b", plan.b)):

@@ -178,12 +178,14 @@ def _categorical(o: Options, plan: Plan, shape: tuple[int, ...], device: torch.d
         raise TypeError(f"plan {plan.name!r} gives classes, int64; got out_dtype={o.out_dtype}")
     _classes("x_init", o.x_init, plan.classes - 1, shape, device)
     if plan.readout in ORDERS:
-        _classes("x_T", o.x_T, max(plan.classes - 1, plan.mask), shape, device)
+        _classes("x_T", o.x_T, plan.classes - 1, shape, device, mask=plan.mask)
         if o.noise != "philox":
             raise ValueError(f"plan {plan.name!r} draws noise='philox' only, got noise={o.noise!r}")
 
 
-def _classes(name: str, x: object, largest: int, shape: tuple[int, ...], device: torch.device) -> None:
+def _classes(
+    name: str, x: object, largest: int, shape: tuple[int, ...], device: torch.device, mask: int | None = None
+) -> None:
     if x is None:
         return
     if not isinstance(x, Tensor) or x.dtype != torch.int64:
@@ -192,8 +194,10 @@ def _classes(name: str, x: object, largest: int, shape: tuple[int, ...], device:
         raise ValueError(f"{name} must have the shape asked for, {shape}, got {tuple(x.shape)}")
     if x.device.type != device.type:
         raise ValueError(f"{name} must be on {device}, got {x.device}")
+    x = x if mask is None else x[x != mask]
     if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= largest:
-        raise ValueError(f"{name} must be in 0..{largest}, got {int(x.min())}..{int(x.max())}")
+        besides = "" if mask is None else f", or the mask, {mask}"
+        raise ValueError(f"{name} must be in 0..{largest}{besides}, got {int(x.min())}..{int(x.max())}")
 
 
 def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
@@ -330,7 +334,8 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     if o.x_init is not None and plan.alpha[0] == 0:
         raise ValueError(f"x_init is lost where plan {plan.name!r} starts, knowing nothing; build it with start=k")
     if o.x_T is None and o.x_init is None and plan.init_scale == plan.init_noise == 0 and plan.alpha[0] != 0:
-        raise ValueError(f"plan {plan.name!r} starts from data, not from noise: give x_init, or x_T, the state itself")
+        what = "with some tokens known" if plan.readout in ORDERS else "from data, not from noise"
+        raise ValueError(f"plan {plan.name!r} starts {what}: give x_init, or x_T, the state itself")
     for name in ("cond", "uncond"):
         value = getattr(o, name)
         if value is not None and not isinstance(value, Mapping):

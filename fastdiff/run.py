@@ -212,6 +212,10 @@ class Run:
         """The samples."""
         return self.x.to(dtype, copy=True)
 
+    def edited(self, k: int) -> None:
+        """After an edit of x by a callback, before row k."""
+        self.refresh(k)
+
     def refresh(self, k: int) -> None:
         """Writes the input of row k's model from the state (after the start, or an edit of x)."""
         c = self.c_in[k] if k < self.plan.nfe else 1.0

@@ -230,7 +230,7 @@ def _edit(run: Run, callback: Callback, k: int) -> None:
         if new.is_floating_point() != run.x.is_floating_point():
             raise TypeError(f"callback must return a state of dtype {run.x.dtype}, got {new.dtype}")
         run.x.copy_(new)
-    run.refresh(k + 1)
+    run.edited(k + 1)
 
 
 def _report(bad: int, plan: Plan, check_finite: str) -> None:

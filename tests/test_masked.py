@@ -50,47 +50,13 @@ def near(share: float, p: float, of: int) -> bool:
     return abs(share - p) <= 4 * math.sqrt(p * (1 - p) / of)
 
 
-@pytest.mark.parametrize("schedule", KINDS, ids=lambda s: s.kind)
-def test_schedule(schedule: S.Masked) -> None:
-    t = np.linspace(0.01, 0.99, 31)
-    assert np.array_equal(schedule.alpha(np.array([0.0, 1.0])), [1.0, 0.0])
-    assert np.allclose(schedule.alpha(t) + schedule.masked(t), 1, rtol=0, atol=1e-15)
-    h = 1e-6
-    slope = (schedule.alpha(t + h) - schedule.alpha(t - h)) / (2 * h)
-    assert np.allclose(schedule.weight(t), -slope / schedule.masked(t), rtol=1e-7)
-    assert schedule.weight(0.0) == math.inf
-    for name in ("alpha", "masked", "weight"):
-        got = getattr(schedule, name)(torch.from_numpy(t))
-        assert got.dtype == torch.float64 and np.allclose(got, getattr(schedule, name)(t), rtol=1e-15)
-
-
-def test_numbers_of_the_plan() -> None:
-    plan = solvers.unmask(SCHEDULE, 8)
-    assert np.allclose(plan.b[:, 0], 1 / np.arange(8, 0, -1), rtol=1e-14)  # MDLM's (t - s) / t
-    assert np.array_equal(plan.A, np.ones((8, 1, 1))) and np.array_equal(plan.s, np.ones((8, 1)))
-    assert np.allclose(plan.times, np.arange(8, 0, -1) / 8) and np.allclose(plan.sigma, plan.times)
-    assert (plan.classes, plan.mask, plan.nfe, plan.slots, plan.last_readout) == (K, K, 8, 1, "random")
-    blocks = solvers.unmask(S.Masked(K, 2, "cosine"), 8, blocks=2, order="margin", temperature=0.0)
-    assert np.array_equal(blocks.d[:, 0], [0] * 4 + [1] * 4) and np.array_equal(blocks.b[:4], blocks.b[4:])
-    t = np.array([1.0, 0.75, 0.5, 0.25])
-    assert np.allclose(blocks.times, np.concatenate([1 + t, t]) / 2)
-    ahead = 1 - np.append(np.sin(np.pi * t[1:] / 2), 0) / np.sin(np.pi * t / 2)
-    assert np.allclose(blocks.b[:4, 0], ahead) and np.allclose(blocks.alpha[4:], (1 + 1 - np.sin(np.pi * t / 2)) / 2)
-    given = solvers.unmask(SCHEDULE, 3, spacing=[0.9, 0.5, 0.1])
-    assert np.allclose(given.b[:, 0], [4 / 9, 4 / 5, 1])
-
-
-@pytest.mark.parametrize("schedule", KINDS, ids=lambda s: s.kind)
-@pytest.mark.parametrize(("remask", "most"), [(0.0, 1.0), (0.4, 1.0), (1.0, 0.05), (1.0, 1.0), (0.7, 0.2)])
-def test_a_row_takes_one_marginal_to_the_next(schedule: S.Masked, remask: float, most: float) -> None:
-    """P(not masked) is alpha_t before a row and alpha_s after it, whatever is masked again."""
-    plan = solvers.unmask(schedule, 10, remask=remask, remask_most=most)
-    alpha, keep, b = plan.alpha, plan.A[:, 0, 0], plan.b[:, 0]
-    assert np.allclose(alpha * keep + (1 - alpha) * b, np.append(alpha[1:], 1), rtol=0, atol=1e-14)
-    with np.errstate(divide="ignore"):
-        largest = np.minimum(1, (1 - np.append(alpha[1:], 1)) / alpha)
-    assert np.allclose(1 - keep, np.minimum(remask * largest, most), rtol=0, atol=1e-14)
-    assert keep[-1] == b[-1] == 1
+def test_a_temperature_for_every_row() -> None:
+    heat = np.linspace(1, 0, 6)
+    plan = solvers.unmask(SCHEDULE, 6, temperature=heat)
+    assert np.array_equal(plan.s[:, 0], heat)
+    x, kept = fd.sample(network, plan, (64, L), seed=3, trajectory=True)
+    last = kept.x[-2] == K  # what the last row, at 0, makes its largest
+    assert torch.equal(x[last], network(kept.x[-2], torch.full((64,), plan.times[-1])).argmax(-1)[last])
 
 
 @pytest.mark.parametrize("mask", [K, 2])
@@ -147,7 +113,7 @@ def test_how_many_are_masked_after_each_row() -> None:
             continue
         count = float(L)
         for k in range(plan.nfe):
-            count = math.floor(np.float32(count) * (np.float32(1) - np.float32(plan.b[k, 0])) + np.float32(0.5))
+            count = math.floor(count * (1 - plan.b[k, 0]) + 1e-9)
             assert bool((masked[k + 1] == count).all()), (order, k)
         assert count == 0
         was, now = kept.x[:-1], kept.x[1:]
@@ -300,19 +266,44 @@ def test_a_model_that_fails_is_seen() -> None:
         fd.sample(lambda x, t: torch.zeros(*x.shape, 6), plan, (2, L))
 
 
+@pytest.mark.parametrize("where", ["all forbidden", "uncond NaN", "uncond forbidden"])
+def test_tokens_that_stay_masked_are_reported(where: str) -> None:
+    def broken(x: Tensor, t: Tensor, on: Tensor) -> Tensor:
+        m = network(x, t)
+        bad = {"all forbidden": on * 0 == 0, "uncond NaN": on == 0, "uncond forbidden": on == 0}[where].view(-1, 1, 1)
+        here = torch.arange(L).view(1, -1, 1) == 3
+        if where == "uncond forbidden":
+            here = here & (torch.arange(K) == 1)
+        return torch.where(bad & here, torch.nan if where == "uncond NaN" else -torch.inf, m)
+
+    given = {"cond": {"on": torch.ones(2)}, "uncond": {"on": torch.zeros(2)}, "guidance": 1.5}
+    x = fd.sample(broken, PLAN, (2, L), seed=12, **given)
+    assert bool((x[:, 3] == K).all()) and bool((x[:, 4:] < K).all())
+    row = 0 if where == "uncond NaN" else 3
+    with pytest.raises(ValueError, match=f"first at row {row} of 4"):
+        fd.sample(broken, PLAN, (2, L), seed=12, check_finite="raise", **given)
+
+
+def test_a_callback_may_mask_again() -> None:
+    """In any block, and what was given: it is unmasked by the rows that are left."""
+    x_T = torch.full((2, L), K)
+    x_T[:, 0] = 4
+
+    def again(row: int, t: Tensor, x: Tensor, x0: Tensor) -> None:
+        if row == 3:
+            x[:, :2] = K
+
+    for order in ("random", "entropy"):
+        plan = solvers.unmask(SCHEDULE, 6, blocks=3, order=order)
+        x = fd.sample(network, plan, (2, L), seed=13, x_T=x_T, callback=again)
+        assert bool((x < K).all())
+    with pytest.raises(ValueError, match="a callback left 105 among the tokens, which are 0..4 or the mask, 5"):
+        fd.sample(network, PLAN, (2, L), callback=lambda row, t, x, x0: x + 100)
+
+
 def test_an_empty_batch() -> None:
     x, kept = fd.sample(network, solvers.unmask(SCHEDULE, 4), (0, L), trajectory=True)
     assert x.shape == (0, L) and x.dtype == kept.x.dtype == torch.int64 and kept.x.shape == (5, 0, L)
-
-
-def test_what_the_plan_says_of_itself() -> None:
-    plan = solvers.unmask(SCHEDULE, 4, remask=0.5)
-    text = str(plan)
-    assert "5 classes, mask 5: k = argmax(m + s g)" in text and "A 0.5  b 0.25  d 0  s 1" in text
-    assert "the surest share b of the masked tokens, by margin" in str(solvers.unmask(SCHEDULE, 4, order="margin"))
-    assert np.allclose(plan.bytes_per_element(model_bytes=2), 2 * plan.sigma * plan.b[:, 0])
-    ordered = solvers.unmask(SCHEDULE, 4, order="margin", blocks=2)
-    assert np.allclose(ordered.bytes_per_element(), 4 * ordered.sigma / 2)
 
 
 TOKENS = torch.zeros(2, L, dtype=torch.int64)
@@ -324,7 +315,7 @@ PLAN = solvers.unmask(SCHEDULE, 4)
     [
         (lambda: S.Masked(1), ValueError, "num_classes must be >= 2, got 1"),
         (lambda: S.Masked(2.0), TypeError, "num_classes must be an integer, got 2.0"),
-        (lambda: S.Masked(4, 5), ValueError, "mask must be in 0..4, got 5"),
+        (lambda: S.Masked(4, -2), ValueError, "mask must be in 0..2.*, got -2"),
         (lambda: S.Masked(4, kind="sine"), ValueError, "unknown kind 'sine'; valid: linear, cosine, polynomial"),
         (lambda: S.Masked(4, power=2.0), ValueError, "power belongs to kind 'polynomial'"),
         (lambda: S.Masked(4, kind="polynomial", power=0), ValueError, "power must be a finite number > 0"),
@@ -336,7 +327,7 @@ PLAN = solvers.unmask(SCHEDULE, 4)
         (
             lambda: solvers.unmask(SCHEDULE, 4, temperature=-1),
             ValueError,
-            r"temperature must be a number in \[0, inf\]",
+            r"temperature must be a number >= 0, or 4 of them",
         ),
         (lambda: solvers.unmask(SCHEDULE, 4, remask=1.5), ValueError, r"remask must be a number in \[0, 1\], got 1.5"),
         (
@@ -351,13 +342,23 @@ PLAN = solvers.unmask(SCHEDULE, 4)
         (lambda: fd.sample(network, PLAN, (4,)), ValueError, r"shape must be \(B, \*D\)"),
         (lambda: fd.sample(network, PLAN, (2, L), noise="torch"), ValueError, "draws noise='philox' only, got"),
         (lambda: fd.sample(network, PLAN, (2, L), x_T=torch.zeros(2, L)), TypeError, "x_T must be classes, an int64"),
-        (lambda: fd.sample(network, PLAN, (2, L), x_T=TOKENS + 6), ValueError, "x_T must be in 0..5, got 6..6"),
+        (
+            lambda: fd.sample(network, PLAN, (2, L), x_T=TOKENS + 6),
+            ValueError,
+            "x_T must be in 0..4, or the mask, 5, got 6..6",
+        ),
         (lambda: fd.sample(network, PLAN, (3, L), x_T=TOKENS), ValueError, "must have the shape asked for"),
         (lambda: fd.sample(network, PLAN, (2, L), x_init=TOKENS), ValueError, "x_init is lost where plan"),
-        (lambda: fd.sample(network, solvers.unmask(SCHEDULE, 4, start=1), (2, L)), ValueError, "give x_init, or x_T"),
+        (
+            lambda: fd.sample(network, solvers.unmask(SCHEDULE, 4, start=1), (2, L)),
+            ValueError,
+            "starts with some tokens known: give x_init, or x_T",
+        ),
         (lambda: fd.sample(network, PLAN, (2, L), out_dtype=torch.float32), TypeError, "gives classes, int64"),
         (lambda: fd.sample(network, PLAN, (2, L), threshold=(0.9, 1.0)), ValueError, "no threshold"),
         (lambda: fd.sample(network, PLAN, (2, L), callback=lambda *a: a[2] * 0.5), TypeError, "a state of dtype"),
+        (lambda: fd.drift(network, SCHEDULE), TypeError, "needs a fastdiff.schedules.Schedule, got Masked"),
+        (lambda: solvers.unmask(SCHEDULE, 2, spacing="karras"), ValueError, "2 decreasing times in .*, got 'karras'"),
         (lambda: fd.inpaint(network, PLAN), ValueError, "give x_T, 5 where it is not known"),
         (lambda: fd.Unrolled(network, PLAN), ValueError, "unmasks tokens"),
         (lambda: fd.ops.cfg_plus_plus(PLAN, 0.5), ValueError, "CFG\\+\\+"),

@@ -42,16 +42,15 @@ def test_the_exact_network_reaches_the_entropy(kind: str) -> None:
 
 
 def test_masking_tokens() -> None:
-    x = torch.randint(0, K, (3, 20_000), generator=torch.Generator().manual_seed(1))
+    drawn = torch.randint(0, K, (3, 20_000), generator=torch.Generator().manual_seed(1))
+    x = torch.where(drawn == 2, 0, drawn)  # data hold no mask
     t = torch.tensor([0.1, 0.5, 0.9])
     seeds, index = rng.keys(3, batch=3)
     for schedule in KINDS:
         got = training.mask_tokens(x, t, schedule, seeds=seeds, index=index)
         hidden = got == schedule.mask
-        plain = x != schedule.mask  # a class of that number looks masked
         for i in range(3):
-            p = float(schedule.masked(t[i].double()))
-            assert near(float(hidden[i][plain[i]].float().mean()), p, int(plain[i].sum()))
+            assert near(float(hidden[i].float().mean()), float(schedule.masked(t[i].double())), 20_000)
         assert torch.equal(got[~hidden], x[~hidden])
         one = training.mask_tokens(x[2:], t[2:], schedule, seeds=seeds[2:], index=index[2:])
         assert torch.equal(one[0], got[2])
@@ -88,6 +87,26 @@ def test_the_loss_and_its_gradient() -> None:
     assert half.dtype == torch.float32 and torch.allclose(half.double(), want, rtol=2e-2)
 
 
+def test_certain_and_right_at_the_very_end() -> None:
+    """Where the weight is infinite a loss of 0 is 0, with a gradient of 0."""
+    x = torch.zeros(1, 2, dtype=torch.int64)
+    logits = torch.tensor([[[0.0, -torch.inf, -torch.inf, -torch.inf, -torch.inf]] * 2], requires_grad=True)
+    loss = training.masked_loss(logits, x, torch.full((1, 2), K), 0.0, SCHEDULE)
+    loss.sum().backward()
+    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros(1, 2, K))
+
+
+def test_traced_whole() -> None:
+    x = torch.tensor([[0, 1, 3, 4]])
+    t, logits = torch.tensor([0.3]), torch.randn(1, 4, K, generator=torch.Generator().manual_seed(3))
+
+    def step(x: torch.Tensor, t: torch.Tensor, logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        return training.masked_loss(logits, x, training.mask_tokens(x, t, SCHEDULE, seeds=seeds), t, SCHEDULE)
+
+    given = x, t, logits, torch.tensor([7])
+    assert torch.allclose(torch.compile(step, fullgraph=True, backend="eager")(*given), step(*given))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
@@ -107,6 +126,7 @@ def test_the_loss_and_its_gradient() -> None:
             TypeError,
             "tokens must",
         ),
+        (lambda: training.mask_tokens(TOKENS, 0.5, S.Masked(K, 0), seeds=[1, 2]), ValueError, "without the mask, 0"),
     ],
 )
 def test_errors(call: Any, error: type[Exception], said: str) -> None:

@@ -140,7 +140,7 @@ def test_noising_and_loss_of_small_samples(n):
 
 
 def test_every_loop_builds():
-    assert native.build() == ["binned", "categorical", "gaussian_kl", "guide", "noise", "step", "threshold"]
+    assert native.build() == ["binned", "categorical", "gaussian_kl", "guide", "noise", "step", "threshold", "unmask"]
 
 
 @pytest.mark.parametrize("t", [[4], [4, 0, 4]], ids=str)

@@ -83,18 +83,18 @@ def oracle(tokens: Tensor, m: Tensor, rows: Tensor, row: list[int], mask: int, o
                 if u[i, d] <= unmask:
                     new[i, d] = k
             continue
-        left = torch.tensor(float(len(scores))) * (1 - rows[row[i], ROW_HEADER + 1])  # in fp32, as ties are decided
-        many = len(scores) - math.floor(float(left + 0.5))
+        left = torch.tensor(float(len(scores))) * (1 - rows[row[i], ROW_HEADER + 1] + 2.0**-21)  # in fp32
+        many = len(scores) - math.floor(float(left))
         for d in sorted(scores, key=lambda d: (-scores[d], d))[:many]:
             new[i, d] = classes[d]
     return new
 
 
 def run(device: torch.device, tokens: Tensor, m: Tensor, rows: Tensor, row: Tensor, **options: Any) -> Tensor:
-    """unmask_step on a device; the copies for the model are what the tokens are."""
+    """unmask_step on a device; the copies for the model are what the tokens are, whatever was there."""
     here = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     got = tokens.clone().to(device)
-    seen = got.repeat(2, 1)
+    seen = torch.full_like(got.repeat(2, 1), -7)
     keys = {"seeds": SEEDS.to(device), "index": INDEX.to(device)}
     ops.unmask_step(got, m.to(device), rows.to(device), row.to(device), model_in=seen, **keys, **here)
     assert torch.equal(seen, got.repeat(2, 1))
@@ -214,7 +214,46 @@ def test_many_tokens_rank_exactly(order: str, device: torch.device) -> None:
         got = run(device, tokens, m, rows, torch.tensor([0]), mask=K, order=order, group=group)
         assert torch.equal(got, oracle(tokens, m, rows, [0] * B, K, order, group))
         masked = (tokens == K).sum(1)
-        assert torch.equal((got == K).sum(1), torch.floor(masked * (1 - torch.tensor(b)) + 0.5).long())
+        assert torch.equal((got == K).sum(1), torch.tensor([math.floor(n * (1 - b) + 1e-9) for n in masked.tolist()]))
+
+
+@pytest.mark.parametrize("order", ORDERS[1:])
+def test_infinite_logits_are_the_surest(order: str, device: torch.device) -> None:
+    """fp16 that overflowed, or a class that is forced; NaN is the least sure and stays masked."""
+    m = torch.randn(B, 8, 3, generator=torch.Generator().manual_seed(5))
+    m[:, 2, 1], m[:, 5, 0], m[:, 6] = math.inf, math.inf, math.nan
+    tokens = torch.full((B, 8), 3)
+    for b, chosen in ((0.25, [2, 5]), (1.0, [0, 1, 2, 3, 4, 5, 7])):
+        got = run(device, tokens, m, table((1.0, b, 0, 1.0)), torch.tensor([0]), mask=3, order=order)
+        assert [(row != 3).nonzero()[:, 0].tolist() for row in got] == [chosen] * B
+        assert (got[:, 2] == 1).all() and (got[:, 5] == 0).all()
+
+
+def test_entropies_near_zero_are_told_apart(device: torch.device) -> None:
+    """1.0646e-6 and 1.0577e-6 nats."""
+    rare = math.log(2.9e-8)
+    m = torch.tensor([[0, rare, rare, -60.0], [0, math.log(6e-8), -60.0, -60.0]]).expand(B, 2, 4).contiguous()
+    tokens = torch.full((B, 2), 4)
+    got = run(device, tokens, m, table((1.0, 0.5, 0, 0.0)), torch.tensor([0]), mask=4, order="entropy")
+    assert got.tolist() == [[4, 0]] * B
+
+
+def test_more_tokens_than_fp32_counts(cpp_loops: None) -> None:
+    """Of 2^24 + 3 tokens a row with b = 0 takes none."""
+    tokens = torch.full((1, 2**24 + 3), 2)
+    ops.unmask_step(tokens, torch.zeros(1, 1, 2).expand(1, 2**24 + 3, 2), table((1.0, 0.0, 0, 0.0)), torch.tensor([0]),
+                    mask=2, order="confidence", seeds=SEEDS[:1])  # fmt: skip
+    assert bool((tokens == 2).all())
+
+
+@pytest.mark.parametrize("mask", [7, 60_000])
+def test_a_mask_far_beyond_the_classes(mask: int, device: torch.device) -> None:
+    for order in ORDERS:
+        tokens, group, m, _ = case(5, 13, 5)
+        want = run(device, tokens, m, ROWS, torch.tensor([0]), mask=5, order=order, group=group)
+        far = torch.where(tokens == 5, mask, tokens)
+        got = run(device, far, m, ROWS, torch.tensor([0]), mask=mask, order=order, group=group)
+        assert torch.equal(torch.where(got == mask, 5, got), want)
 
 
 def test_batch_and_position_do_not_matter(device: torch.device) -> None:
@@ -273,7 +312,8 @@ def test_shapes_of_several_axes_and_none(device: torch.device) -> None:
         ({"model_out": torch.zeros(B, 10, 5)}, ValueError, r"and K >= 2 logits, got \(3, 10, 5\)"),
         ({"model_out": torch.zeros(B, 11, 5, dtype=torch.float64)}, TypeError, "model_out must be"),
         ({"order": "best"}, ValueError, "unknown order 'best'; valid: random, confidence"),
-        ({"mask": 6}, ValueError, r"mask must be an integer in 0..5, got 6"),
+        ({"mask": -1}, ValueError, r"mask must be an integer in 0..2\*\*31 - 1, got -1"),
+        ({"row": 2}, TypeError, r"row must be an int Tensor \[1\] or \[B\], got int"),
         ({"mask": True}, ValueError, "got True"),
         ({"table": torch.zeros(4, 8)}, ValueError, r"table must be \[N, 16\]"),
         ({"row": torch.tensor([4])}, ValueError, r"row must be in 0..3, got 4..4"),

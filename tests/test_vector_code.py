@@ -13,8 +13,8 @@ from fastdiff import native
 
 LOOP = re.compile(r"for \(int i = 0; i < (\w+\.)?(count|n); i\+\+\)")
 ORDERED = "all += error[i]"  # a sum in fp64, in order
-UNUSED = {"binned": "static_cast<T>(c * from[i])"}  # what a file includes and does not call
-FILES = ("binned", "categorical", "gaussian_kl", "guide", "noise", "step", "threshold")
+UNUSED = dict.fromkeys(("binned", "unmask"), "static_cast<T>(c * from[i])")  # what a file includes and does not call
+FILES = ("binned", "categorical", "gaussian_kl", "guide", "noise", "step", "threshold", "unmask")
 
 
 @pytest.mark.compiled

@@ -137,7 +137,7 @@ def unmask_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.
     plan = fd.solvers.unmask(fd.schedules.Masked(classes), 8, order="confidence")
     greedy = fd.solvers.unmask(fd.schedules.Masked(classes), 8, order="confidence", temperature=0.0)
     row = torch.full((1,), 4, dtype=torch.int32, device=device)  # b = 1/4
-    many = half - int(half * 0.75 + 0.5)
+    many = half - int(half * 0.75)
     seeds, index = fd.rng.keys(0, batch=1, device=device)
     group = torch.zeros((1, tokens), dtype=torch.int32, device=device)
     start = torch.full((1, tokens), 1, dtype=torch.int64, device=device)

@@ -40,7 +40,7 @@ class TokensTextbook:
         left = x_T[0].numel()
         for i in range(self.plan.nfe):
             m = self.model(x, self.times[i].expand(len(x)))
-            kept = int(left * (1 - self.plan.b[i, 0]) + 0.5)
+            kept = int(left * (1 - self.plan.b[i, 0]) + 1e-9)
             x = self._row(left - kept, m)(x, m, self.numbers[i])
             left = kept
         return x

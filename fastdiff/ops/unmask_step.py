@@ -18,7 +18,8 @@ from fastdiff.plan import ROW_HEADER, row_width
 from fastdiff.readout import ORDERS
 
 CHOICE = 5  # the stream that chooses tokens
-LOWEST = -3.0e38
+LOWEST, HIGHEST = -3.0e38, 3.0e38  # the scores of tokens that cannot be read out, and of infinite logits
+ROUNDING = 2.0**-21  # what fp32 may take from 1 - b
 WIDTH = row_width(1)
 WINDOW = 1 << 13  # positions of a token that a program reads at once, 16 a thread
 CHUNK = 1 << 20  # logits that are read at once on a CPU
@@ -45,23 +46,24 @@ def unmask_step(
         m = uncond + w (model_out - uncond)          with guidance, else model_out; of the mask itself -inf
         k = argmax(m + s g)                          g Gumbel noise; ties to the first class
         random:  mask -> k where u <= b;             k -> mask where u > A;   u uniform in (0, 1]
-        else:    of M masked tokens all but floor(M (1 - b) + 1/2) become k: those with the largest score, ties to the
-                 first: confidence ln(p_k / (1 - p_k)), margin q = p_1 - p_2 as ln(q / (1 - q)), entropy sum p ln p
+        else:    of M masked tokens all but floor(M (1 - b)) become k: those with the largest score, ties to the first:
+                 confidence ln(p_k / (1 - p_k)), margin q = p_1 - p_2 as ln(q / (1 - q)), entropy sum p ln p
 
     A, b, d, s are the row's; p = softmax(m). Tokens of another group than d stay what they are.
     Args:
         tokens: int64 [B, *D], classes 0..K-1 or mask; contiguous.   model_out: [B, *D, K], fp32, bf16 or fp16 logits,
             any strides.   uncond: like model_out.   table, row: [N, W] of a plan with one slot, int [1] or [B].
-        mask: the id of a masked token, 0..K.   order: "random", "confidence", "margin" or "entropy".
+        mask: the id of a masked token, whose own logit, if there is one, counts as -inf.   order: "random",
+            "confidence", "margin" or "entropy".
         group: int32 [B, *D], the block of a token, negative where it is given; None is 0 everywhere.
         guidance: fp32, one number or [N or 1, B or 1].   seeds, index: int64 [B]: g are the numbers of stream 2
             (fastdiff.gumbel), u those of stream 5, one a token.
         model_in: int64 output [B, *D], or [2B, *D] (two copies): what the model sees next.
     Returns: None; tokens and model_in are written.
     Raises:  TypeError, ValueError: a tensor of another dtype, shape, device or layout; an unknown order; guidance
-        without uncond or the reverse; a mask outside 0..K; a row outside the table (on the CPU).
-    Numerics: fp32; a token with a NaN among its logits, or with none above -inf, stays masked. Classes agree with
-        unmask_step_ref in float64 but for ties within 4e-6.
+        without uncond or the reverse; a negative mask; a row outside the table (on the CPU).
+    Numerics: fp32; a token with a NaN among its logits, or with none above -inf, stays masked; one with an infinite
+        logit is the surest. Classes agree with unmask_step_ref in float64 but for ties within 4e-6.
     Source:  Sahoo et al. 2024, arXiv:2406.07524, eq. 7; Wang et al. 2025, arXiv:2503.00307; Chang et al. 2022,
         arXiv:2202.04200.
     """
@@ -182,14 +184,15 @@ def _step(
         k, known = _first_largest(v, mask)
         hit[part] = k
         if order != "random":
-            score[part] = torch.where(known, _score(m, k, order), LOWEST).clamp_min(LOWEST)
+            sure = torch.where(m.amax(1) == torch.inf, HIGHEST, _score(m, k, order))
+            score[part] = torch.where(known & (sure >= LOWEST), sure.clamp_max(HIGHEST), LOWEST)
     hit, score = hit.view(batch, length), score.view(batch, length)
     if order == "random":
         new = torch.where(again, mask, torch.where(chosen, hit, held))
     else:
         score = torch.where(chosen, score, -torch.inf)
         masked = chosen.sum(1, keepdim=True)
-        kept = torch.floor(masked.float() * (1.0 - b) + 0.5)
+        kept = torch.floor(masked.float() * (1.0 - b + ROUNDING))
         ranks = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         new = torch.where(chosen & (ranks < masked - kept), hit, held)
     return new.view(tokens.shape)
@@ -243,7 +246,7 @@ def _score(m: Tensor, k: Tensor, order: str) -> Tensor:
         gap = e.amax(1)
         return torch.log((1.0 - gap) / (rest + gap))
     weighted = torch.where(e > 0, e * (m - top), 0.0).sum(1)
-    return weighted / (1.0 + rest) - torch.log(1.0 + rest)
+    return weighted / (1.0 + rest) - torch.log1p(rest)
 
 
 def _check(
@@ -259,8 +262,10 @@ def _check(
         raise ValueError(f"model_out must be {shape} and K >= 2 logits, got {tuple(model_out.shape)}")
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; valid: {', '.join(ORDERS)}")
-    if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask <= model_out.shape[-1]:
-        raise ValueError(f"mask must be an integer in 0..{model_out.shape[-1]}, got {mask!r}")
+    if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask < 2**31:
+        raise ValueError(f"mask must be an integer in 0..2**31 - 1, got {mask!r}")
+    if not isinstance(row, Tensor):
+        raise TypeError(f"row must be an int Tensor [1] or [B], got {type(row).__name__}")
     check_table(table, 1, tokens)
     check_row(row, table, shape[0], tokens)
     if (uncond is None) != (guidance is None):

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fastdiff.schedules.base import Array, outside, plain, positive, xp_of
+from fastdiff.schedules.base import Array, outside, plain, positive, quiet, xp_of
 
 __all__ = ["Masked"]
 
@@ -24,8 +24,8 @@ class Masked:
         polynomial:  alpha = 1 - t^power
 
     t = 0 is data, t = 1 the mask everywhere. It is no fastdiff.Schedule: nothing is added to a token.
-    Args: num_classes: K >= 2, the logits a model returns for a token. mask: the id of the mask in the model's input,
-        in 0..K; default K, one beyond the logits. Where it is below K its logit is never chosen. kind, power: above.
+    Args: num_classes: K >= 2, the logits a model returns for a token. mask: the id of the mask in the model's input;
+        default K, one beyond the logits. Where it is below K its logit is never chosen. kind, power: above.
     Raises: TypeError, ValueError: K or mask is no such integer; an unknown kind; power <= 0, or given to another kind.
     Source: Sahoo et al. 2024, arXiv:2406.07524; Shi et al. 2024, arXiv:2406.04329; Chang et al. 2022, arXiv:2202.04200.
     """
@@ -45,8 +45,8 @@ class Masked:
             raise ValueError(f"num_classes must be >= 2, got {self.num_classes}")
         if self.mask == -1:
             object.__setattr__(self, "mask", self.num_classes)
-        if not 0 <= self.mask <= self.num_classes:
-            raise ValueError(f"mask must be in 0..{self.num_classes}, got {self.mask}")
+        if not 0 <= self.mask < 2**31:
+            raise ValueError(f"mask must be in 0..2**31 - 1, got {self.mask}")
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind {self.kind!r}; valid: {', '.join(KINDS)}")
         positive(power=self.power)
@@ -81,7 +81,7 @@ class Masked:
         """-alpha'(t) / (1 - alpha(t)), what the cross-entropy of a masked token counts in the bound; inf at t = 0."""
         t = self._time(t)
         xp = xp_of(t)
-        with np.errstate(divide="ignore"):
+        with quiet(t):
             if self.kind == "cosine":
                 return 0.5 * math.pi / xp.tan(0.5 * math.pi * t)
             return self.power / t

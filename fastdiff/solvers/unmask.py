@@ -16,7 +16,8 @@ __all__ = ["unmask"]
 
 
 def unmask(
-    schedule: Masked, steps: int, *, order: str = "random", temperature: float = 1.0, remask: float = 0.0,
+    schedule: Masked, steps: int, *, order: str = "random", temperature: float | Sequence[float] = 1.0,
+    remask: float = 0.0,
     remask_most: float = 1.0, blocks: int = 1, spacing: Sequence[float] | np.ndarray | None = None, start: int = 0,
 ) -> Plan:  # fmt: skip
     """Ancestral sampling of masked diffusion: a masked token becomes a sampled class, others stay what they are.
@@ -26,9 +27,10 @@ def unmask(
         r = min(remask r_max, remask_most),  r_max = min(1, (1 - alpha_s) / alpha_t)
 
     At order "random" each token is drawn for itself: the exact posterior for the predicted class. The others unmask
-    the surest tokens first, M - round(M (1 - b)) of M masked ones: by the probability of k ("confidence"), by that of
-    the first above the second ("margin") or by the least entropy ("entropy").
-    Args: schedule: schedules.Masked. steps: rows, one model evaluation each. order, temperature: above.
+    the surest tokens first, all but floor(M (1 - b)) of M masked ones: by the probability of k ("confidence"), by that
+    of the first above the second ("margin") or by the least entropy ("entropy").
+    Args: schedule: schedules.Masked. steps: rows, one model evaluation each. order: above. temperature: of all rows,
+            or one a row.
         remask: 0 is none, ReMDM's rescale 0 < remask <= 1; with remask=1 remask_most is its cap. For order "random".
         blocks: the masked tokens are unmasked in so many groups from left to right (semi-autoregressive), each in
             steps / blocks rows. spacing: decreasing times [steps] of a block's rows, default 1, (n - 1)/n, ..., 1/n.
@@ -44,13 +46,9 @@ def unmask(
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; valid: {', '.join(ORDERS)}")
     steps, blocks, start = count("steps", steps, 1), count("blocks", blocks, 1), count("start", start, 0)
-    for name, value, most in (
-        ("temperature", temperature, np.inf),
-        ("remask", remask, 1),
-        ("remask_most", remask_most, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most or not np.isfinite(value):
-            raise ValueError(f"{name} must be a number in [0, {most:g}], got {value!r}")
+    for name, value in (("remask", remask), ("remask_most", remask_most)):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+            raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
     if remask and order != "random":
         raise ValueError(f"remask goes with order 'random', got order={order!r}")
     if steps % blocks:
@@ -63,9 +61,13 @@ def unmask(
     alpha = 1.0 - gone
     largest = np.minimum(1.0, np.divide(left, alpha, out=np.ones_like(left), where=alpha > 0))
     r = np.minimum(remask * largest, remask_most)
-    b = 1.0 - (left - r * alpha) / gone  # (alpha_s - (1 - r) alpha_t) / (1 - alpha_t), without cancellation
+    # (alpha_s - (1 - r) alpha_t) / (1 - alpha_t), without cancellation
+    b = np.clip(1.0 - (left - r * alpha) / gone, 0.0, 1.0)
     b[-1] = 1.0
     n = len(t) * blocks
+    heat = np.asarray(temperature)
+    if heat.dtype.kind not in "fiu" or heat.shape not in ((), (n,)) or not np.all((heat >= 0) & np.isfinite(heat)):
+        raise ValueError(f"temperature must be a number >= 0, or {n} of them, one a row, got {temperature!r}")
     block = np.repeat(np.arange(blocks), len(t))
     known = (block + np.tile(alpha, blocks)) / blocks
     told = (blocks - 1 - block + np.tile(t, blocks)) / blocks
@@ -73,7 +75,7 @@ def unmask(
     return Plan(
         f"unmask({order})", told, told, known, 1.0 - known, one, zero, one, np.full(n, -np.inf), np.full(n, np.inf),
         np.tile(1.0 - r, blocks).reshape(n, 1, 1), np.tile(b, blocks)[:, None], block[:, None],
-        np.full((n, 1), float(temperature)), init_scale=0.0, readout=order, classes=schedule.num_classes,
+        np.broadcast_to(heat, n)[:, None], init_scale=0.0, readout=order, classes=schedule.num_classes,
         mask=schedule.mask,
     )  # fmt: skip
 
@@ -82,7 +84,7 @@ def _times(spacing: Sequence[float] | np.ndarray | None, rows: int) -> np.ndarra
     """A block's times, the first noisiest."""
     if spacing is None:
         return np.arange(rows, 0, -1) / rows
-    t = np.asarray(spacing, np.float64)
+    t = np.asarray(spacing, np.float64) if not isinstance(spacing, str) else np.empty(0)
     if t.shape != (rows,) or not np.all(np.isfinite(t)) or np.any(np.diff(t) >= 0) or not 0 < t[-1] <= t[0] <= 1:
         raise ValueError(f"spacing must be {rows} decreasing times in (0, 1], got {spacing!r}")
     return t

@@ -74,7 +74,7 @@ def masked_loss(
     safe = torch.where(masked[..., None], m, 0.0)
     lost = torch.nn.functional.cross_entropy(safe.flatten(0, -2), x.flatten(), reduction="none").view(x.shape)
     total = torch.where(masked, lost, 0.0).flatten(1).sum(1)
-    weight = torch.where(masked.flatten(1).any(1), weight, 0.0)
+    weight = torch.where(total.detach() > 0, weight, 0.0)  # infinite at t = 0
     return scaled(weight.to(total.dtype) * total, x.shape[1:].numel(), units)
 
 
@@ -83,6 +83,8 @@ def _times(x: Tensor, t: float | Tensor, schedule: Masked) -> Tensor:
     if not isinstance(schedule, Masked):
         raise TypeError(f"schedule must be schedules.Masked, got {type(schedule).__name__}")
     check_classes("x", x, schedule.num_classes)
+    if x.is_cpu and not torch.compiler.is_compiling() and bool((x == schedule.mask).any()):
+        raise ValueError(f"x must be data, without the mask, {schedule.mask}")
     if x.dim() < 2:
         raise ValueError(f"x must be [B, *D], got {tuple(x.shape)}")
     if not isinstance(t, float | Tensor) or (isinstance(t, Tensor) and not t.is_floating_point()):

@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr float NONE = -std::numeric_limits<float>::infinity(), LOWEST = -3.0e38f;
+constexpr float NONE = -std::numeric_limits<float>::infinity(), LOWEST = -3.0e38f, HIGHEST = 3.0e38f;
+constexpr float ROUNDING = 0x1p-21f;  // what fp32 may take from 1 - b
 constexpr uint32_t CHOICE = 5;       // the stream that chooses tokens
 constexpr int64_t TOGETHER = 2 * WIDTH;  // numbers of tokens of few classes that are drawn in one go
 enum Order { RANDOM, CONFIDENCE, MARGIN, ENTROPY };
@@ -55,15 +56,17 @@ float score_of(const float* m, int64_t steps, int32_t k, Order order, float* e) 
   float top;
   int32_t first;
   top_of(m, steps, top, first);
+  if (top == -NONE) return HIGHEST;
   if (order != CONFIDENCE) k = first;
-  for (int64_t i = 0; i < steps * LANE; i++) e[i] = exp_of(m[i] - top);
+  const int count = int(steps) * LANE;
+  for (int i = 0; i < count; i++) e[i] = exp_of(m[i] - top);
   e[k] = 0.0f;
   double sums[LANE] = {}, rest = 0, weighted = 0;
   add_up(int(steps), sums, [&](int i, int j) { return e[i * LANE + j]; });
   for (double x : sums) rest += x;
   if (order == CONFIDENCE) return float(double(m[k]) - double(top) - std::log(rest));
   if (order == MARGIN) {
-    const double gap = *std::max_element(e, e + steps * LANE);
+    const double gap = *std::max_element(e, e + count);
     return float(std::log((1.0 - gap) / (rest + gap)));
   }
   std::fill(sums, sums + LANE, 0.0);
@@ -79,12 +82,14 @@ struct Room {
 }  // namespace
 
 // tokens [batch, length]: what becomes of them in row[b]; group: the block of a token; copies: [many, batch, length]
-extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* logits, const void* uncond, const float* w,
-                           const float* table, const int64_t* rows, const int64_t* seeds, const int64_t* index,
-                           int64_t* copies, int64_t many, int64_t mask, int64_t order, int64_t batch, int64_t length,
-                           int64_t width, int64_t row_width, int64_t header, int64_t w_row, int64_t w_each,
-                           int64_t row_each, int64_t m_type, int64_t u_type, int64_t threads) {
+extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* logits, const void* uncond,
+                           const float* w, const float* table, const int64_t* rows, const int64_t* seeds,
+                           const int64_t* index, int64_t* copies, int64_t many, int64_t mask, int64_t order,
+                           int64_t batch, int64_t length, int64_t width, int64_t row_width, int64_t header,
+                           int64_t w_row, int64_t w_each, int64_t row_each, int64_t m_type, int64_t u_type,
+                           int64_t threads) {
   const int64_t steps = (width + LANE - 1) / LANE, all = batch * length;
+  const int n = int(width);
   const int64_t beside = std::max<int64_t>(1, TOGETHER / width), pieces = (length + beside - 1) / beside;
   const auto row_of = [&](int64_t b) { return rows[b * row_each]; };
   const auto numbers_of = [&](int64_t b) { return table + row_of(b) * row_width + header; };  // A, b, d, s
@@ -120,16 +125,17 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
       const float heat = numbers_of(b)[3];
       if (heat != 0.0f)
         for (int64_t i = 0; i < early + (end - begin) * width; i += WIDTH)
-          draw<GUMBEL>(uint64_t(seeds[b]), uint32_t((begin * width + i) / 4), uint32_t(row), CLASSES, uint32_t(index[b]),
-                       room.g.data() + i);
+          draw<GUMBEL>(uint64_t(seeds[b]), uint32_t((begin * width + i) / 4), uint32_t(row), CLASSES,
+                       uint32_t(index[b]), room.g.data() + i);
       for (int64_t d = begin; d < end; d++) {
         if (!mine[d]) continue;
         const int64_t at = b * length + d;
         float *m = room.m.data(), *v = m;
-        const float* given = read(logits, int(m_type), at * width, int(width), room.v.data());
+        const float* given = read(logits, int(m_type), at * width, n, room.v.data());
         if (uncond) {
-          const float *u = read(uncond, int(u_type), at * width, int(width), room.u.data()), by = w[row * w_row + b * w_each];
-          for (int64_t i = 0; i < width; i++) m[i] = given[i] == u[i] ? given[i] : u[i] + by * (given[i] - u[i]);
+          const float* u = read(uncond, int(u_type), at * width, n, room.u.data());
+          const float by = w[row * w_row + b * w_each];
+          for (int i = 0; i < n; i++) m[i] = given[i] == u[i] ? given[i] : u[i] + by * (given[i] - u[i]);
         } else {
           std::copy(given, given + width, m);
         }
@@ -137,7 +143,7 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
         if (heat != 0.0f) {
           v = room.v.data();
           const float* g = room.g.data() + early + (d - begin) * width;
-          for (int64_t i = 0; i < width; i++) v[i] = m[i] + heat * g[i];
+          for (int i = 0; i < n; i++) v[i] = m[i] + heat * g[i];
           std::fill(v + width, v + steps * LANE, NONE);
         }
         float top;
@@ -145,8 +151,9 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
         top_of(v, steps, top, k);
         const bool known = top > NONE;  // no NaN, and a class that is allowed
         hit[size_t(at)] = known ? k : int32_t(mask);
-        if (order != RANDOM)
-          score[size_t(at)] = known ? std::max(score_of(m, steps, k, Order(order), room.u.data()), LOWEST) : LOWEST;
+        if (order == RANDOM) continue;
+        const float sure = known ? score_of(m, steps, k, Order(order), room.u.data()) : LOWEST;
+        score[size_t(at)] = sure >= LOWEST ? std::min(sure, HIGHEST) : LOWEST;
       }
     }
   }
@@ -158,8 +165,8 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
       if (hit[size_t(at)] >= 0) places.push_back(at);
     int64_t count = int64_t(places.size());
     if (order != RANDOM) {
-      const float kept = std::floor(float(count) * (1.0f - numbers_of(b)[1]) + 0.5f);
-      count -= int64_t(kept);
+      const float kept = std::floor(float(count) * (1.0f - numbers_of(b)[1] + ROUNDING));
+      count = std::max<int64_t>(0, count - int64_t(kept));
       std::partial_sort(places.begin(), places.begin() + count, places.end(), [&](int64_t x, int64_t y) {
         const float p = score[size_t(x)], q = score[size_t(y)];
         return p != q ? p > q : x < y;

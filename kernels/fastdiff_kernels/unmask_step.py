@@ -30,6 +30,8 @@ CONFIDENCE = tl.constexpr(1)
 MARGIN = tl.constexpr(2)
 ENTROPY = tl.constexpr(3)
 LOWEST = tl.constexpr(-3.0e38)  # the score of a token that cannot be read out
+HIGHEST = tl.constexpr(3.0e38)  # and of one with an infinite logit
+ROUNDING = tl.constexpr(4.76837158203125e-07)  # 2^-21: what fp32 may take from 1 - b
 
 
 @triton.jit
@@ -182,8 +184,11 @@ def unmask_read_kernel(
             gap = tl.exp2((second - high) * LOG2E)
             score = tl.log((1.0 - gap) / (rest + gap))  # of q / (1 - q), q = p_1 - p_2
         else:
-            score = weighted / (1.0 + rest) - tl.log(1.0 + rest)  # minus the entropy
-        score = tl.where(hit == mask_id, LOWEST, tl.maximum(score, LOWEST))
+            u = 1.0 + rest  # ln(1 + rest) with what rounding u loses; minus the entropy
+            score = weighted / u - (tl.log(u) + (rest - (u - 1.0)) / u)
+        score = tl.where(high == float("inf"), HIGHEST, score)
+        known = (hit != mask_id) & (score >= LOWEST)
+        score = tl.where(known, tl.minimum(score, HIGHEST), LOWEST)
         tl.store(class_ptr + base + d, hit, mask=there)
         tl.store(score_ptr + base + d, tl.where(chosen, score, float("-inf")), mask=there)
 
@@ -223,7 +228,8 @@ def unmask_place_kernel(
         masked += tl.sum((score > float("-inf")).to(tl.int32), axis=0)
         ahead = (score[None, :] > mine) | ((score[None, :] == mine) & (j[None, :] < d[:, None]))
         before += tl.sum(ahead.to(tl.int32), axis=1)
-    kept = tl.floor(masked.to(tl.float32) * (1.0 - tl.load(table_ptr + row * WIDTH + HEADER + 1)) + 0.5)
+    kept = tl.floor(masked.to(tl.float32) * (1.0 - tl.load(table_ptr + row * WIDTH + HEADER + 1) + ROUNDING))
     chosen = (own > float("-inf")) & (before < masked - kept.to(tl.int32))
     hit = tl.load(class_ptr + base + d, mask=chosen, other=0).to(tl.int64)
-    place(tokens_ptr, model_in_ptr, base + d, copy_stride, hit, chosen, COPIES)
+    token = tl.load(tokens_ptr + base + d, mask=there, other=0)
+    place(tokens_ptr, model_in_ptr, base + d, copy_stride, tl.where(chosen, hit, token), there, COPIES)
