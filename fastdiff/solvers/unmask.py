@@ -16,9 +16,9 @@ __all__ = ["unmask"]
 
 
 def unmask(
-    schedule: Masked, steps: int, *, order: str = "random", temperature: float | Sequence[float] = 1.0,
-    remask: float = 0.0,
-    remask_most: float = 1.0, blocks: int = 1, spacing: Sequence[float] | np.ndarray | None = None, start: int = 0,
+    schedule: Masked, steps: int, *, order: str = "random", temperature: float | Sequence[float] | np.ndarray = 1.0,
+    remask: float = 0.0, remask_most: float = 1.0, blocks: int = 1,
+    spacing: Sequence[float] | np.ndarray | None = None, start: int = 0,
 ) -> Plan:  # fmt: skip
     """Ancestral sampling of masked diffusion: a masked token becomes a sampled class, others stay what they are.
 
