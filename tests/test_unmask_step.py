@@ -217,6 +217,16 @@ def test_many_tokens_rank_exactly(order: str, device: torch.device) -> None:
         assert torch.equal((got == K).sum(1), torch.tensor([math.floor(n * (1 - b) + 1e-9) for n in masked.tolist()]))
 
 
+@pytest.mark.parametrize(("M", "rows"), [(9, 3), (24, 3), (33, 11), (66, 11)])
+def test_shares_that_fp32_rounds(M: int, rows: int, device: torch.device) -> None:
+    """1 - 1/3 in fp32 is less than 2/3: of 9 tokens a third is still 3."""
+    m = torch.randn(B, M, 2, generator=torch.Generator().manual_seed(6))
+    got = run(
+        device, torch.full((B, M), 2), m, table((1.0, 1 / rows, 0, 0.0)), torch.tensor([0]), mask=2, order="margin"
+    )
+    assert ((got != 2).sum(1) == M // rows).all()
+
+
 @pytest.mark.parametrize("order", ORDERS[1:])
 def test_infinite_logits_are_the_surest(order: str, device: torch.device) -> None:
     """fp16 that overflowed, or a class that is forced; NaN is the least sure and stays masked."""
