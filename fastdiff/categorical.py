@@ -28,13 +28,7 @@ def make_run(model: Callable[..., Any], plan: Plan, request: Request, *, compile
     """The run of a plan: its readout decides which."""
     if plan.learned_variance:
         return LearnedVarianceRun(model, plan, request, compiled=compiled)
-    kinds: list[tuple[tuple[str, ...], type[Run]]] = [
-        (CATEGORICAL, CategoricalRun),
-        (BINNED, BinnedRun),
-        (ORDERS, MaskedRun),
-    ]
-    kind = next((made for readouts, made in kinds if plan.readout in readouts), Run)
-    return kind(model, plan, request, compiled=compiled)
+    return KINDS.get(plan.readout, Run)(model, plan, request, compiled=compiled)
 
 
 class CategoricalRun(Run):
@@ -123,3 +117,7 @@ class CategoricalRun(Run):
             run()
         if self.bad is not None:
             self.watch(row, m)
+
+
+KINDS: dict[str, type[Run]] = dict.fromkeys(CATEGORICAL, CategoricalRun)
+KINDS |= dict.fromkeys(BINNED, BinnedRun) | dict.fromkeys(ORDERS, MaskedRun)

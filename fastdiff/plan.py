@@ -231,8 +231,9 @@ class Plan:
         row can change are read.
         """
         if self.readout in ORDERS:
-            read = self.sigma * (self.b[:, 0] if self.readout == "random" else 1) / (self.d.max() + 1)
-            return model_bytes * (1 + guided) * read
+            blocks, block = self.d.max() + 1, self.d[:, 0]
+            masked = self.sigma - (blocks - 1 - block) / blocks  # those of later blocks apart
+            return model_bytes * (1 + guided) * masked * (self.b[:, 0] if self.readout == "random" else 1)
         a = self._allocation
         uses_m = np.any(self.d != 0, axis=1) | (np.any(self.b != 0, axis=1) & (self.c_out != 0))
         slots = np.sum(a.read >= 0, axis=1) + np.sum(a.write >= 0, axis=1)

@@ -94,4 +94,7 @@ def test_what_the_plan_says_of_itself() -> None:
     assert "the surest share b of the masked tokens, by margin" in str(solvers.unmask(SCHEDULE, 4, order="margin"))
     assert np.allclose(plan.bytes_per_element(model_bytes=2), 2 * plan.sigma * plan.b[:, 0])
     ordered = solvers.unmask(SCHEDULE, 4, order="margin", blocks=2)
-    assert np.allclose(ordered.bytes_per_element(), 4 * ordered.sigma / 2)
+    assert np.allclose(ordered.bytes_per_element(), [2, 1, 2, 1])  # of a block, half of all, all and then half
+    _, kept = fd.sample(lambda x, t: torch.zeros(*x.shape, K), ordered, (1, 40), trajectory=True)
+    share = [float((x[0, g : g + 20] == K).sum()) / 40 for x, g in zip(kept.x, (0, 0, 20, 20, 20), strict=True)]
+    assert np.allclose(ordered.bytes_per_element(guided=True), 8 * np.array(share[:4]))

@@ -57,7 +57,7 @@ class TokensTextbook:
 
         def row(x: Tensor, m: Tensor, c: Tensor) -> Tensor:
             if mask < plan.classes:
-                m = m.index_fill(-1, torch.tensor([mask], device=m.device), -torch.inf)
+                m = torch.where(torch.arange(plan.classes, device=m.device) == mask, -torch.inf, m)
             p = m.float().softmax(-1)
             e = torch.empty_like(p).exponential_() if heat else p
             k = (p if not heat else p / e if heat == 1 else m.float() - heat * e.log()).argmax(-1)

@@ -12,7 +12,7 @@ from fastdiff.gumbel import gumbels_at
 from fastdiff.native import TYPES
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._categorical import Rows, row_stride, rows_of, vectors, with_rows
-from fastdiff.ops._dispatch import FLOATS, check_tensor
+from fastdiff.ops._dispatch import FLOATS, check_tensor, weight_strides
 from fastdiff.ops._row import check_guidance, check_row, check_seeds, check_table
 from fastdiff.plan import ROW_HEADER, row_width
 from fastdiff.readout import ORDERS
@@ -122,7 +122,8 @@ def _by_loop(
         return False
     batch, length, width = len(tokens), tokens[0].numel(), model_out.shape[-1]
     m, u = model_out.detach().contiguous(), None if uncond is None else uncond.detach().contiguous()
-    w, w_row, w_each = _weights(guidance)
+    w = None if guidance is None else guidance.contiguous()
+    w_row, w_each = (0, 0) if w is None else weight_strides(w)
     which = torch.zeros_like(seeds) if index is None else index.contiguous()
     return native.run(
         "unmask", "unmask_row", tokens, group, m, u, w, table, row.long().contiguous(), seeds.contiguous(), which,
@@ -130,14 +131,6 @@ def _by_loop(
         WIDTH, ROW_HEADER, w_row, w_each, int(row.numel() > 1), TYPES[m.dtype], TYPES[(m if u is None else u).dtype],
         native.threads(m.numel(), heavy=True),
     )  # fmt: skip
-
-
-def _weights(guidance: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """Dense weights, and how far apart those of neighbouring rows and samples are."""
-    if guidance is None or guidance.numel() == 1:
-        return guidance, 0, 0
-    w = guidance.contiguous()
-    return w, w.shape[1] if w.shape[0] > 1 else 0, 1 if w.shape[1] > 1 else 0
 
 
 @torch.no_grad()
@@ -301,7 +294,8 @@ def _launch(
     uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
 ) -> None:  # fmt: skip
     batch, length, width = len(tokens), tokens[0].numel(), model_out.shape[-1]
-    guidance, w_row, w_batch = _weights(guidance)
+    guidance = None if guidance is None else guidance.contiguous()
+    w_row, w_batch = (0, 0) if guidance is None else weight_strides(guidance)
     index = torch.zeros_like(seeds) if index is None else index.contiguous()
     seeds, row = seeds.contiguous(), row.contiguous()
     model_out, uncond = with_rows(model_out), None if uncond is None else with_rows(uncond)

@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from fastdiff.schedules.base import Array, outside, plain, positive, quiet, xp_of
+from fastdiff.schedules.base import Array, Schedule, plain, positive, quiet, xp_of
 
 __all__ = ["Masked"]
 
@@ -54,17 +52,8 @@ class Masked:
             raise ValueError(f"power belongs to kind 'polynomial', got {self.power!r} with {self.kind!r}")
 
     def _time(self, t: Array) -> Array:
-        """float64 time, refused outside [0, 1] wherever looking at it costs no device sync."""
-        xp = xp_of(t)
-        if xp is np:
-            t = np.asarray(t, np.float64)
-            bad = not bool(np.all((t >= 0) & (t <= 1)))
-        else:
-            t = t.to(xp.float64)
-            bad = t.is_cpu and not xp.compiler.is_compiling() and outside(t.reshape(-1), 1.0)
-        if bad:
-            raise ValueError(f"t must be in [0, 1] for {self}, got {t}")
-        return t
+        """float64 time, refused outside [0, 1] as a Schedule's."""
+        return Schedule._time(self, t)  # type: ignore[arg-type]
 
     def masked(self, t: Array) -> Array:
         """1 - alpha(t), the probability of the mask."""

@@ -68,7 +68,7 @@ def masked_loss(
     check_tensor("tokens", tokens, shape=x.shape, dtypes=(torch.int64,), like=x)
     m = logits if logits.dtype == torch.float64 else logits.float()
     if schedule.mask < schedule.num_classes:
-        m = m.index_fill(-1, torch.tensor([schedule.mask], device=m.device), -torch.inf)
+        m = torch.where(torch.arange(schedule.num_classes, device=m.device) == schedule.mask, -torch.inf, m)
     masked = tokens == schedule.mask
     # what is not masked gives no gradient, of an infinite loss neither
     safe = torch.where(masked[..., None], m, 0.0)
