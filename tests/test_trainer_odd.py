@@ -352,3 +352,12 @@ def test_bad_calls() -> None:
         make().save()
     with pytest.raises(ValueError, match="validate needs held_out"):
         make().validate()
+
+
+def test_the_average_begins_as_the_weights() -> None:
+    """After one step it is they themselves, however far the first ones were."""
+    trainer = make(epochs=1, batch=len(DATA), learning_rate=0.1)
+    trainer.run()
+    assert trainer.step == 1
+    for name, p in trainer.net.named_parameters():
+        assert torch.equal(trainer.average.module.get_parameter(name), p)
