@@ -201,6 +201,9 @@ class StepGraph(_Graph):
         if not self.run.captured(k):
             self.run.advance(k)
             return
+        if self.run.idle(k):
+            ops.advance(self.row, self.run.times, self.t)
+            return
         if self.noise is not None:
             noise = self.run.noise.row(k)
             if noise is not None:

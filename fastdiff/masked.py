@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,11 @@ class MaskedRun(Run):
         self.table = self.plan.pack(self.device)
         self.blocks = int(self.plan.d.max()) + 1
         self.group = torch.zeros(self.shape, dtype=torch.int32, device=self.device)
+        self.block = self.plan.d[:, 0].astype(int).tolist()
+        # on a device a look at the tokens waits for them: where a threshold makes rows idle, that is worth it
+        looks = self.on_host or bool(np.isfinite(self.plan.hi).any())
+        self.may_idle = (looks & (self.plan.A[:, 0, 0] == 1)).tolist()
+        self.seen = (self.x.numpy(), self.group.numpy()) if self.on_host else (self.x, self.group)
 
     def output_shape(self) -> tuple[int, ...]:
         return (*self.model_in.shape, self.plan.classes)
@@ -71,9 +77,20 @@ class MaskedRun(Run):
                     f"a callback left {int(wrong[0])} among the tokens, which are 0..{self.plan.classes - 1} or the "
                     f"mask, {self.plan.mask}"
                 )
-        block = int(self.plan.d[min(k, self.plan.nfe - 1), 0])
+        block = self.block[min(k, self.plan.nfe - 1)]
         self.group.masked_fill_((self.x == self.plan.mask) & (self.group < block), block)
         self.refresh(k)
+
+    def idle(self, k: int) -> bool:
+        if not self.may_idle[k] or self.numbered:
+            return False
+        tokens, group = self.seen
+        masked = tokens == self.plan.mask
+        return not (masked if self.blocks == 1 else masked & (group == self.block[k])).any()
+
+    def failed(self) -> int:
+        left = bool((self.x == self.plan.mask).any())
+        return min(super().failed(), self.plan.nfe - 1) if left else super().failed()
 
     def result(self, dtype: torch.dtype) -> Tensor:
         return self.x.clone()
@@ -101,6 +118,5 @@ class MaskedRun(Run):
             self.relaunch("fastdiff::unmask_step", run, (m, u, row, w))
         if self.bad is not None:
             self.watch(row, m)
-            left = ((self.x == plan.mask) & (self.group >= 0)).any() & (row[0] == plan.nfe - 1)
-            finite = ~left if u is None else ~left & self._finite(u)
-            self.bad.copy_(torch.minimum(self.bad, torch.where(finite, plan.nfe, row[0])))
+            if u is not None:
+                self.bad.copy_(torch.minimum(self.bad, torch.where(self._finite(u), plan.nfe, row[0])))

@@ -49,8 +49,8 @@ class Plan:
         after the last row.
         guidance: None or [N], the weight w of a row, used where sampling gives none.
         readout: how p comes from the model's output, affine as above or fastdiff.readout.READOUTS: p of K classes or
-        bins; of tokens A, b, d, s mean what fastdiff.solvers.unmask says. classes: K, 0 for affine. mask: the id of a
-        masked token. last_readout: the last row's, default `readout`.
+        bins; of tokens A, b, d, s, c_skip, hi mean what fastdiff.ops.unmask_step says. classes: K, 0 for affine.
+        mask: the id of a masked token. last_readout: the last row's, default `readout`.
         log_var_lo, log_var_hi: None, or [N] for models that return a second plane v: n is then scaled by
         exp((f log_var_hi + (1 - f) log_var_lo) / 2), f = (v + 1) / 2.
     Raises: ValueError for wrong shapes, entries that are not finite, a start or end that is not clean where it must be.
@@ -181,7 +181,8 @@ class Plan:
     def stochastic(self) -> bool:
         """Does any row add noise, or choose at random?"""
         chance = self.readout == "random" and np.any((self.b < 1) | (self.A[:, 0] < 1))
-        return bool(np.any(self.s) or chance)
+        shaken = self.readout in ORDERS and np.any(self.c_skip)
+        return bool(np.any(self.s) or chance or shaken)
 
     @property
     def learned_variance(self) -> bool:
@@ -198,7 +199,7 @@ class Plan:
     @property
     def clamped(self) -> bool:
         """Does any row clamp its prediction?"""
-        return bool(np.any(np.isfinite(self.lo) | np.isfinite(self.hi)))
+        return self.readout not in ORDERS and bool(np.any(np.isfinite(self.lo) | np.isfinite(self.hi)))
 
     @cached_property
     def _need(self) -> list[frozenset[int]]:
@@ -268,7 +269,9 @@ class Plan:
         noisy = np.any(self.s != 0, axis=1)
         c_in_next = np.append(self.c_in[1:], 1.0)
         learned = [0 * noisy if v is None else v for v in (self.log_var_lo, self.log_var_hi)]
-        head = np.stack([*factored(*self._conversion), self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
+        tokens = self.readout in ORDERS  # whose c_skip is no weight
+        conversion = self._conversion if tokens else factored(*self._conversion)
+        head = np.stack([*conversion, self.lo, self.hi, c_in_next, noisy, *learned], axis=1)
         A, b, d = self.sums()
         blocks = (head, A.reshape(n, r * r), b, d, self.s, a.read, a.write)
         table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)
@@ -293,7 +296,8 @@ class Plan:
 
 def _terms(plan: Plan, k: int, i: int) -> str:
     if plan.readout in ORDERS:
-        return "  ".join(f"{name} {getattr(plan, name)[k].item():.5g}" for name in "Abds")
+        terms = [f"{name} {getattr(plan, name)[k].item():.5g}" for name in "Abds"]
+        return "  ".join([*terms, f"hi {plan.hi[k]:.5g}"] if np.isfinite(plan.hi[k]) else terms)
     parts = [(plan.A[k, i, j], f"S{j}") for j in range(plan.slots)]
     parts += [(plan.b[k, i], "p"), (plan.d[k, i], "m"), (plan.s[k, i], "n")]
     text = " ".join(f"{c:+.5g} {name}" if c != 1 else f"+ {name}" for c, name in parts if c != 0)
@@ -317,7 +321,8 @@ def describe(plan: Plan, *, most: int = 24) -> str:
             lines.append(f"  {'...':>4} ({plan.nfe - 2 * half} rows)")
             continue
         live = sorted(plan._need[k + 1])
-        clamp = f"  p in [{plan.lo[k]:g}, {plan.hi[k]:g}]" if np.isfinite(plan.lo[k]) or np.isfinite(plan.hi[k]) else ""
+        bounded = plan.readout not in ORDERS and (np.isfinite(plan.lo[k]) or np.isfinite(plan.hi[k]))
+        clamp = f"  p in [{plan.lo[k]:g}, {plan.hi[k]:g}]" if bounded else ""
         update = "; ".join(_terms(plan, k, i) for i in live)
         lines.append(
             f"  {k:>4} {plan.t[k]:>9.4g} {plan.times[k]:>9.4g} {plan.alpha[k]:>9.4g} {plan.sigma[k]:>9.4g}"

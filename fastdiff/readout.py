@@ -37,7 +37,10 @@ def sentence(plan: Plan) -> str:
         which = f"the surest share b of the masked tokens, by {plan.readout}, becomes k"
         if plan.readout == "random":
             which = "a masked token becomes k with probability b, another is masked again with 1 - A"
-        return f"{plan.classes} classes, mask {plan.mask}: k = argmax(m + s g), g Gumbel noise; in block d {which}"
+        more = "; so do tokens that are sure enough, by hi" if np.any(np.isfinite(plan.hi)) else ""
+        more += ", their scores with c_skip times Gumbel noise" if np.any(plan.c_skip) else ""
+        drawn = "k = argmax(m + s g), g Gumbel noise"
+        return f"{plan.classes} classes, mask {plan.mask}: {drawn}; in block d {which}{more}"
     if plan.readout in BINNED:
         return f"{plan.classes} bins: {MEANING[plan.readout]}"
     meaning, seen = (BINARY, "2 sigmoid(S0) - 1") if plan.classes == 2 else (MEANING, "2 softmax(S0) - 1")
@@ -88,13 +91,20 @@ def check_readout(plan: Plan) -> None:
 
 
 def _check_order(plan: Plan, name: str) -> None:
-    """A plan of tokens: A and b are probabilities, d a block, s a temperature."""
+    """A plan of tokens: A and b are probabilities, d a block, s and c_skip temperatures, hi a score."""
     if plan.classes < 2:
         raise ValueError(f"{name}: readout {plan.readout!r} needs at least 2 classes, got {plan.classes}")
     if isinstance(plan.mask, bool) or not isinstance(plan.mask, int | np.integer) or not 0 <= plan.mask < 2**31:
         raise ValueError(f"{name}: mask must be an integer in 0..2**31 - 1, got {plan.mask!r}")
-    if plan.slots != 1 or plan.last_readout != plan.readout or plan.clamped or np.any(plan.c_in != 1):
-        raise ValueError(f"{name}: tokens have one slot, one readout, no clamp and c_in 1")
+    unused = np.any(plan.c_in != 1) or np.any(plan.c_out != 1) or np.any(np.isfinite(plan.lo))
+    if plan.slots != 1 or plan.last_readout != plan.readout or unused:
+        raise ValueError(f"{name}: tokens have one slot, one readout, c_in 1, c_out 1 and no lo")
+    shaken, enough = plan.c_skip != 0, plan.hi < np.inf
+    if np.any(plan.c_skip < 0) or np.any(shaken & enough) or (plan.readout == "random" and np.any(shaken | enough)):
+        raise ValueError(
+            f"{name}: c_skip is a temperature >= 0 of scores, hi one that is enough; a row has one of them, of readout "
+            f"'random' none, got {plan.c_skip}, {plan.hi}"
+        )
     for what, value in (("A", plan.A), ("b", plan.b)):
         if np.any((value < 0) | (value > 1)):
             raise ValueError(f"{name}: {what} is a probability of readout {plan.readout!r}, got {value.ravel()}")

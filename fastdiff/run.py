@@ -212,6 +212,15 @@ class Run:
         """The samples."""
         return self.x.to(dtype, copy=True)
 
+    def idle(self, k: int) -> bool:
+        """Has row k nothing to do? Then its model is not called."""
+        return False
+
+    def failed(self) -> int:
+        """The first row whose state or model output was not finite, or nfe; of a run that watches them."""
+        assert self.bad is not None
+        return int(self.bad)
+
     def edited(self, k: int) -> None:
         """After an edit of x by a callback, before row k."""
         self.refresh(k)
@@ -312,6 +321,8 @@ class Run:
 
     def advance(self, k: int) -> None:
         """Row k: one model evaluation (two with two-pass guidance) and one step."""
+        if self.idle(k):
+            return
         m, u = self.evaluate(self.t[k])
         self.step(k, self.rows[k], m, u, self.noise.row(k))
 

@@ -130,7 +130,7 @@ class Sampler:
                 if kept is not None:
                     kept.x[k + 1].copy_(run.x)
         if run.bad is not None:
-            _report(int(run.bad), plan, o.check_finite)
+            _report(run.failed(), plan, o.check_finite)
         x = run.result(request.out_dtype)
         return (x, kept) if kept is not None else x
 
@@ -313,7 +313,8 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
         classes; callbacks get (row, t, logits, classes); guidance acts on the logits.
     Plans of masked tokens (fd.solvers.unmask): shape is (B, *D), the result int64 [B, *D]. The model sees ids, the
         plan's mask where masked, and returns logits [B, *D, K]. x_T is ids: what is not masked there is given, and
-        stays; x_init is classes, masked as the first row expects; callbacks get (row, t, tokens, tokens).
+        stays; x_init is classes, masked as the first row expects; callbacks get (row, t, tokens, tokens). Where a row
+        finds nothing masked the model is not called (on a GPU: of plans with a threshold).
     Returns: x [B, *] of out_dtype, or (x, Trajectory).
     Raises: TypeError / ValueError for anything else, before the first model call.
     Numerics: fp32 state; bit-equal for any batch with an elementwise model; modes and devices agree to 1e-5 relative.

@@ -62,6 +62,45 @@ def test_graphs_replay_what_runs_eagerly(mode: str) -> None:
     assert next(iter(graph._runs.values())).graph is not None
 
 
+@pytest.mark.parametrize(("order", "threshold"), [("confidence", 0.5), ("margin", 0.3), ("entropy", 2.0)])
+def test_rows_with_nothing_to_do_are_skipped(order: str, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eager and step_graph runs; a loop_graph runs all rows. The tokens are the same."""
+    plan = solvers.unmask(S.Masked(27), 24, order=order, threshold=threshold, blocks=2)
+    model, calls = network(27), [0]
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        calls[0] += 1
+        return 3 * model(x, t)
+
+    want = fd.sample(counted, plan, SHAPE, seed=4, mode="eager", device="cuda")
+    rows = calls[0]
+    assert rows < 24 and bool((want < 27).all())
+    replay, replays = torch.cuda.CUDAGraph.replay, [0]
+
+    def counting(graph: torch.cuda.CUDAGraph) -> None:
+        replays[0] += 1
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counting)
+    for mode, graphs in (("step_graph", rows), ("loop_graph", 1)):
+        sampler = fd.Sampler(counted, plan, mode=mode, device="cuda")
+        for seed in (4, 5, 4):
+            replays[0] = 0
+            got = sampler(SHAPE, seed=seed)
+        assert torch.equal(got, want) and replays[0] == graphs + 1, mode  # one more draws the start
+        assert next(iter(sampler._runs.values())).graph is not None
+
+
+def test_noise_on_scores() -> None:
+    """The CPU's choice."""
+    plan = solvers.unmask(S.Masked(27), 6, order="confidence", choice_temperature=1.5)
+    m = network(27)(torch.arange(24).expand(SHAPE), torch.ones(4))
+    want = fd.sample(lambda x, t: m, plan, SHAPE, seed=3)
+    there = m.cuda()
+    got = fd.sample(lambda x, t: there, plan, SHAPE, seed=3, device="cuda")
+    assert (got.cpu() == want).float().mean() > 0.95
+
+
 @pytest.mark.parametrize(("order", "launches"), [("random", 1), ("confidence", 2)])
 def test_launches_of_a_row(order: str, launches: int) -> None:
     zeros = torch.zeros(*SHAPE, 1000, device="cuda")

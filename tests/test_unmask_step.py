@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops, rng
-from fastdiff.gumbel import gumbels
+from fastdiff.gumbel import gumbel_of, gumbels
 from fastdiff.ops.unmask_step import CHOICE, WINDOW, uniforms, windows
 from fastdiff.plan import ROW_HEADER, row_width
 from fastdiff.readout import ORDERS
@@ -24,10 +24,11 @@ def device(device_of_loops: torch.device) -> torch.device:
     return device_of_loops
 
 
-def table(*rows: tuple[float, float, float, float]) -> Tensor:
-    """Rows (A, b, d, s): keep, unmask, block, temperature."""
+def table(*rows: tuple[float, float, float, float], c_skip: float = 0.0, hi: float = math.inf) -> Tensor:
+    """Rows (A, b, d, s): keep, unmask, block, temperature; the scale of a score's noise, the score that is enough."""
     made = torch.zeros(len(rows), row_width(1))
     made[:, ROW_HEADER : ROW_HEADER + 4] = torch.tensor(rows)
+    made[:, 0], made[:, 3] = c_skip, hi
     return made
 
 
@@ -44,6 +45,14 @@ def case(K: int, length: int, mask: int, seed: int = 0) -> tuple[Tensor, Tensor,
     return tokens, group, m, u
 
 
+def noise_of_scores(row: int, sample: int, length: int) -> Tensor:
+    """Gumbel numbers of stream 5, one a token."""
+    key = [torch.tensor(int(SEEDS[sample]) >> s & rng.MASK) for s in (0, 32)]
+    at = (torch.tensor(v) for v in (row, CHOICE, int(INDEX[sample])))
+    words = rng.philox(torch.arange(-(-length // 4)), *at, *key)
+    return gumbel_of(torch.stack(words, -1).flatten()[:length]).double()
+
+
 def oracle(tokens: Tensor, m: Tensor, rows: Tensor, row: list[int], mask: int, order: str, group: Tensor) -> Tensor:
     """One token after the other, in Python's own numbers, from the definition."""
     length, K = m.shape[1:]
@@ -53,6 +62,8 @@ def oracle(tokens: Tensor, m: Tensor, rows: Tensor, row: list[int], mask: int, o
     g = gumbels(SEEDS, INDEX, at, length * K).view(B, length, K).double()
     for i in range(B):
         keep, unmask, block, s = rows[row[i], ROW_HEADER : ROW_HEADER + 4].tolist()
+        heat, hi = float(rows[row[i], 0]), float(rows[row[i], 3])
+        shake = noise_of_scores(row[i], i, length)
         scores: dict[int, float] = {}
         classes: dict[int, int] = {}
         for d in range(length):
@@ -74,10 +85,10 @@ def oracle(tokens: Tensor, m: Tensor, rows: Tensor, row: list[int], mask: int, o
             two = p.topk(2).values
             scores[d] = {
                 "random": 0.0,
-                "confidence": float(p[k].log() - torch.log1p(-p[k])),
-                "margin": float(two[0] - two[1]),
+                "confidence": float(p[k].log() - (0 if heat else torch.log1p(-p[k]))),
+                "margin": float((two[0] - two[1]).log() - (0 if heat else torch.log1p(two[1] - two[0]))),
                 "entropy": float(torch.special.xlogy(p, p).sum()),
-            }[order]
+            }[order] + heat * float(shake[d])
         if order == "random":
             for d, k in classes.items():
                 if u[i, d] <= unmask:
@@ -85,8 +96,12 @@ def oracle(tokens: Tensor, m: Tensor, rows: Tensor, row: list[int], mask: int, o
             continue
         left = torch.tensor(float(len(scores))) * (1 - rows[row[i], ROW_HEADER + 1] + 2.0**-21)  # in fp32
         many = len(scores) - math.floor(float(left))
-        for d in sorted(scores, key=lambda d: (-scores[d], d))[:many]:
-            new[i, d] = classes[d]
+        before = 0.0
+        for place, d in enumerate(sorted(scores, key=lambda d: (-scores[d], d))):
+            sure = before >= hi if order == "entropy" else scores[d] > hi
+            before += min(scores[d], 0.0)
+            if place < many or sure:
+                new[i, d] = classes[d]
     return new
 
 

@@ -170,10 +170,12 @@ def _tokens(model: str, lanes: int) -> Iterator[Case]:
         )  # fmt: skip
     if model == "fp32":
         scored = {"class_ptr": "*i32", "score_ptr": "*fp32"}
-        yield Case(
-            "unmask_step/place/fp32", "unmask_step", "unmask_place_kernel", {**types, **scored},
-            {**plan, "ROWS": 32, "COLS": 64}, loads=(), stores=(), scalars=40, indices=16, num_warps=4, lanes=lanes,
-        )  # fmt: skip
+        for order, name in ((1, "place"), (3, "place+entropy")):
+            yield Case(
+                f"unmask_step/{name}/fp32", "unmask_step", "unmask_place_kernel", {**types, **scored},
+                {**plan, "ORDER": order, "ROWS": 32, "COLS": 64}, loads=(), stores=(), scalars=40, indices=16,
+                num_warps=4, lanes=lanes,
+            )  # fmt: skip
 
 
 def categorical_cases(lanes: int) -> Iterator[Case]:

@@ -15,7 +15,7 @@ __all__ = ["plot_plan", "plot_schedule"]
 
 MOST_MARKERS = 80
 POINTS = 401
-TOKENS = ("keeps", "unmasks", "block", "temperature")
+TOKENS = {"A": "keeps", "b": "unmasks", "d": "block", "s": "temperature", "c_skip": "noise on scores"}
 LARGE = 20  # levels beyond are drawn on a logarithmic axis
 
 
@@ -50,7 +50,7 @@ def plot_plan(plan: fd.Plan, path: Path) -> Path:
     terms += [("b  (p)", plan.b[:, 0]), ("d  (m)", plan.d[:, 0]), ("s  (n)", plan.s[:, 0])]
     said = "S0' = A S + b p + d m + s n"
     if plan.readout in ORDERS:
-        terms = [(f"{name}  ({what})", getattr(plan, name).ravel()) for name, what in zip("Abds", TOKENS, strict=True)]
+        terms = [(f"{name}  ({what})", getattr(plan, name).ravel()) for name, what in TOKENS.items()]
         said = "what becomes of tokens"
     for name, values in terms:
         if np.any(values):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import native, rng
-from fastdiff.gumbel import gumbels_at
+from fastdiff.gumbel import gumbel_of, gumbels_at
 from fastdiff.native import TYPES
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._categorical import Rows, row_stride, rows_of, vectors, with_rows
@@ -47,9 +47,11 @@ def unmask_step(
         k = argmax(m + s g)                          g Gumbel noise; ties to the first class
         random:  mask -> k where u <= b;             k -> mask where u > A;   u uniform in (0, 1]
         else:    of M masked tokens all but floor(M (1 - b)) become k: those with the largest score, ties to the first:
-                 confidence ln(p_k / (1 - p_k)), margin q = p_1 - p_2 as ln(q / (1 - q)), entropy sum p ln p
+                 confidence ln(p_k / (1 - p_k)), margin q = p_1 - p_2 as ln(q / (1 - q)), entropy sum p ln p;
+                 and so do all whose score is above hi (of entropy: before which the scores sum to hi or more);
+                 with c_skip > 0 the scores are ln p_k, ln q and sum p ln p, plus c_skip g', g' Gumbel noise
 
-    A, b, d, s are the row's; p = softmax(m). Tokens of another group than d stay what they are.
+    A, b, d, s, c_skip, hi are the row's; p = softmax(m). Tokens of another group than d stay what they are.
     Args:
         tokens: int64 [B, *D], classes 0..K-1 or mask; contiguous.   model_out: [B, *D, K], fp32, bf16 or fp16 logits,
             any strides.   uncond: like model_out.   table, row: [N, W] of a plan with one slot, int [1] or [B].
@@ -57,7 +59,7 @@ def unmask_step(
             "confidence", "margin" or "entropy".
         group: int32 [B, *D], the block of a token, negative where it is given; None is 0 everywhere.
         guidance: fp32, one number or [N or 1, B or 1].   seeds, index: int64 [B]: g are the numbers of stream 2
-            (fastdiff.gumbel), u those of stream 5, one a token.
+            (fastdiff.gumbel), u and g' those of stream 5, one a token.
         model_in: int64 output [B, *D], or [2B, *D] (two copies): what the model sees next.
     Returns: None; tokens and model_in are written.
     Raises:  TypeError, ValueError: a tensor of another dtype, shape, device or layout; an unknown order; guidance
@@ -144,6 +146,7 @@ def _step(
     held, blocks = tokens.reshape(batch, length), group.reshape(batch, length)
     at = row.long().expand(batch)
     keep, b, block, s = table[at][:, ROW_HEADER : ROW_HEADER + 4, None].unbind(1)  # [B, 1]
+    heat, hi = table[at, 0, None], table[at, 3, None]
     which = torch.zeros_like(seeds) if index is None else index
     free = blocks == block.int()
     chosen = free & (held == mask)
@@ -183,20 +186,30 @@ def _step(
     if order == "random":
         new = torch.where(again, mask, torch.where(chosen, hit, held))
     else:
-        score = torch.where(chosen, score, -torch.inf)
+        noise = gumbel_of(_words(seeds, which, at, CHOICE, length)).to(dtype)
+        score = torch.where(chosen, _shaken(score, heat, noise, order), -torch.inf)
         masked = chosen.sum(1, keepdim=True)
         kept = torch.floor(masked.float() * (1.0 - b + ROUNDING))
-        ranks = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        new = torch.where(chosen & (ranks < masked - kept), hit, held)
+        places = score.argsort(dim=1, descending=True, stable=True)
+        ranks = places.argsort(dim=1)
+        sure = score > hi
+        if order == "entropy":
+            spent = score.gather(1, places)[:, :-1].double().clamp_max(0.0).cumsum(1)
+            sure = torch.nn.functional.pad(spent, (1, 0)).gather(1, ranks) >= hi
+        new = torch.where(chosen & ((ranks < masked - kept) | sure), hit, held)
     return new.view(tokens.shape)
 
 
 def uniforms(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
     """Uniform numbers in (0, 1]: i 2^-32 + 2^-33 of Philox's words. seeds, index, rows int64 [B] -> fp32 [B, n]."""
+    return _words(seeds, index, rows, stream, n).to(torch.float32) * 2.0**-32 + 2.0**-33
+
+
+def _words(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> Tensor:
     counter = torch.arange((n + 3) // 4, device=seeds.device)
     c2 = torch.full((), stream, dtype=torch.int64, device=seeds.device)
     words = rng.philox(counter, rows[:, None], c2, index[:, None], (seeds & rng.MASK)[:, None], (seeds >> 32)[:, None])
-    return torch.stack(words, -1).flatten(-2)[:, :n].to(torch.float32) * 2.0**-32 + 2.0**-33
+    return torch.stack(words, -1).flatten(-2)[:, :n]
 
 
 def _gumbel(seeds: Tensor, index: Tensor, rows: Tensor, sample: Tensor, d: Tensor, width: int, every: bool) -> Tensor:
@@ -240,6 +253,16 @@ def _score(m: Tensor, k: Tensor, order: str) -> Tensor:
         return torch.log((1.0 - gap) / (rest + gap))
     weighted = torch.where(e > 0, e * (m - top), 0.0).sum(1)
     return weighted / (1.0 + rest) - torch.log1p(rest)
+
+
+def _shaken(score: Tensor, heat: Tensor, noise: Tensor, order: str) -> Tensor:
+    """Scores with noise: those that are ln(p / (1 - p)) as ln p. The surest and the least sure are what they are."""
+    if order != "entropy":
+        plain = score.clamp_max(0.0) - torch.log1p(torch.exp(-score.abs()))
+    else:
+        plain = score
+    fixed = (heat == 0) | (score == HIGHEST) | (score == LOWEST)
+    return torch.where(fixed, score, (plain + heat * noise).clamp(LOWEST, HIGHEST))
 
 
 def _check(
@@ -318,7 +341,10 @@ def _launch(
     )  # fmt: skip
     if order:
         args = (tokens, model_in, picked, seen, table, row, length, _dispatch.FIRST, row_step, tokens.numel())
-        _dispatch.run(kernels.unmask_place_kernel, args, -(-length // 32), batch, ROWS=32, COLS=64, num_warps=4, **plan)
+        _dispatch.run(
+            kernels.unmask_place_kernel, args, -(-length // 32), batch, ORDER=order, ROWS=32, COLS=64, num_warps=4,
+            **plan,
+        )  # fmt: skip
 
 
 _dispatch.register(

@@ -17,7 +17,8 @@ __all__ = ["unmask"]
 
 def unmask(
     schedule: Masked, steps: int, *, order: str = "random", temperature: float | Sequence[float] | np.ndarray = 1.0,
-    remask: float = 0.0, remask_most: float = 1.0, blocks: int = 1,
+    remask: float = 0.0, remask_most: float = 1.0, threshold: float | None = None,
+    choice_temperature: float | Sequence[float] | np.ndarray = 0.0, blocks: int = 1,
     spacing: Sequence[float] | np.ndarray | None = None, start: int = 0,
 ) -> Plan:  # fmt: skip
     """Ancestral sampling of masked diffusion: a masked token becomes a sampled class, others stay what they are.
@@ -32,6 +33,11 @@ def unmask(
     Args: schedule: schedules.Masked. steps: rows, one model evaluation each. order: above. temperature: of all rows,
             or one a row.
         remask: 0 is none, ReMDM's rescale 0 < remask <= 1; with remask=1 remask_most is its cap. For order "random".
+        threshold: tokens with p_k, or margin, above it are unmasked too, and before others of their row; of order
+            "entropy" those before which the entropies sum to at most so many nats. A row that finds nothing to unmask
+            is skipped, its model not called: steps is the most.
+        choice_temperature: scale of Gumbel noise on ln p_k, ln margin or minus the entropy before tokens are ordered,
+            of all rows, or one a row.
         blocks: the masked tokens are unmasked in so many groups from left to right (semi-autoregressive), each in
             steps / blocks rows. spacing: decreasing times [steps] of a block's rows, default 1, (n - 1)/n, ..., 1/n.
         start: skip this many rows of one block: x_init is masked as the first row expects.
@@ -39,7 +45,8 @@ def unmask(
         returns logits [B, *D, K].
     Raises: TypeError, ValueError: no Masked schedule; an unknown order; a number outside its range.
     Source: Sahoo et al. 2024, arXiv:2406.07524, eq. 7; Wang et al. 2025, arXiv:2503.00307 (remasking); Chang et al.
-        2022, arXiv:2202.04200 and Nie et al. 2025, arXiv:2502.09992 (confidence, blocks).
+        2022, arXiv:2202.04200 and Nie et al. 2025, arXiv:2502.09992 (confidence, blocks); Wu et al. 2025,
+        arXiv:2505.22618 and Ben-Hamu et al. 2025, arXiv:2505.24857 (thresholds of a probability and of entropies).
     """
     if not isinstance(schedule, Masked):
         raise TypeError(f"unmask needs a schedule of type Masked, got {type(schedule).__name__}")
@@ -65,19 +72,41 @@ def unmask(
     b = np.clip(1.0 - (left - r * alpha) / gone, 0.0, 1.0)
     b[-1] = 1.0
     n = len(t) * blocks
-    heat = np.asarray(temperature)
-    if heat.dtype.kind not in "fiu" or heat.shape not in ((), (n,)) or not np.all((heat >= 0) & np.isfinite(heat)):
-        raise ValueError(f"temperature must be a number >= 0, or {n} of them, one a row, got {temperature!r}")
+    heat, choice = _each("temperature", temperature, n), _each("choice_temperature", choice_temperature, n)
+    hi = np.full(n, np.inf if threshold is None else _score(threshold, order))
+    if order == "random" and (choice.any() or threshold is not None):
+        raise ValueError("threshold and choice_temperature go with an order of sure tokens, got order='random'")
+    if choice.any() and threshold is not None:
+        raise ValueError("a score with noise has no threshold: give threshold or choice_temperature")
     block = np.repeat(np.arange(blocks), len(t))
     known = (block + np.tile(alpha, blocks)) / blocks
     told = (blocks - 1 - block + np.tile(t, blocks)) / blocks
-    zero, one = np.zeros(n), np.ones(n)
+    one = np.ones(n)
     return Plan(
-        f"unmask({order})", told, told, known, 1.0 - known, one, zero, one, np.full(n, -np.inf), np.full(n, np.inf),
-        np.tile(1.0 - r, blocks).reshape(n, 1, 1), np.tile(b, blocks)[:, None], block[:, None],
-        np.broadcast_to(heat, n)[:, None], init_scale=0.0, readout=order, classes=schedule.num_classes,
-        mask=schedule.mask,
+        f"unmask({order})", told, told, known, 1.0 - known, one, choice, one, np.full(n, -np.inf), hi,
+        np.tile(1.0 - r, blocks).reshape(n, 1, 1), np.tile(b, blocks)[:, None], block[:, None], heat[:, None],
+        init_scale=0.0, readout=order, classes=schedule.num_classes, mask=schedule.mask,
     )  # fmt: skip
+
+
+def _each(name: str, value: object, n: int) -> np.ndarray:
+    """A temperature of every row."""
+    heat = np.asarray(value)
+    if heat.dtype.kind not in "fiu" or heat.shape not in ((), (n,)) or not np.all((heat >= 0) & np.isfinite(heat)):
+        raise ValueError(f"{name} must be a number >= 0, or {n} of them, one a row, got {value!r}")
+    return np.broadcast_to(heat.astype(np.float64), n)
+
+
+def _score(threshold: float, order: str) -> float:
+    """A threshold in the units of ops.unmask_step's scores."""
+    valid = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    if order == "entropy":
+        if not valid or not 0 <= threshold < np.inf:
+            raise ValueError(f"threshold of order 'entropy' is nats >= 0, got {threshold!r}")
+        return -float(threshold)
+    if not valid or not 0 < threshold < 1:
+        raise ValueError(f"threshold of order {order!r} is a probability in (0, 1), got {threshold!r}")
+    return float(np.log(threshold) - np.log1p(-threshold))
 
 
 def _times(spacing: Sequence[float] | np.ndarray | None, rows: int) -> np.ndarray:

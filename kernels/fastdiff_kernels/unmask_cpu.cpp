@@ -16,6 +16,7 @@ namespace {
 constexpr float NONE = -std::numeric_limits<float>::infinity(), LOWEST = -3.0e38f, HIGHEST = 3.0e38f;
 constexpr float ROUNDING = 0x1p-21f;  // what fp32 may take from 1 - b
 constexpr uint32_t CHOICE = 5;       // the stream that chooses tokens
+constexpr int64_t C_SKIP = 0, HI = 3;  // places in a row's header: the scale of a score's noise, the score that is enough
 constexpr int64_t TOGETHER = 2 * WIDTH;  // numbers of tokens of few classes that are drawn in one go
 enum Order { RANDOM, CONFIDENCE, MARGIN, ENTROPY };
 
@@ -30,6 +31,14 @@ void uniforms(uint64_t seed, uint32_t row, uint32_t index, int64_t n, float* out
     for (int64_t i = 0; i < std::min<int64_t>(WIDTH, n - at); i++)
       out[at + i] = float(words[i % 4][i / 4]) * 0x1p-32f + 0x1p-33f;
   }
+}
+
+// a score with noise: one that is ln(p / (1 - p)) as ln p. The surest and the least sure are what they are.
+float shaken(float score, float heat, float noise, Order order) {
+  if (score == HIGHEST || score == LOWEST) return score;
+  float plain = score;
+  if (order != ENTROPY) plain = std::min(score, 0.0f) - std::log1p(std::exp(-std::abs(score)));
+  return std::min(std::max(plain + heat * noise, LOWEST), HIGHEST);
 }
 
 // the largest of numbers that end in whole lanes (NaN where one is), and the first that has it
@@ -75,6 +84,18 @@ float score_of(const float* m, int64_t steps, int32_t k, Order order, float* e) 
   return float(weighted / (1.0 + rest) - std::log1p(rest));
 }
 
+// how many of tokens in their order are sure enough: by their own score, or of ENTROPY by the sum of those before
+int64_t enough_of(const std::vector<int64_t>& places, const std::vector<float>& score, float enough, Order order) {
+  int64_t count = 0;
+  double before = 0;
+  for (int64_t at : places) {
+    if (order == ENTROPY ? before < enough : score[size_t(at)] <= enough) break;
+    before += std::min(score[size_t(at)], 0.0f);
+    count++;
+  }
+  return count;
+}
+
 struct Room {
   std::vector<float> m, u, v, g;
 };
@@ -92,7 +113,8 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
   const int n = int(width);
   const int64_t beside = std::max<int64_t>(1, TOGETHER / width), pieces = (length + beside - 1) / beside;
   const auto row_of = [&](int64_t b) { return rows[b * row_each]; };
-  const auto numbers_of = [&](int64_t b) { return table + row_of(b) * row_width + header; };  // A, b, d, s
+  const auto header_of = [&](int64_t b) { return table + row_of(b) * row_width; };
+  const auto numbers_of = [&](int64_t b) { return header_of(b) + header; };  // A, b, d, s
 
   std::vector<float> chance(order == RANDOM ? size_t(length) : 0), score(order == RANDOM ? 0 : size_t(all));
   std::vector<int32_t> hit(size_t(all), -1);  // -1: not read
@@ -159,18 +181,34 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
   }
 
   std::vector<int64_t> places;
+  std::vector<float> noise;
   for (int64_t b = 0; b < batch; b++) {
     places.clear();
     for (int64_t at = b * length; at < (b + 1) * length; at++)
       if (hit[size_t(at)] >= 0) places.push_back(at);
     int64_t count = int64_t(places.size());
     if (order != RANDOM) {
+      const float heat = header_of(b)[C_SKIP], enough = header_of(b)[HI];
+      if (heat != 0.0f) {
+        noise.resize(size_t(length + WIDTH));
+        for (int64_t i = 0; i < length; i += WIDTH)
+          draw<GUMBEL>(uint64_t(seeds[b]), uint32_t(i / 4), uint32_t(row_of(b)), CHOICE, uint32_t(index[b]),
+                       noise.data() + i);
+        for (int64_t at : places)
+          score[size_t(at)] = shaken(score[size_t(at)], heat, noise[size_t(at - b * length)], Order(order));
+      }
       const float kept = std::floor(float(count) * (1.0f - numbers_of(b)[1] + ROUNDING));
       count = std::max<int64_t>(0, count - int64_t(kept));
-      std::partial_sort(places.begin(), places.begin() + count, places.end(), [&](int64_t x, int64_t y) {
+      const auto surer = [&](int64_t x, int64_t y) {
         const float p = score[size_t(x)], q = score[size_t(y)];
         return p != q ? p > q : x < y;
-      });
+      };
+      if (enough < HIGHEST) {
+        std::sort(places.begin(), places.end(), surer);
+        count = std::max(count, enough_of(places, score, enough, Order(order)));
+      } else {
+        std::partial_sort(places.begin(), places.begin() + count, places.end(), surer);
+      }
     }
     for (int64_t i = 0; i < count; i++) tokens[places[size_t(i)]] = hit[size_t(places[size_t(i)])];
   }

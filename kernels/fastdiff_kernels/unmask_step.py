@@ -4,7 +4,7 @@
     k = argmax(m + s g),  m = uncond + w (model_out - uncond) without the mask,  g Gumbel noise
 
 A token is read in windows, one after the other, and only where the row can change it. Noise: stream 2 for g, 5 for the
-choice of tokens.
+choice of tokens. Of a row's header c_skip is the scale of the noise on a score, hi the score that is enough.
 """
 
 import triton
@@ -12,6 +12,7 @@ import triton.language as tl
 
 from fastdiff_kernels.categorical import (
     LOG2E,
+    add_gumbel,
     begin,
     covered,
     guided,
@@ -32,15 +33,34 @@ ENTROPY = tl.constexpr(3)
 LOWEST = tl.constexpr(-3.0e38)  # the score of a token that cannot be read out
 HIGHEST = tl.constexpr(3.0e38)  # and of one with an infinite logit
 ROUNDING = tl.constexpr(4.76837158203125e-07)  # 2^-21: what fp32 may take from 1 - b
+LNLN2 = tl.constexpr(0.36651292058166435)  # -ln(ln 2), the constant that add_gumbel lacks
+C_SKIP = tl.constexpr(0)  # places in a row's header
+HI = tl.constexpr(3)
+
+
+@triton.jit
+def word(d, key):
+    """Word d % 4 of counter d // 4, of each token d."""
+    i0, i1, i2, i3 = philox_sample((d >> 2).to(tl.uint32), key)
+    lane = d & 3
+    return tl.where(lane == 0, i0, tl.where(lane == 1, i1, tl.where(lane == 2, i2, i3)))
 
 
 @triton.jit
 def uniform(d, key):
-    """A number in (0, 1] of each token d: word d % 4 of counter d // 4."""
-    i0, i1, i2, i3 = philox_sample((d >> 2).to(tl.uint32), key)
-    lane = d & 3
-    i = tl.where(lane == 0, i0, tl.where(lane == 1, i1, tl.where(lane == 2, i2, i3)))
-    return tl.fma(i.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+    """A number in (0, 1] of each token d."""
+    return tl.fma(word(d, key).to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+
+
+@triton.jit
+def shaken(score, heat, d, key, ORDER: tl.constexpr, MATH: tl.constexpr):
+    """Scores with noise: those that are ln(p / (1 - p)) as ln p. The surest and the least sure are what they are."""
+    plain = score
+    if ORDER != ENTROPY:
+        plain = tl.minimum(score, 0.0) - tl.log(1.0 + tl.exp2(-tl.abs(score) * LOG2E))
+    plain += heat * (add_gumbel(tl.zeros_like(score), word(d, key), MATH) + LNLN2)
+    fixed = (score == HIGHEST) | (score == LOWEST)
+    return tl.where(fixed, score, tl.minimum(tl.maximum(plain, LOWEST), HIGHEST))
 
 
 @triton.jit
@@ -189,6 +209,9 @@ def unmask_read_kernel(
         score = tl.where(high == float("inf"), HIGHEST, score)
         known = (hit != mask_id) & (score >= LOWEST)
         score = tl.where(known, tl.minimum(score, HIGHEST), LOWEST)
+        heat = tl.load(table_ptr + row * WIDTH + C_SKIP)
+        if heat != 0.0:
+            score = shaken(score, heat, d, key_of(row, 5, seed_ptr, index_ptr, b), ORDER, MATH)
         tl.store(class_ptr + base + d, hit, mask=there)
         tl.store(score_ptr + base + d, tl.where(chosen, score, float("-inf")), mask=there)
 
@@ -207,12 +230,16 @@ def unmask_place_kernel(
     copy_stride,
     HEADER: tl.constexpr,
     WIDTH: tl.constexpr,
+    ORDER: tl.constexpr,
     COPIES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """Grid (tiles of ROWS tokens, samples): the tokens that fewer than n are surer than, the first of equals first."""
+    """Grid (tiles of ROWS tokens, samples): the tokens that fewer than n are surer than, the first of equals first.
+
+    And those that are sure enough: by their own score, at order ENTROPY by the sum of those before.
+    """
     b = tl.program_id(1).to(tl.int64) + first
     row = tl.load(row_ptr + b * row_stride).to(tl.int64)
     d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -221,6 +248,8 @@ def unmask_place_kernel(
     own = tl.load(score_ptr + base + d, mask=there, other=float("-inf"))
     mine = own[:, None]
     before = tl.zeros([ROWS], tl.int32)
+    spent = tl.zeros([ROWS], tl.float32)
+    hi = tl.load(table_ptr + row * WIDTH + HI)
     masked = tl.full((), 0, tl.int32)
     for start in range(0, tokens, COLS):
         j = start + tl.arange(0, COLS)
@@ -228,8 +257,15 @@ def unmask_place_kernel(
         masked += tl.sum((score > float("-inf")).to(tl.int32), axis=0)
         ahead = (score[None, :] > mine) | ((score[None, :] == mine) & (j[None, :] < d[:, None]))
         before += tl.sum(ahead.to(tl.int32), axis=1)
+        if ORDER == ENTROPY:
+            if hi < HIGHEST:
+                spent += tl.sum(tl.where(ahead, tl.minimum(score, 0.0)[None, :], 0.0), axis=1)
     kept = tl.floor(masked.to(tl.float32) * (1.0 - tl.load(table_ptr + row * WIDTH + HEADER + 1) + ROUNDING))
-    chosen = (own > float("-inf")) & (before < masked - kept.to(tl.int32))
+    if ORDER == ENTROPY:
+        sure = spent >= hi
+    else:
+        sure = own > hi
+    chosen = (own > float("-inf")) & ((before < masked - kept.to(tl.int32)) | sure)
     hit = tl.load(class_ptr + base + d, mask=chosen, other=0).to(tl.int64)
     token = tl.load(tokens_ptr + base + d, mask=there, other=0)
     place(tokens_ptr, model_in_ptr, base + d, copy_stride, tl.where(chosen, hit, token), there, COPIES)
