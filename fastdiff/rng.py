@@ -126,8 +126,8 @@ def keys(
 
 def checked_seed(seed: int, first: int, batch: int) -> int:
     """The seed as an int, it and the index of a batch's first sample inside their ranges."""
-    if not 0 <= first < 2**32 - batch:
-        raise ValueError(f"first must be in 0..2**32 - batch - 1, got {first}")
+    if not 0 <= first <= 2**32 - batch:
+        raise ValueError(f"first must be in 0..2**32 - batch, got {first}")
     return _checked_seed(seed)
 
 

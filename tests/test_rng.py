@@ -168,6 +168,7 @@ def test_compiled_expression():
 
 
 def test_keys():
+    assert rng.keys(seed=5, first=2**32 - 2, batch=2)[1].tolist() == [2**32 - 2, 2**32 - 1]  # the last one of all
     seeds, index = rng.keys(seed=5, first=3, batch=4)
     assert seeds.tolist() == [5] * 4 and index.tolist() == [3, 4, 5, 6]
     seeds, index = rng.keys(seeds=[5, 8], batch=2)
@@ -179,6 +180,7 @@ def test_keys():
         ({"seeds": [1], "batch": 2}, ValueError, "got 1 for a batch of 2"),
         ({"seeds": [1], "first": 2, "batch": 1}, ValueError, "first"),
         ({"seed": 1, "first": -1, "batch": 1}, ValueError, "-1"),
+        ({"seed": 1, "first": 2**32 - 1, "batch": 2}, ValueError, r"0\.\.2\*\*32 - batch, got 4294967295"),
         ({"seed": -1, "batch": 1}, ValueError, "got -1"),
         ({"seed": 2**63, "batch": 1}, ValueError, "2\\*\\*63 - 1"),
         ({"seed": 1.5, "batch": 1}, TypeError, "float"),
