@@ -17,6 +17,8 @@ from fastdiff import solvers
 from fastdiff.masked import MaskedRun
 from fastdiff.plan import ROW_HEADER
 from fastdiff.readout import ORDERS
+from tests import replay
+from tests.replay import device_path  # noqa: F401 - a fixture
 from tests.test_masked import SCHEDULE, K, L, near, network
 from tests.test_unmask_step import B, case, oracle, run, table
 
@@ -210,6 +212,24 @@ def test_idle_rows_change_nothing(options: dict[str, Any], most: int, monkeypatc
         calls.append(model.calls)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert calls[0] <= most and calls[1] == 48
+
+
+@pytest.mark.usefixtures("device_path")
+@pytest.mark.parametrize(("order", "threshold"), [("confidence", 0.5), ("margin", 0.3), ("entropy", 2.0)])
+def test_graphs_skip_idle_rows(order: str, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step_graph replays the rows that an eager run evaluates; a loop_graph is one replay of all. The same tokens."""
+    plan = solvers.unmask(SCHEDULE, 24, order=order, threshold=threshold, blocks=2)
+    model, played = Counted(lambda x, t: 3 * torch.sin(2.0 * x.roll(1, -1)[..., None] + torch.arange(K))), []
+    want = {seed: fd.sample(model, plan, (2, L), seed=seed, mode="eager") for seed in (4, 5)}
+    rows, again = model.calls, replay.Replay.replay
+    assert rows < 2 * 16
+    monkeypatch.setattr(replay.Replay, "replay", lambda graph: (played.append(graph), again(graph)))
+    for mode, each in (("step_graph", rows), ("loop_graph", 2)):
+        sampler = fd.Sampler(model, plan, mode=mode)
+        sampler((2, L), seed=7)
+        played.clear()
+        assert all(torch.equal(sampler((2, L), seed=seed), x) for seed, x in want.items())
+        assert len(played) == each + 2, mode  # the start is a graph, too
 
 
 def test_rows_that_remask_are_never_idle() -> None:
