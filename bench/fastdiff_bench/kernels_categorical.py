@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff import ops
-from fastdiff_bench.textbook import compiled
+from fastdiff_bench.textbook import compiled, drawn
 from fastdiff_bench.timing import rotation
 from fastdiff_bench.work import Column, Work, finish, gap, graded, randn
 
@@ -61,8 +61,7 @@ def textbook_step(b: float, s: float) -> Callable[..., tuple[Tensor, Tensor]]:
             p = 2.0 * (torch.rand_like(m32) < m32.sigmoid() if sampled else m32 > 0) - 1
         else:
             theta = m32.softmax(-1)
-            drawn = theta / torch.empty_like(theta).exponential_() if sampled else theta
-            p = F.one_hot(drawn.argmax(-1), m.shape[-1])
+            p = F.one_hot(drawn(theta) if sampled else theta.argmax(-1), m.shape[-1])
         z = z + b * p
         z = z + s * torch.randn_like(z) if sampled else z
         return z, (torch.tanh(z / 2) if m.shape[-1] == 1 else 2 * z.softmax(-1) - 1).to(m.dtype)
@@ -149,10 +148,10 @@ def unmask_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.
     ]
     work = Work("unmask_step", schedule, elements, str(dtype), moved, sets, {})
 
-    def textbook(held: Tensor, m: Tensor, drawn: bool = True) -> Tensor:
+    def textbook(held: Tensor, m: Tensor, draws: bool = True) -> Tensor:
         held.copy_(start)
         p = m.float().softmax(-1)
-        k = (p / torch.empty_like(p).exponential_() if drawn else p).argmax(-1)
+        k = drawn(p) if draws else p.argmax(-1)
         sure = torch.where(held == classes, p.gather(-1, k[..., None])[..., 0], -1.0)
         at = sure.topk(many, -1).indices
         return held.scatter(1, at, k.gather(1, at))

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
-from fastdiff_bench.textbook import Model, compiled
+from fastdiff_bench.textbook import Model, compiled, drawn
 
 __all__ = ["TokensTextbook"]
 
 
 class TokensTextbook:
-    """A plan's loop from masked tokens: softmax, a draw as argmax(p / Exponential), topk or a coin for each token.
+    """A plan's loop from masked tokens: softmax, a draw, topk or a coin for each token.
 
     How many tokens an order unmasks is known on the host, as in the loops that people write.
     Args: plan, model: as for fd.Sampler. compiled: a row through torch.compile.
@@ -59,8 +59,7 @@ class TokensTextbook:
             if mask < plan.classes:
                 m = torch.where(torch.arange(plan.classes, device=m.device) == mask, -torch.inf, m)
             p = m.float().softmax(-1)
-            e = torch.empty_like(p).exponential_() if heat else p
-            k = (p if not heat else p / e if heat == 1 else m.float() - heat * e.log()).argmax(-1)
+            k = drawn(p if heat == 1 else (m.float() / heat).softmax(-1)) if heat else p.argmax(-1)
             masked = x == mask
             if plan.readout == "random":
                 u = torch.rand(x.shape, device=x.device)
