@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import fastdiff as fd
@@ -89,6 +91,26 @@ def make_schedule(text: str) -> fd.schedules.Schedule:
     return made if inspect.isclass(make) else fd.schedules.Betas(made)
 
 
+def _imported(path: Path) -> ModuleType:
+    """A Python file as a module: of its package where it lies in one, else with its folder on sys.path."""
+    root, names = path.parent, [] if path.name == "__init__.py" else [path.stem]
+    while (root / "__init__.py").is_file():
+        root, names = root.parent, [root.name, *names]
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    taken = getattr(sys.modules.get(names[0]), "__file__", None)  # by another package of that name
+    own = taken is None or Path(taken).resolve() == root / names[0] / "__init__.py"
+    if path.parent != root and own and all(name.isidentifier() for name in names):
+        return importlib.import_module(".".join(names))
+    spec = importlib.util.spec_from_file_location(f"_model_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_model(text: str) -> Callable[..., Any]:
     """The callable of "path.py:name"; ValueError where there is none."""
     where, colon, name = text.rpartition(":")
@@ -97,16 +119,13 @@ def load_model(text: str) -> Callable[..., Any]:
     path = Path(where)
     if not path.is_file():
         raise ValueError(f"--model: there is no file {where!r}")
-    spec = importlib.util.spec_from_file_location(f"_model_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--model: {where!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        module = _imported(path.resolve())
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--model: cannot import {where!r}: {type(error).__name__}: {error}") from error
     model = getattr(module, name, None)
+    if inspect.isclass(model):
+        raise ValueError(f"--model: {name!r} of {where!r} is a class: name an instance of it, or a function")
     if not callable(model):
         callables = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
         raise ValueError(f"--model: {where!r} has no callable {name!r}; it has: {', '.join(callables) or 'none'}")

@@ -1,17 +1,22 @@
 """What a sceptic tries: peers given more work than they need, options that nothing reads, models of all kinds."""
 
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastdiff as fd
+from fastdiff.cli import main
+from fastdiff.names import load_model
 from fastdiff_bench import kernels
 from fastdiff_bench.kernels_categorical import textbook_step
 from fastdiff_bench.textbook import Textbook, drawn
 from fastdiff_bench.textbook_tokens import TokensTextbook
 
 CPU = torch.device("cpu")
+SMALL = ("--solver", "ddim", "--schedule", "vp", "--steps", "2", "--shape", "4,2")
 
 
 class Done(TorchDispatchMode):
@@ -79,3 +84,52 @@ def test_plain_torch_thresholds_without_sorting_all(elements):
     assert "sort" not in done.names
     s = torch.quantile(x.abs(), 0.995, dim=1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(got, x.clamp(-s, s) / s, rtol=2e-6, atol=2e-6)
+
+
+FILES = {
+    "pkg/__init__.py": "", "pkg/layers.py": "W = 0.5", "pkg/deep/__init__.py": "SCALE = 2.0",
+    "pkg/deep/net.py": "from . import SCALE\nfrom ..layers import W\n\ndef half(x, t):\n    return x * W * SCALE / 2",
+    "pkg2/__init__.py": "def half(x, t):\n    return x * 0.5",
+    "beside_helper.py": "W = 0.5", "net.py": "from beside_helper import W\n\ndef half(x, t):\n    return x * W",
+    "quits.py": "import sys\nsys.exit(0)", "json/__init__.py": "", "json/net.py": "def half(x, t):\n    return x / 2",
+    "v1.0/__init__.py": "", "v1.0/net.py": "def half(x, t):\n    return x / 2", "json/bad.py": "from . import net",
+    "odd.py": "import sys\n\nclass Net:\n    pass\n\ndef quits(x, t):\n    sys.exit(0)\n",
+}  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name, text in FILES.items():
+        path = tmp_path / "own" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    yield tmp_path / "own"
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("pkg", "pkg2", "beside_helper")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("file", ["pkg/deep/net.py", "pkg2/__init__.py", "net.py", "json/net.py", "v1.0/net.py"])
+def test_a_model_of_a_package_or_beside_its_helpers_is_imported(file, files):
+    x = torch.ones(2)
+    assert torch.equal(load_model(f"{files / file}:half")(x, x), x / 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [("quits.py:half", "cannot import"), ("odd.py:Net", "is a class: name an instance of it"),
+     ("json/bad.py:half", "no known parent package"), ("pkg/deep/net.py:whole", "no callable 'whole'; it has: half")],
+)  # fmt: skip
+def test_a_file_that_has_no_model_is_one_line(model, says, files, capsys):
+    argv = [*SMALL, "--model", str(files / model)]
+    for command in (["sample", "--out", str(files / "x.npy")], ["profile", "--device", "cpu"]):
+        assert main([*command, *argv]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and says in err
+
+
+def test_a_model_that_quits_has_failed(files, capsys):
+    argv = [*SMALL, "--model", f"{files}/odd.py:quits"]
+    assert main(["sample", *argv, "--out", str(files / "x.npy")]) == 1
+    assert main(["profile", *argv, "--device", "cpu"]) == 2
+    assert "the model failed: SystemExit: 0" in capsys.readouterr().err

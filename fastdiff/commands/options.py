@@ -160,7 +160,7 @@ def guarded(model: Callable[..., Any]) -> Callable[..., Any]:
     def call(x: torch.Tensor, t: torch.Tensor) -> Any:
         try:
             return model(x, t)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
             raise ModelError(one_line(error)) from error
