@@ -1,6 +1,7 @@
 """What a sceptic tries: peers given more work than they need, options that nothing reads, models of all kinds."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import fastdiff as fd
 from fastdiff.cli import main
 from fastdiff.names import load_model
 from fastdiff_bench import kernels
+from fastdiff_bench.cases import Case
 from fastdiff_bench.kernels_categorical import textbook_step
 from fastdiff_bench.textbook import Textbook, drawn
 from fastdiff_bench.textbook_tokens import TokensTextbook
+from fastdiff_bench.throughput import Settings, measure
 
 CPU = torch.device("cpu")
 SMALL = ("--solver", "ddim", "--schedule", "vp", "--steps", "2", "--shape", "4,2")
@@ -133,3 +136,44 @@ def test_a_model_that_quits_has_failed(files, capsys):
     assert main(["sample", *argv, "--out", str(files / "x.npy")]) == 1
     assert main(["profile", *argv, "--device", "cpu"]) == 2
     assert "the model failed: SystemExit: 0" in capsys.readouterr().err
+
+
+TWO = "bfndiscrete:beta_1=3.0,num_classes=2"
+ODD_PLANS = [
+    ("unmask", "masked:num_classes=5", "2,8", []), ("bfn_discrete", "bfndiscrete:beta_1=3.0,num_classes=5", "2,8", []),
+    ("bfn_discrete", TWO, "2,8", []), ("bfn_discretised", "bfncontinuous:sigma_1=0.02", "2,3,4", ["--set", "bins=16"]),
+    ("ddpm", "linear_betas", "2,3,4", ["--set", "variance=learned_range"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("solver", "schedule", "size", "more"), ODD_PLANS)
+def test_the_model_that_does_nothing_suits_every_plan(solver, schedule, size, more, capsys):
+    argv = ["--solver", solver, "--schedule", schedule, "--shape", size, "--steps", "3", "--device", "cpu", *more]
+    assert main(["profile", *argv]) == 0
+    assert " rows, shape (2, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("schedule", "solver", "skipped"),
+    [
+        (TWO, "bfn_discrete", ()),
+        ("masked:num_classes=2", "unmask", ()),
+        ("bfncontinuous", "bfn_discretised", ("torch",)),
+    ],
+)
+def test_a_row_of_every_kind_of_plan(schedule, solver, skipped):
+    case = Case(schedule, solver, 3)
+    settings = Settings(CPU, ("torch", "fastdiff eager"), rounds=5, seconds=0.01)
+    row = measure(case, (2, 8), "fp32", torch.float32, settings)
+    assert tuple(row["skipped"]) == skipped and "fastdiff eager" in row["us"]
+    assert all("two planes are not written out" in why for why in row["skipped"].values())
+
+
+@pytest.mark.parametrize("readout", ["argmax", "mean"])
+def test_two_classes_of_the_textbook_agree_without_noise(readout):
+    plan = fd.solvers.bfn_discrete(fd.schedules.BFNDiscrete(3.0, 2), 6, readout=readout)
+    x, out = torch.randn(4, 9, 1), torch.randn(4, 9, 1)
+    generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+    plan = replace(plan, last_readout="argmax")
+    want = fd.sample(lambda x, t: out + x, plan, (4, 9), x_T=x, noise="torch", generator=generators[0], mode="eager")
+    assert torch.equal(Textbook(plan, lambda x, t: out + x)(x, generators[1]), want)

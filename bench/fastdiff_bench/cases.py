@@ -10,6 +10,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.names import make_schedule, pick, schedule_names, solver_names
+from fastdiff.readout import BINNED, CATEGORICAL, ORDERS
 
 __all__ = [
     "COLUMNS",
@@ -27,7 +28,9 @@ __all__ = [
     "Refused",
     "default_cases",
     "dtype_of",
+    "input_shape",
     "make_cases",
+    "output_shape",
     "parse_shape",
 ]
 
@@ -120,8 +123,24 @@ class Case(NamedTuple):
         return solve(schedule, self.steps, **prediction, **(found(self.steps) if callable(found) else found))
 
     def state_shape(self, plan: fd.Plan, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the model's input: of a plan of classes [B, D, K], TEXT where no own shape was given."""
-        return (*shape, plan.classes) if plan.classes and plan.readout in ("sample", "argmax", "mean") else tuple(shape)
+        """The shape of the model's input for samples of a shape."""
+        return input_shape(plan, shape)
+
+
+def input_shape(plan: fd.Plan, shape: Sequence[int]) -> tuple[int, ...]:
+    """Of samples of a shape what the model sees: of classes [B, D, K], of two classes [B, D, 1]."""
+    if plan.readout in CATEGORICAL:
+        return (*shape, 1 if plan.classes == 2 else plan.classes)
+    return tuple(shape)
+
+
+def output_shape(plan: fd.Plan, seen: Sequence[int]) -> tuple[int, ...]:
+    """What a model that sees this must return: of tokens logits, of bins or a learned variance 2 C planes."""
+    if plan.readout in ORDERS:
+        return (*seen, plan.classes)
+    if plan.readout in BINNED or plan.learned_variance:
+        return (seen[0], 2 * seen[1], *seen[2:])
+    return tuple(seen)
 
 
 class Refused(NamedTuple):

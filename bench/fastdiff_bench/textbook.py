@@ -22,7 +22,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff.allocate import liveness
 from fastdiff.native import ONE_THREAD
-from fastdiff.readout import CATEGORICAL
+from fastdiff.readout import BINNED, CATEGORICAL
 
 __all__ = ["Textbook", "compiled", "drawn"]
 
@@ -109,7 +109,7 @@ def _plain(terms: tuple[tuple[str, int], ...], numbers: list[float]) -> bool:
 def _seen(row: Row, x: Tensor, c_in: float | Tensor, dtype: torch.dtype) -> Tensor:
     """The next model's input from slot 0."""
     if row.seen == "classes":
-        return (2 * x.softmax(-1) - 1).to(dtype)
+        return (torch.tanh(x / 2) if x.shape[-1] == 1 else 2 * x.softmax(-1) - 1).to(dtype)
     return (x * c_in if row.seen == "scaled" else x).to(dtype)
 
 
@@ -125,7 +125,11 @@ def drawn(theta: Tensor) -> Tensor:
 
 
 def _classes(m: Tensor, readout: str) -> tuple[Tensor, Tensor]:
-    """The class and p = onehot or softmax."""
+    """The class and p = onehot or softmax; of two classes, one channel of logits, 2 k - 1 or 2 sigmoid - 1."""
+    if m.shape[-1] == 1:
+        theta = m.sigmoid()
+        one = torch.rand_like(m) < theta if readout == "sample" else m > 0
+        return one[..., 0].long(), 2 * theta - 1 if readout == "mean" else 2 * one.to(m.dtype) - 1
     theta = m if readout == "argmax" else m.softmax(-1)
     k = drawn(theta) if readout == "sample" else theta.argmax(-1)
     return k, theta if readout == "mean" else torch.nn.functional.one_hot(k, m.shape[-1]).to(m.dtype)
@@ -149,6 +153,8 @@ class Textbook:
 
     def __init__(self, plan: fd.Plan, model: Model, *, compiled: bool = False, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu") -> None:  # fmt: skip
+        if plan.readout in BINNED or plan.learned_variance:
+            raise ValueError(f"models of two planes are not written out: {plan.name!r}")
         self.plan, self.model, self.dtype, self.device = plan, model, dtype, torch.device(device)
         self.rows, self.numbers = _rows(plan, dtype)
         times = torch.from_numpy(plan.times.copy())

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import fastdiff as fd
 from fastdiff.commands.options import ModelError, guarded, one_line
-from fastdiff.readout import CATEGORICAL, ORDERS
-from fastdiff_bench.cases import COLUMNS, GRAPHS, PEERS, Case
+from fastdiff.readout import BINNED, CATEGORICAL, ORDERS
+from fastdiff_bench.cases import COLUMNS, GRAPHS, PEERS, Case, output_shape
 from fastdiff_bench.counts import counted, held_bytes, peak_bytes
 from fastdiff_bench.energy import Meter, throttled
 from fastdiff_bench.stock import diffusers_loop, k_diffusion_loop
@@ -126,16 +126,16 @@ def _gap(got: Tensor, want: Tensor) -> float:
 
 
 def _output(plan: fd.Plan, shape: tuple[int, ...]) -> Tensor:
-    """An output for a model whose input has this shape: of tokens, logits."""
-    size = (*shape, plan.classes) if plan.readout in ORDERS else shape
-    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+    """An output for a model whose input has this shape."""
+    return torch.randn(output_shape(plan, shape), generator=torch.Generator().manual_seed(0))
 
 
 def _probe(plan: fd.Plan, out: Tensor) -> Model:
     """A model that looks at x: outputs of two loops agree only if every step does."""
     if plan.readout in ORDERS:
         return lambda x, t: out + torch.sin(x.roll(1, -1).float())[..., None] * out.roll(1, -1)
-    return lambda x, t: (0.2 * torch.tanh(x) + 0.1 * out).to(x.dtype)
+    two = plan.readout in BINNED or plan.learned_variance
+    return lambda x, t: (0.2 * torch.tanh(torch.cat([x, x], 1) if two else x) + 0.1 * out).to(x.dtype)
 
 
 def compare_outputs(case: Case, plan: fd.Plan, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,

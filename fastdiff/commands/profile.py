@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import fastdiff as fd
 from fastdiff.commands.options import add_plan_options, device, failed, make_plan, print_json, shape, writable
 from fastdiff.names import load_model, solver_names
 from fastdiff.request import MODES
@@ -39,15 +40,19 @@ def add_profile(commands: Any) -> None:  # noqa: ANN401 - argparse's own type is
     profile.set_defaults(run=run_profile)
 
 
-def _model(name: str, size: tuple[int, ...] | None, on: torch.device) -> tuple[Callable[..., Any], tuple[int, ...]]:
+def _model(
+    name: str, plan: fd.Plan, size: tuple[int, ...] | None, on: torch.device
+) -> tuple[Callable[..., Any], tuple[int, ...]]:
     """The model, and the shape it samples."""
+    from fastdiff_bench.cases import input_shape, output_shape
     from fastdiff_bench.networks import NETWORKS, build
 
     if name in NETWORKS:
         return build(name, on), size or NETWORKS[name].shape
     size = size or (1, 4, 64, 64)
     if name == NULL:
-        out = torch.randn(size, generator=torch.Generator().manual_seed(0), device="cpu").to(on)
+        shape = output_shape(plan, input_shape(plan, size))
+        out = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(on)
         return lambda x, t: out, size
     model = load_model(name)
     if isinstance(model, torch.nn.Module):
@@ -61,7 +66,7 @@ def run_profile(args: argparse.Namespace) -> int:
 
     try:
         plan = make_plan(args)
-        model, size = _model(args.model, args.shape, args.device)
+        model, size = _model(args.model, plan, args.shape, args.device)
         trace = writable("--trace", args.trace)
         with torch.no_grad():
             result = profile_run(model, plan, size, mode=args.mode, device=args.device, trace=trace, nvtx=args.nvtx)
