@@ -16,7 +16,7 @@ from fastdiff_bench.cases import Case
 from fastdiff_bench.kernels_categorical import textbook_step
 from fastdiff_bench.textbook import Textbook, drawn
 from fastdiff_bench.textbook_tokens import TokensTextbook
-from fastdiff_bench.throughput import Settings, measure
+from fastdiff_bench.throughput import Settings, compare_outputs, measure
 
 CPU = torch.device("cpu")
 SMALL = ("--solver", "ddim", "--schedule", "vp", "--steps", "2", "--shape", "4,2")
@@ -167,6 +167,23 @@ def test_a_row_of_every_kind_of_plan(schedule, solver, skipped):
     row = measure(case, (2, 8), "fp32", torch.float32, settings)
     assert tuple(row["skipped"]) == skipped and "fastdiff eager" in row["us"]
     assert all("two planes are not written out" in why for why in row["skipped"].values())
+
+
+def test_a_class_that_is_drawn_in_the_last_row_is_not_compared():
+    case = Case("bfndiscrete", "bfn_solver", 3)
+    gaps, failed = compare_outputs(case, case.plan(), (2, 8, 27), torch.float32, CPU, ("torch",))
+    assert not gaps and not failed
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [(["--no-compile", "--peers", "torch", "torch.compile"], "--no-compile leaves out torch.compile, which --peers"),
+     (["--solvers", "ddim", "bfn_solver"], "bfn_solver is in no row by default: name --schedules too")],
+)  # fmt: skip
+def test_what_would_be_left_out_in_silence_is_refused(argv, says, capsys):
+    assert main(["bench", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and says in err
 
 
 @pytest.mark.parametrize("readout", ["argmax", "mean"])

@@ -168,6 +168,9 @@ def make_cases(
     for name in solvers or ():
         pick("solver", name, solver_names())
     known = FULL if schedules or solvers else QUICK if quick else FULL
+    listed = {name for names in known.values() for name in names}
+    if unlisted := [] if schedules else [name for name in solvers or () if name not in listed]:
+        raise ValueError(f"{', '.join(unlisted)} is in no row by default: name --schedules too")
     for schedule in schedules or known:
         names = solvers or known.get(schedule.partition(":")[0]) or QUICK["scaled_linear_betas"]
         for solver in names:

@@ -42,6 +42,8 @@ class Request:
         peers = known if args.peers is None else [pick("peer", p, known) for p in _listed(args.peers)]
         self.columns = tuple(c for c in COLUMNS if c.startswith("fastdiff") or c in peers)
         if args.no_compile:
+            if args.peers is not None and (off := [p for p in peers if "compile" in p or p in GPU_PEERS]):
+                raise ValueError(f"--no-compile leaves out {', '.join(off)}, which --peers names")
             self.columns = tuple(c for c in self.columns if "compile" not in c and c not in GPU_PEERS)
         self.dtypes = {name: cases.dtype_of(name) for name in _listed(args.dtype)}
         given = _listed(args.shapes) if args.shapes else []
