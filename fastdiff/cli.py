@@ -161,8 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args: argv: arguments without the program's name; default sys.argv.
     Returns: 0; 1 where the user's model raised or a demo target is missed; 2 for bad input, with one line on stderr.
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    for at in [at for at, text in enumerate(given[:-1]) if text == "--clip"][::-1]:
+        given[at : at + 2] = [f"--clip={given[at + 1]}"]  # argparse takes -1,1 for an option
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(given)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:

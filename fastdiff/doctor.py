@@ -34,6 +34,11 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _release(version: str) -> tuple[int, ...]:
+    """2.13.0+cpu -> (2, 13)."""
+    return tuple(int(n) for n in version.split(".")[:2])
+
+
 def _compiler() -> str | None:
     """What torch will call: $CXX, else its platform's own; it looks for no other."""
     own = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
@@ -53,10 +58,11 @@ def _device() -> Finding:
 def examine() -> list[Finding]:
     """Look at Python, torch, Triton, the C++ compiler, the device and the optional packages; changes nothing."""
     own, triton, compiler = _version("fastdiff-samplers"), _version("triton"), _compiler()
+    recent = _release(torch.__version__) >= (2, 9)
     found = [
         Finding("fastdiff", own is not None, own or "not installed", "" if own else "runs from its source folder"),
         Finding("Python", sys.version_info >= (3, 11), platform.python_version(), "3.11 or newer is needed"),
-        Finding("torch", True, torch.__version__, f"2.9 or newer is needed; {torch.get_num_threads()} CPU threads"),
+        Finding("torch", recent, torch.__version__, f"2.9 or newer is needed; {torch.get_num_threads()} CPU threads"),
         _device(),
     ]
     if triton is not None and find_spec("triton") is not None:

@@ -126,16 +126,19 @@ def test_the_steps_and_sizes_asked_for_are_measured():
     assert asked == [[10, 16, 20], [10, 16, 20, 24], [10, 16], [12, 26]]
 
 
-@pytest.mark.parametrize(("code", "says"), [(-9, "was ended by signal 9"), (3, "")])
-def test_a_measuring_process_that_is_killed_is_one_line(code, says, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("code", "writes", "says"), [(-9, True, "ended by signal 9"), (-9, False, "ended by signal 9"), (3, True, "")]
+)
+def test_a_measuring_process_that_is_killed_is_one_line(code, writes, says, monkeypatch, tmp_path, capsys):
     kept = tmp_path / "a.json"
-    kept.write_text("{}")
-    argv = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {-code}) if {code} < 0 else os._exit({code})"]
+    kept.write_text("{}")  # of a run before
+    end = f"os.kill(os.getpid(), {-code}) if {code} < 0 else os._exit({code})"
+    argv = [sys.executable, "-c", f"import os; open({str(kept)!r}, 'w').close() if {writes} else 0; {end}"]
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, env: start(argv))
     assert main(["bench", "--quick", "--device", "cpu", "--json", str(kept)]) == (2 if code < 0 else code)
     err = capsys.readouterr().err
-    assert says in err and err.count("\n") == (code < 0) and (code > 0 or str(kept) in err)
+    assert says in err and err.count("\n") == (code < 0) and (str(kept) in err) == (code < 0 and writes)
 
 
 def test_an_interrupt_that_only_the_command_heard_is_passed_on(monkeypatch, capsys):

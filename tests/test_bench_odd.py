@@ -1,5 +1,6 @@
 """What a sceptic tries: peers given more work than they need, options that nothing reads, models of all kinds."""
 
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import fastdiff as fd
 from fastdiff.cli import main
 from fastdiff.names import load_model
-from fastdiff_bench import kernels
+from fastdiff_bench import environment, kernels
 from fastdiff_bench.cases import Case
 from fastdiff_bench.kernels_categorical import textbook_step
 from fastdiff_bench.textbook import Textbook, drawn
@@ -194,3 +195,14 @@ def test_two_classes_of_the_textbook_agree_without_noise(readout):
     plan = replace(plan, last_readout="argmax")
     want = fd.sample(lambda x, t: out + x, plan, (4, 9), x_T=x, noise="torch", generator=generators[0], mode="eager")
     assert torch.equal(Textbook(plan, lambda x, t: out + x)(x, generators[1]), want)
+
+
+def test_a_repository_around_an_installation_is_not_the_sources(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTDIFF_COMMIT", raising=False)
+    named = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], [*named, "commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    folder = tmp_path / "site-packages" / "fastdiff_bench"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(folder / "environment.py"))
+    assert environment._commit() == "unknown"

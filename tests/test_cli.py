@@ -11,6 +11,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.cli import main, make_schedule, schedule_names, solver_names
+from fastdiff.doctor import examine
 from fastdiff.files import write_atomic
 
 MODEL = """
@@ -69,7 +70,7 @@ def test_help(command, capsys):
 
 
 def test_plan_prints_the_table(capsys):
-    assert main(["plan", "heun", "--schedule", "vp", "--steps", "4", "--prediction", "v", "--clip=-1,1"]) == 0
+    assert main(["plan", "heun", "--schedule", "vp", "--steps", "4", "--prediction", "v", "--clip", "-1,1"]) == 0
     plan = fd.solvers.heun(fd.schedules.VP(), 4, prediction="v", clip=(-1, 1))
     assert capsys.readouterr().out.strip() == str(plan).strip()
 
@@ -161,6 +162,8 @@ def test_doctor(capsys):
     found = {f["name"]: f for f in json.loads(capsys.readouterr().out)}
     assert found["torch"]["value"] == torch.__version__
     assert found["CUDA device"]["ok"] is torch.cuda.is_available()
+    with mock.patch.object(torch, "__version__", "2.8.1+cpu"):
+        assert not {f.name: f.ok for f in examine()}["torch"]
     assert {"Python", "triton", "C++ compiler"} <= set(found) and all(
         f["meaning"] for f in found.values() if not f["ok"]
     )

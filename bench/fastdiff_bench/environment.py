@@ -38,6 +38,7 @@ def _commit() -> str:
         return subprocess.run(["git", *args], capture_output=True, text=True, cwd=root, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not of a repository that holds an installation
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
