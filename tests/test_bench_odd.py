@@ -1,5 +1,6 @@
 """What a sceptic tries: peers given more work than they need, options that nothing reads, models of all kinds."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 import fastdiff as fd
 from fastdiff.cli import main
 from fastdiff.names import load_model
-from fastdiff_bench import environment, kernels
+from fastdiff_bench import environment, kernels, suite, throughput
 from fastdiff_bench.cases import Case
 from fastdiff_bench.kernels_categorical import textbook_step
+from fastdiff_bench.profiling import profile_run
+from fastdiff_bench.stock import Stock
 from fastdiff_bench.textbook import Textbook, drawn
 from fastdiff_bench.textbook_tokens import TokensTextbook
 from fastdiff_bench.throughput import Settings, compare_outputs, measure
@@ -206,3 +209,28 @@ def test_a_repository_around_an_installation_is_not_the_sources(tmp_path, monkey
     folder.mkdir(parents=True)
     monkeypatch.setattr(environment, "__file__", str(folder / "environment.py"))
     assert environment._commit() == "unknown"
+
+
+def test_a_profile_counts_the_second_of_two_loops(tmp_path):
+    """The first one pays for the profiler's start."""
+    plan, trace = fd.solvers.ddim(fd.schedules.VP(), 4), tmp_path / "trace.json"
+    result = profile_run(lambda x, t: x.sin(), plan, (2, 8), trace=trace)
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("cat") == "user_annotation"]
+    begins = {e["name"]: e["ts"] for e in events if "row" not in e["name"]}
+    assert sum(e["name"] == "row 0" for e in events) == 2 and begins["first loop, not counted"] < begins["sample"]
+    assert next(t["calls"] for t in result["top"] if t["name"] == "aten::sin") == 1
+    assert sum(result["parts"].values()) == pytest.approx(result["profiled_us"])
+
+
+def test_a_peer_that_ends_in_nan_leaves_json(tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        return Stock("broken", lambda: None, lambda x, generator: x * float("nan"))
+
+    monkeypatch.setattr(throughput, "diffusers_loop", broken)
+    monkeypatch.setattr(suite, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(suite, "QUICK_S", 0.01)
+    argv = ["--quick", "--no-compile", "--peers", "torch", "diffusers", "--schedules", "edm", "--solvers", "euler"]
+    path = tmp_path / "a.json"
+    assert suite.main([*argv, "--device", "cpu", "--shapes", "1x8", "--steps", "3", "--json", str(path)]) == 0
+    row = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"][0]
+    assert row["differs"]["diffusers"] is None and "differs by nan" in row["skipped"]["diffusers"]

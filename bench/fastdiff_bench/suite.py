@@ -116,7 +116,17 @@ def save(path: Path | None, data: dict[str, Any]) -> None:
     """Writes the results so far, whole or not at all; of a row's rounds the summary."""
     if path is not None:
         rows = [{k: v for k, v in row.items() if k != "times"} for row in data["rows"]]
-        write_atomic(path, (json.dumps(data | {"rows": rows}, indent=1) + "\n").encode())
+        text = json.dumps(_finite(data | {"rows": rows}), indent=1, allow_nan=False)
+        write_atomic(path, f"{text}\n".encode())
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - anything JSON holds
+    """The same with null for what JSON has no number for, as the difference of a peer that ends in NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def text(data: dict[str, Any]) -> str:
