@@ -49,8 +49,16 @@ def test_the_verdict_of_gpu_sh_is_the_exit_status_of_every_test_file(code, says,
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == (code != 0), done.stdout + done.stderr
     lines = (out / "tests.txt").read_text().splitlines()
-    assert len(lines) == 32 and "gpu: 5 passed in 0.1s" in lines
+    assert len(lines) == 34 and "gpu: 5 passed in 0.1s" in lines
     assert [line for line in lines if line.startswith("rng: ")][0].startswith(says)
+
+
+def test_every_file_that_tests_a_kernel_is_in_gpu_sh():
+    listed = re.search(r"^files=\((.*?)\)", (ROOT / "bench" / "gpu.sh").read_text(), re.S | re.M)[1].split()
+    runs = re.compile(r"^def test_\w+\([^)]*\b(kernel_device|device)\b|mark\.gpu\b", re.M)
+    files = [path for path in (ROOT / "tests").glob("test_*.py") if runs.search(path.read_text())]
+    found = {path.stem.removeprefix("test_") for path in files}
+    assert found <= set(listed) and len(set(listed)) == len(listed)
 
 
 @pytest.mark.parametrize("file", ["bench/gpu.sh", "Makefile"])
