@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import fastdiff as fd
 from fastdiff.cli import main
 from fastdiff.names import load_model
-from fastdiff_bench import environment, kernels, suite, throughput
+from fastdiff_bench import environment, kernels, plots, suite, throughput
 from fastdiff_bench.cases import Case
 from fastdiff_bench.kernels_categorical import textbook_step
 from fastdiff_bench.profiling import profile_run
@@ -234,3 +234,19 @@ def test_a_peer_that_ends_in_nan_leaves_json(tmp_path, monkeypatch, capsys):
     assert suite.main([*argv, "--device", "cpu", "--shapes", "1x8", "--steps", "3", "--json", str(path)]) == 0
     row = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"][0]
     assert row["differs"]["diffusers"] is None and "differs by nan" in row["skipped"]["diffusers"]
+
+
+def test_a_steps_time_is_a_point_on_a_logarithmic_axis(tmp_path, monkeypatch):
+    """A bar's length says nothing there: it begins where the axis happens to."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plots.pyplot(), "close", figures.append)
+    slow, fast = {"median": 40.0, "p10": 30.0, "p90": 50.0}, {"median": 4.0, "p10": 3.0, "p90": 5.0}
+    times = {"torch": slow, "fastdiff eager": fast}
+    row = {"schedule": "vp", "solver": "ddim", "shape": [1, 8], "dtype": "fp32", "us": times}
+    plots.plot_throughput([row], tmp_path)
+    axis = figures[0].axes[0]
+    assert axis.get_xscale() == "log" and not axis.patches
+    assert [list(line.get_xdata()) for line in axis.lines] == [[30, 50], [40], [3, 5], [4]]
+    monkeypatch.undo()
+    plots.pyplot().close(figures[0])

@@ -241,6 +241,12 @@ def test_the_pull_is_the_log_probability_of_what_is_known():
     assert conditions._share(lambda x: logits.expand(2, 3), target, torch.tensor([1, 0])) == 0.5
 
 
+def test_a_seed_out_of_range_is_refused_before_anything_is_trained(tmp_path, capsys):
+    assert main(["demo", "--only", "schedules", "--seed", "-4", "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "a seed must be in 0 .. 2**63 - 1, got -4" in err and not (tmp_path / "out").exists()
+
+
 def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "sklearn" else object())
     assert main(["demo", "--out", str(tmp_path)]) == 2

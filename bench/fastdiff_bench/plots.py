@@ -50,14 +50,15 @@ def plot_throughput(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             middles.append(top + (len(shown) - 1) / 2)
             for name in shown:
                 v = row["us"][name]
-                axis.barh(top, v["median"], height=0.9, color=COLORS[name])
-                axis.plot([v["p10"], v["p90"]], [top, top], color="black", linewidth=0.8)
+                # no bars: on a logarithmic axis they begin nowhere
+                axis.plot([v["p10"], v["p90"]], [top, top], color=COLORS[name], linewidth=1.2)
+                axis.plot([v["median"]], [top], marker="o", markersize=5, color=COLORS[name])
                 top += 1
             top += 1
         axis.set_yticks(middles, [" ".join(label(r)[:2]) for r in some])
         axis.set_ylim(top - 0.6, -0.8)
         axis.set_xscale("log")
-        axis.set_xlabel("us a step (log scale; the line is p10 to p90)")
+        axis.set_xlabel("us a step (log scale; point: median, line: p10 to p90)")
         axis.set_title(f"one step, {shape}, {dtype}", loc="left", fontsize=11)
         axis.grid(axis="x", which="major", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastdiff.rng import checked_seed
+
 __all__ = ["PARTS", "MissingExtraError", "run_demo"]
 
 PARTS = ("schedules", "spiral", "digits", "bfn", "bfn_levels", "bfn_text")
@@ -37,13 +39,14 @@ def run_demo(
     Args: out: folder, made where missing. only: parts to run, of PARTS. seed: of training and sampling.
         say: receives the lines of progress and the table.
     Returns: the content of demo.json; "missed" lists the quality targets that were not met.
-    Raises: ValueError for an unknown part; MissingExtraError; OSError where `out` cannot be written.
+    Raises: ValueError for an unknown part or a bad seed; MissingExtraError; OSError where `out` cannot be written.
     """
     for name in only:
         if name not in PARTS:
             raise ValueError(f"unknown part {name!r}; valid: {', '.join(PARTS)}")
     if not only:
         raise ValueError(f"name at least one part of: {', '.join(PARTS)}")
+    checked_seed(seed, 0, 1)
     _require_extras()
     # these need the extras
     from fastdiff.demo import bfn, bfn_levels, bfn_text, digits, overview, report, spiral
