@@ -250,3 +250,10 @@ def test_a_steps_time_is_a_point_on_a_logarithmic_axis(tmp_path, monkeypatch):
     assert [list(line.get_xdata()) for line in axis.lines] == [[30, 50], [40], [3, 5], [4]]
     monkeypatch.undo()
     plots.pyplot().close(figures[0])
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    argv = [sys.executable, "-m", "fastdiff", "plan", "unipc", "--steps", "9", "--json"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 0
