@@ -114,6 +114,16 @@ def test_plain_torch_does_the_categorical_step_on_the_same_buffers(monkeypatch):
         assert state.dtype == torch.float32 and seen.dtype == plain[0].args[1].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("classes", [2, 5, 16385])
+def test_a_state_that_is_read_twice_must_move_once(classes, monkeypatch):
+    """bf16 logits and input, 2 bytes each, and the state in and out."""
+    monkeypatch.setattr(gpu_categorical, "QUICK", (classes,))
+    monkeypatch.setattr(gpu_categorical, "ELEMENTS", 8 * classes)
+    monkeypatch.setattr(gpu_categorical, "_plain_rows", lambda *args: iter(()))
+    [row] = gpu_categorical.categorical_rows(10.0, lambda calls: 2.0, quick=True, device="cpu")
+    assert row["gb_s"] == pytest.approx(12 * row["elements"] / 2.0 / 1e3) and row["of_copy"] == row["gb_s"] / 10
+
+
 def test_the_textbook_draws_two_classes_as_often_as_their_logit_says():
     step = textbook_step(3.0, 0.0)
     logits, state = torch.full((1, 20000, 1), 1.0), torch.zeros(1, 1, 20000, 1)

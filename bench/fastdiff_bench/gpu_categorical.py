@@ -46,7 +46,7 @@ def _plain_rows(K: int, plan: fd.Plan, sets: list[Set], graph_us: Timer) -> Iter
 def categorical_rows(
     copy: float, graph_us: Timer, *, quick: bool = False, device: str = "cuda"
 ) -> Iterator[dict[str, Any]]:
-    """us and GB/s of a step with bf16 logits and input (12 bytes an element, 16 for split rows), as fastdiff_bench.gpu.
+    """us and GB/s of a step with bf16 logits and input, 12 bytes an element, which split rows exceed.
 
     Args: copy: the copy bandwidth, GB/s.   graph_us: us of a call from replays of one graph of calls.
           quick: half of the numbers of classes.
@@ -69,7 +69,7 @@ def categorical_rows(
             )
 
         us = graph_us([partial(call, *s, keys=(seeds, index), table=table, row=row) for s in sets])
-        moved = (16 if K > 16384 else 12) * batch * tokens * width
+        moved = float(plan.bytes_per_element(model_bytes=m.element_size())[ROW]) * batch * tokens * width
         rate = moved / us / 1e3
         entry = {"what": f"categorical step K={K}", "elements": batch * tokens * width, "us": us}
         yield {**entry, "gb_s": rate, "of_copy": rate / copy}
