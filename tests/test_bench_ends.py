@@ -206,6 +206,7 @@ def test_a_full_disk_at_the_rows_prints_them(small, tmp_path, monkeypatch, capsy
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(suite, "write_atomic", full)
+    (tmp_path / "a.json").write_text("{}")  # of a run before: nothing of this one is in it
     argv = [*SMALL, "--shapes", "1x32", "--peers", "torch", "--json", str(tmp_path / "a.json")]
     assert suite.main(argv) == 2
     text, err = capsys.readouterr()

@@ -376,13 +376,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[""], help="only cases whose name contains one of these")
     parser.add_argument("--json", metavar="FILE", help="write all reports to a file")
     args = parser.parse_args(argv)
-    from fastdiff.commands.options import failed
+    from fastdiff.commands.options import failed, written
 
     found: list[dict[str, Any]] = []
+    before = written(args.json)
     try:
         return run(args, found)
     except (Exception, KeyboardInterrupt) as error:
-        return failed("bench", error, found=found, path=args.json)
+        return failed("bench", error, found=found, path=args.json, before=before)
 
 
 if __name__ == "__main__":

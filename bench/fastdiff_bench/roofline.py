@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.commands.options import failed, one_line
+from fastdiff.commands.options import failed, one_line, written
 from fastdiff_bench import options, tables
 from fastdiff_bench.cases import PEERS
 from fastdiff_bench.energy import Meter
@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options.parser().parse_args(argv, argparse.Namespace(roofline=True))
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     data: dict[str, Any] = {}
+    before = written(args.json)
     try:
         request = Request(args)
         if request.compile_only:
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"wrote {write_report(data, request.plot)}")
     except (Exception, KeyboardInterrupt) as error:
-        return failed("bench", error, found=data.get("roofline"), path=args.json)
+        return failed("bench", error, found=data.get("roofline"), path=args.json, before=before)
     return 0
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdiff.commands.options import failed
+from fastdiff.commands.options import failed, written
 from fastdiff.files import write_atomic
 from fastdiff.names import load_model
 from fastdiff_bench import options, tables
@@ -184,10 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 2 and a line for bad input or a failure, 1 where --compare finds slower rows."""
     args = options.parser().parse_args(argv)
     data: dict[str, Any] = {}
+    before = written(args.json)
     try:
         return run(data, Request(args), say=lambda line: print(line, file=sys.stderr, flush=True))
     except (Exception, KeyboardInterrupt) as error:
-        return failed("bench", error, found=data.get("rows"), path=args.json)
+        return failed("bench", error, found=data.get("rows"), path=args.json, before=before)
 
 
 if __name__ == "__main__":

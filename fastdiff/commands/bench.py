@@ -7,10 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-from fastdiff.commands.options import INTERRUPTED, failed
+from fastdiff.commands.options import INTERRUPTED, failed, written
 
 __all__ = ["add_bench", "run_bench"]
 
@@ -43,14 +42,6 @@ def measuring(*, large: bool = False) -> dict[str, str]:
     return env
 
 
-def _written(path: str | None) -> tuple[int, int] | None:
-    """What tells a file from the one that replaces it; None where there is none."""
-    if path is None or not Path(path).exists():
-        return None
-    found = Path(path).stat()
-    return found.st_ino, found.st_mtime_ns
-
-
 def run_bench(args: argparse.Namespace) -> int:
     """Bad input ends here, in a second; else the exit code is the measurement's."""
     from fastdiff_bench.options import Request, as_arguments
@@ -63,7 +54,7 @@ def run_bench(args: argparse.Namespace) -> int:
         command += ["--json", args.json] if args.json else []
     else:
         command = ["fastdiff_bench.roofline" if args.roofline else "fastdiff_bench.suite", *as_arguments(args)]
-    before_it = _written(args.json)
+    before_it = written(args.json)
     process = subprocess.Popen([sys.executable, "-m", *command], env=measuring(large=args.roofline))
     before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))  # it keeps what it has
     try:
@@ -78,7 +69,7 @@ def run_bench(args: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if code < 0:
-        now = _written(args.json)
+        now = written(args.json)
         kept = f"; what was measured before is in {args.json}" if now and now != before_it else ""
         return failed("bench", ValueError(f"the measuring process was ended by signal {-code} (no memory?){kept}"))
     return code

@@ -41,6 +41,7 @@ __all__ = [
     "shape",
     "solver_names",
     "writable",
+    "written",
 ]
 
 BAD_INPUT = 2
@@ -61,9 +62,11 @@ def one_line(error: BaseException) -> str:
     return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
 
 
-def failed(command: str, error: BaseException, *, found: Sequence[Any] | None = None, path: str | None = None) -> int:
+def failed(command: str, error: BaseException, *, found: Sequence[Any] | None = None, path: str | None = None,
+           before: tuple[int, int] | None = None) -> int:  # fmt: skip
     """Says on stderr, in one line, what ended a command, and where what it had found is kept.
 
+    Args: before: what `written` said of the path when the command began.
     Returns: the exit code: 130 for an interruption, else 2 (not Python's 1, which commands have other uses for).
     """
     line = f"error: {one_line(error)}"
@@ -73,7 +76,7 @@ def failed(command: str, error: BaseException, *, found: Sequence[Any] | None = 
         line = f"error: the model failed: {' '.join(str(error).split())}"
     elif isinstance(error, (UsageError, ValueError, TypeError, OSError)) and str(error):
         line = f"error: {' '.join(str(error).split())}"
-    kept = f"; what was measured before is in {path}" if found and path and Path(path).exists() else ""
+    kept = f"; what was measured before is in {path}" if found and written(path) not in (None, before) else ""
     print(f"fastdiff {command}: {line}{kept}", file=sys.stderr)
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT
 
@@ -137,6 +140,14 @@ def writable(option: str, text: str | None) -> Path | None:
     if path.is_dir():
         raise UsageError(f"{option}: {text!r} is a folder")
     return path
+
+
+def written(text: str | None) -> tuple[int, int] | None:
+    """What tells a file from the one that replaces it; None where there is none."""
+    if not text or not Path(text).exists():
+        return None
+    found = Path(text).stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def print_json(content: Any) -> None:
