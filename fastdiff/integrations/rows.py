@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.plan import Plan, stays_small
 
-__all__ = ["History", "HostRow", "Terms", "combine", "predict", "rows_of"]
+__all__ = ["History", "HostRow", "Terms", "combine", "predict", "reads_p", "rows_of"]
 
 X, M, P, N, S = 0, 1, 2, 3, 4  # where a term's tensor is found; S + place for the history
 Threshold = Callable[[Tensor], Tensor]
@@ -50,12 +50,17 @@ def rows_of(plan: Plan) -> list[HostRow]:
         keeps = any(_is_p(plan, k, i) for i in targets if a.write[k, i] > 0)
         made = {int(a.write[k, i]): _terms(plan, k, i, cut, keeps) for i in targets}
         slots = tuple((place - 1, terms) for place, terms in sorted(made.items()) if place)
-        uses_p = any(at == P for terms in made.values() for at, _ in terms)
+        uses_p = any(reads_p(terms) for terms in made.values())
         noisy = any(at == N for terms in made.values() for at, _ in terms)
         c_skip, c_out, lo, hi = (_single(v[k]) for v in (plan.c_skip, plan.c_out, plan.lo, plan.hi))
         ratio = _single(plan.c_out[k] / plan.c_skip[k]) if plan.c_skip[k] else 0.0
         rows.append(HostRow(c_skip, c_out, ratio, lo, hi, cut, uses_p, noisy, made.get(0, ((X, 1.0),)), slots))
     return rows
+
+
+def reads_p(terms: Terms) -> bool:
+    """Is x0 among the terms?"""
+    return any(at == P for at, _ in terms)
 
 
 def _is_p(plan: Plan, k: int, i: int) -> bool:

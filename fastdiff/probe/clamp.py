@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdiff.prediction import PREDICTIONS
-from fastdiff.probe.observe import Observation, Refused
+from fastdiff.probe.observe import Clamp, Observation, Refused
 from fastdiff.probe.realise import Table
 
 __all__ = ["Prediction", "end_of", "name_of", "prediction_of", "split"]
@@ -50,8 +50,7 @@ def prediction_of(seen: Observation, named: str | None, alpha: np.ndarray, sigma
     c_skip, c_out = np.full(N, np.nan), np.full(N, np.nan)
     lo, hi = np.full(N, -np.inf), np.full(N, np.inf)
     outputs = np.flatnonzero(seen.kinds == "m")
-    needed = np.abs(seen.state).max(axis=0) > 0
-    for clamp in (c for c in seen.clamps if needed[c.column]):
+    for clamp in _cuts(seen):
         k = clamp.row
         pair = _pair(clamp.argument.copy(), seen.state[k], outputs[k]) if k >= 0 else None
         if pair is None:
@@ -68,6 +67,19 @@ def prediction_of(seen: Observation, named: str | None, alpha: np.ndarray, sigma
         skip, out = _by_name(named, alpha, sigma)
         c_skip[unknown], c_out[unknown] = skip[unknown], out[unknown]
     return Prediction(c_skip, c_out, lo, hi)
+
+
+def _cuts(seen: Observation) -> list[Clamp]:
+    """The clamps whose results the states need; in a row without one, that of the x0 it reports."""
+    needed = np.abs(seen.state).max(axis=0) > 0
+    cuts = [c for c in seen.clamps if needed[c.column]]
+    rows = {c.row for c in cuts}
+    for c in seen.clamps:
+        told = seen.predicted[c.row] if c.row >= 0 else None
+        if told is not None and told[c.column] and c.row not in rows:
+            cuts.append(c)
+            rows.add(c.row)
+    return cuts
 
 
 def _by_name(named: str, alpha: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -117,13 +117,21 @@ def _choose(space: np.ndarray, x: np.ndarray, wanted: list[np.ndarray], edit: in
             return chosen
         if add(v):
             chosen.append(i)
-    for v in space:
+    for v in space if edit < 0 else _complement(space, x, [wanted[i] for i in chosen if isinstance(i, int)], edit):
         if len(basis) == len(space):
             break
-        v = v if edit < 0 else v - v[edit] / x[edit] * x
-        if add(v / np.linalg.norm(v)):
-            chosen.append(v / np.linalg.norm(v))
+        if add(v):
+            chosen.append(v)
     return chosen
+
+
+def _complement(space: np.ndarray, x: np.ndarray, named: list[np.ndarray], edit: int) -> np.ndarray:
+    """Orthonormal directions of the space without the edit, at right angles to the named ones: nothing cancels."""
+    free = space - np.outer(space[:, edit] / x[edit], x)
+    if named:
+        Q = np.linalg.qr(np.array(named).T)[0]
+        free = free - free @ Q @ Q.T
+    return _space(free)
 
 
 def _mixed(space: np.ndarray, x: np.ndarray, m: np.ndarray) -> list[np.ndarray]:

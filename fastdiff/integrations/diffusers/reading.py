@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from fastdiff.integrations.rows import HostRow, Terms, rows_of
+from fastdiff.integrations.rows import HostRow, Terms, reads_p, rows_of
 from fastdiff.plan import Plan
 from fastdiff.probe import probe
 from fastdiff.probe.host import on_host
@@ -218,9 +218,13 @@ def read(setup: Setup, options: Mapping[str, Any]) -> Reading:
     used = [k for k in range(plan.nfe) if plan.s[k].any()]
     last = used[-1] if used else -1
     draws = [int(plan.draws[k]) if k <= last else watched.draws[k] for k in range(plan.nfe)]
-    second = None if any(t is None for t in watched.second) else watched.second
+    terms = [t for t in watched.second if t is not None]
+    second = terms if len(terms) == len(watched.second) else None
+    rows = rows_of(plan)
+    if second is not None:  # a step that stays where it is has no use for the clamped x0 it returns
+        rows = [r._replace(uses_p=r.uses_p or (r.cut and reads_p(t))) for r, t in zip(rows, second, strict=True)]
     return Reading(
-        plan, rows_of(plan), draws, second, watched.after,  # type: ignore[arg-type]
+        plan, rows, draws, second, watched.after,
         plan.c_in.tolist(), plan.times.astype(np.float64).tolist(), threshold, _spread(plan),
     )  # fmt: skip
 
