@@ -98,7 +98,7 @@ def _restored(scheduler: Any) -> Any:
     if not is_accelerated(scheduler):
         return scheduler
     run = scheduler._fastdiff.run
-    if run is not None and run.started and run.next < run.count and not run.reading.memoryless:
+    if run is not None and run.remembers:
         raise RuntimeError(
             f"{scheduler._stock_class.__name__} is in the middle of a loop whose past the stock one has not seen: "
             f"restore it before set_timesteps, or after its last step"

@@ -47,6 +47,7 @@ class Run:
         self.rows, self.count = self.reading.rows, len(self.reading.rows)
         self.next: int = setup.begin - self.base if at is None else at.next
         self.started: bool = at is not None and at.started
+        self.index: int | None = getattr(setup.live, "_step_index", None)  # as this loop last left it
         self.history = History(self.reading.plan.allocate().physical - 1)
         self.shape: torch.Size | None = None
         self.signature: Any = None
@@ -63,6 +64,11 @@ class Run:
         new.history = self.history.clone()
         new.slab = None if self.slab is None else self.slab.clone()
         return new
+
+    @property
+    def remembers(self) -> bool:
+        """Is it in the middle, and would what it goes on with be lost?"""
+        return self.started and self.next < self.count and not self.reading.memoryless
 
     @staticmethod
     def options_of(kwargs: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,9 +128,23 @@ class Run:
             )
         return k
 
-    def scale(self, sample: Tensor, timestep: Any) -> Tensor:
+    def moved(self, owner: Any) -> bool:
+        """Was step_index changed by hand?"""
+        return getattr(owner, "_step_index", None) != self.index
+
+    def jump(self, index: int) -> bool:
+        """Goes on at that step_index; False where this loop has no such row."""
+        inside = self.base <= index < self.base + self.count
+        if inside:
+            self.next, self.index = index - self.base, index
+        return inside
+
+    def scale(self, owner: Any, sample: Tensor, timestep: Any) -> Tensor:
         """The model's input."""
-        c = self.reading.c_in[self.row_of(timestep)]
+        k = self.row_of(timestep)
+        if hasattr(owner, "_step_index") and owner._step_index is None:
+            owner._step_index = self.index = self.base + k  # as stock, for those who look up their sigma
+        c = self.reading.c_in[k]
         return sample if c == 1.0 else sample * c
 
     def adopt(self, x: Tensor, m: Tensor) -> None:
@@ -258,7 +278,7 @@ class Run:
         self.started = True
         after = self.reading.after[k]
         if after is not None:
-            owner._step_index = after
+            owner._step_index = self.index = after
         if kwargs.get("return_dict", True):
             if self.make is not None:
                 return self.make(given, later)

@@ -20,6 +20,8 @@ from fastdiff.probe.host import on_host
 
 __all__ = ["Accelerated", "Settings", "accelerated_class"]
 
+PLAIN = (bool, int, float, str, type(None))
+OF_A_LOOP = ("_step_index", "_begin_index", "is_scale_input_called")  # attributes that a loop itself changes
 SIMILAR = 5e-3  # of a table in float32 against float64: larger differences are somebody's edit
 
 
@@ -33,25 +35,30 @@ class Settings:
         self.run: Run | None = None
         self.options: dict[str, Any] = {}  # of step, in the last loop
         self.stock: str | None = None  # the reason why stock steps run in this loop
+        self.lost = False  # pickled in the middle of a loop, without its past
         self.warned: set[str] = set()
 
     def restart(self) -> None:
         """Forgets the loop."""
         self.run = self.stock = None
+        self.lost = False
 
     def __deepcopy__(self, memo: Any) -> Settings:
         new = Settings(self.noise, self.seed, self.compiled)
-        new.call, new.options, new.stock = self.call, dict(self.options), self.stock
+        new.call, new.options, new.stock, new.lost = self.call, dict(self.options), self.stock, self.lost
         new.run = None if self.run is None else self.run.clone()
         return new
 
     def __reduce__(self) -> Any:
-        return _settings, (self.noise, self.seed, self.compiled, self.call, self.options)
+        lost = self.lost or (self.run is not None and self.run.remembers)
+        return _settings, (self.noise, self.seed, self.compiled, self.call, self.options, lost)
 
 
-def _settings(noise: str, seed: int, compiled: bool, call: Any, options: dict[str, Any]) -> Settings:
+def _settings(
+    noise: str, seed: int, compiled: bool, call: Any, options: dict[str, Any], lost: bool = False
+) -> Settings:
     new = Settings(noise, seed, compiled)
-    new.call, new.options = call, options
+    new.call, new.options, new.lost = call, options, lost
     return new
 
 
@@ -75,6 +82,11 @@ class Accelerated:
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._stock_class, dict(vars(self)))
 
+    def __copy__(self) -> Any:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(vars(self), _fastdiff=copy.deepcopy(self._fastdiff))
+        return new
+
     def __deepcopy__(self, memo: Any) -> Any:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -94,12 +106,39 @@ class Accelerated:
         kept, stock = self._fastdiff, self._stock_class
         if kept.call is None and getattr(self, "num_inference_steps", None) is None and not _trains_whole(self):
             raise RuntimeError(f"{stock.__name__}.step was called before set_timesteps: call set_timesteps(n) first")
+        if kept.lost:
+            raise RuntimeError(
+                f"{stock.__name__} was pickled in the middle of a loop that remembers its past, which a pickle does "
+                f"not hold: call set_timesteps"
+            )
         setup = Setup(stock, self, kept.call, 0, False, False)
-        begin = getattr(self, "_begin_index", None)
-        at = position_of(timestep, self.timesteps) if begin is None else int(begin)
+        at, told = self._fastdiff_place(timestep)
         if not 0 <= at < setup.calls:
             raise ValueError(f"begin_index {at} is outside the schedule of {setup.calls} steps")
-        return setup._replace(begin=at, indexed=begin is not None, own=_edited(setup))
+        return setup._replace(begin=at, indexed=told, own=_edited(setup))
+
+    def _fastdiff_place(self, timestep: Any) -> tuple[int, bool]:
+        """The number of the call that takes this timestep, and whether an index tells it, as stock asks."""
+        for name in ("_step_index", "_begin_index"):
+            index = getattr(self, name, None)
+            if index is not None:
+                return int(index), True
+        return position_of(timestep, self.timesteps), False
+
+    def _fastdiff_current(self, timestep: Any) -> Run | None:
+        """The running loop, at the step_index that somebody gave it; None where another has to begin there."""
+        kept = self._fastdiff
+        run = kept.run
+        if run is None or not run.moved(self):
+            return run
+        if run.started and not run.reading.memoryless:
+            raise RuntimeError(
+                f"{self._stock_class.__name__}'s step_index was changed by hand in the middle of a loop that remembers "
+                f"its past: call set_timesteps"
+            )
+        if not run.reading.memoryless or not run.jump(self._fastdiff_place(timestep)[0]):
+            kept.run = None
+        return kept.run
 
     def _fastdiff_options(self, timestep: Any, kwargs: dict[str, Any], m: Tensor, x: Tensor) -> Run:
         """The run for these options of step: a new one, or the running one from where it is if it carries nothing."""
@@ -146,9 +185,9 @@ def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> T
     timestep = args[0] if args else kwargs.get("timestep")
     if kept.stock is None and timestep is not None:
         try:
-            run = kept.run or self._fastdiff_run(timestep, kept.options, len(sample), None)
+            run = self._fastdiff_current(timestep) or self._fastdiff_run(timestep, kept.options, len(sample), None)
             self.is_scale_input_called = True
-            return run.scale(sample, timestep)
+            return run.scale(self, sample, timestep)
         except Unsupported as reason:
             self._fastdiff_stock(str(reason))
     return self._stock_class.scale_model_input(self, sample, *args, **kwargs)
@@ -160,7 +199,7 @@ def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: 
         if args:
             kwargs = _named(self._stock_class, args, kwargs)
         try:
-            run = kept.run
+            run = self._fastdiff_current(timestep)
             if run is None or not run.takes(kwargs):
                 run = self._fastdiff_options(timestep, kwargs, model_output, sample)
             result = run.step(self, model_output, timestep, sample, kwargs, kept)
@@ -185,8 +224,11 @@ def _edited(setup: Setup) -> bool:
     """Does the live scheduler differ from what its configuration and set_timesteps make?"""
     if setup.live._fastdiff.call is None and getattr(setup.live, "num_inference_steps", None) is not None:
         return True  # set_timesteps ran before it was accelerated
-    fresh = _tables(setup)
-    for name, want in fresh.items():
+    tables, plain = _made(setup)
+    live = vars(setup.live)
+    if any(_is_plain(live.get(name)) and live[name] != want for name, want in plain.items()):
+        return True
+    for name, want in tables.items():
         got = getattr(setup.live, name, None)
         if isinstance(got, Tensor) and got.shape != want.shape:
             return True
@@ -197,22 +239,30 @@ def _edited(setup: Setup) -> bool:
     return False
 
 
-_TABLES: dict[Any, dict[str, np.ndarray]] = {}
+_MADE: dict[Any, tuple[dict[str, np.ndarray], dict[str, Any]]] = {}
 
 
-def _tables(setup: Setup) -> dict[str, np.ndarray]:
+def _made(setup: Setup) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tables, and the numbers and words beside them, that the configuration and set_timesteps make."""
     key = key_of(setup, {})
-    if key is None or key not in _TABLES:
+    if key is None or key not in _MADE:
         with on_host():
             s = setup._replace(own=False, begin=0, indexed=False).make()
         found = {n: getattr(s, n, None) for n in ("timesteps", "sigmas", "alphas_cumprod")}
-        made = {n: v.detach().cpu().double().numpy() for n, v in found.items() if isinstance(v, Tensor)}
+        tables = {n: v.detach().cpu().double().numpy() for n, v in found.items() if isinstance(v, Tensor)}
+        made = tables, {n: v for n, v in vars(s).items() if n not in OF_A_LOOP and _is_plain(v)}
         if key is None:
             return made
-        if len(_TABLES) > 256:
-            _TABLES.clear()
-        _TABLES[key] = made
-    return _TABLES[key]
+        if len(_MADE) > 256:
+            _MADE.clear()
+        _MADE[key] = made
+    return _MADE[key]
+
+
+def _is_plain(v: Any) -> bool:
+    if type(v) in (list, tuple):
+        return all(isinstance(one, PLAIN) for one in v)
+    return isinstance(v, PLAIN)
 
 
 def _named(stock: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
