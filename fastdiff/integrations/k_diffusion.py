@@ -37,6 +37,7 @@ __all__ = [
     "sample_lms",
 ]
 
+NEARLY = 1 - 1e-9
 Model = Callable[..., Tensor]
 Extra = Mapping[str, Any] | None
 Callback = Callable[[dict[str, Any]], Any] | None
@@ -174,7 +175,8 @@ def sample_dpmpp_sde(
     r: float = 1 / 2,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++ for the SDE: two calls a step, two increments of one Brownian path."""
-    make = maker(solvers.dpmpp_sde, of_alpha=True, eta=eta, s_noise=s_noise, r=r)
+    # at r = 1 itself the second draw has no row of its own, and a noise_sampler need not repeat the first
+    make = maker(solvers.dpmpp_sde, of_alpha=True, eta=eta, s_noise=s_noise, r=NEARLY if r == 1 else r)
     loop = Loop(make, 2, checked(sigmas), model, x, sigmas, extra_args)
     return loop.run(
         callback, disable, loop.twice(noise_sampler, r, flow=bool(_comfyui.get()), exact=_comfyui.get() is not None)

@@ -64,7 +64,7 @@ class _Table(NamedTuple):
     rows: list[HostRow]
     times: np.ndarray
     places: int
-    shares: np.ndarray  # [N] of the noise in slot 1 of the row before: for two increments of one path
+    shares: np.ndarray  # [N, 2] of what slot 1 of the row before holds and of the row's own: two increments of a path
 
 
 def _table(make: Maker, key: Any, sigmas: np.ndarray, hat: np.ndarray | None) -> _Table:
@@ -86,12 +86,13 @@ def _table(make: Maker, key: Any, sigmas: np.ndarray, hat: np.ndarray | None) ->
 
 
 def _shares(plan: Plan) -> np.ndarray:
-    """[N] correlation of each row's noise with what the row before left in slot 1."""
-    shares = np.zeros(plan.nfe)
+    """[N, 2] the noise that the row before left in slot 1, and each row's own, of their sum's deviation."""
+    shares = np.tile([0.0, 1.0], (plan.nfe, 1))
     if plan.slots > 1:
         before, now = plan.s[:-1, 1], plan.s[1:, 0]
         size = np.hypot(before, now)
-        shares[1:] = np.where(size > 0, before / np.where(size > 0, size, 1), 0)
+        drawn = now > 0
+        shares[1:][drawn] = np.stack([before, now], 1)[drawn] / size[drawn, None]
     return shares
 
 
@@ -206,8 +207,8 @@ class Loop:
             if stage == 0:
                 first[:] = [noise(level[i], middle[i]).clone()]  # its buffer may serve the next draw too
                 return first[0]
-            q, w = float(self.table.shares[at + 1]), noise(level[i], level[i + 1])
-            return (w - q * first[0]) / (1 - q * q) ** 0.5
+            (q, own), w = self.table.shares[at + 1].tolist(), noise(level[i], level[i + 1])
+            return (w - q * first[0]) / own
 
         return draw
 

@@ -14,12 +14,13 @@ from fastdiff.plan import Plan, stays_small
 __all__ = ["History", "HostRow", "Terms", "combine", "predict", "reads_p", "rows_of"]
 
 X, M, P, N, S = 0, 1, 2, 3, 4  # where a term's tensor is found; S + place for the history
+ONE = 1e-12  # as near to 1 as a probe's solution of it
 Threshold = Callable[[Tensor], Tensor]
 Terms = tuple[tuple[int, float], ...]
 
 
 class HostRow(NamedTuple):
-    """One row in fp32 host numbers; physical slot 0 is x itself, which is read and never written.
+    """One row in host numbers; physical slot 0 is x itself, which is read and never written.
 
     out: terms of x'. slots: (place, terms) of the history. prediction: x0 = clamp(c_skip x + c_out m).
     uses_p: a term reads it. cut: it is clamped.
@@ -41,7 +42,7 @@ def rows_of(plan: Plan) -> list[HostRow]:
     """The plan's rows for `History`.
 
     Where x0 is neither clamped nor kept, it is folded into x and m: (A + b c_skip) x + (d + b c_out) m, summed in
-    float64 and rounded once, which saves passes; but not where x would be taken many times (see Plan.sums).
+    float64, which saves passes; but not where x would be taken many times (see Plan.sums).
     """
     a, rows = plan.allocate(), []
     for k in range(plan.nfe):
@@ -52,8 +53,8 @@ def rows_of(plan: Plan) -> list[HostRow]:
         slots = tuple((place - 1, terms) for place, terms in sorted(made.items()) if place)
         uses_p = any(reads_p(terms) for terms in made.values())
         noisy = any(at == N for terms in made.values() for at, _ in terms)
-        c_skip, c_out, lo, hi = (_single(v[k]) for v in (plan.c_skip, plan.c_out, plan.lo, plan.hi))
-        ratio = _single(plan.c_out[k] / plan.c_skip[k]) if plan.c_skip[k] else 0.0
+        c_skip, c_out, lo, hi = (float(v[k]) for v in (plan.c_skip, plan.c_out, plan.lo, plan.hi))
+        ratio = float(plan.c_out[k] / plan.c_skip[k]) if plan.c_skip[k] else 0.0
         rows.append(HostRow(c_skip, c_out, ratio, lo, hi, cut, uses_p, noisy, made.get(0, ((X, 1.0),)), slots))
     return rows
 
@@ -77,14 +78,14 @@ def _terms(plan: Plan, k: int, i: int, cut: bool, keeps: bool) -> Terms:
         d += b * plan.c_out[k]
         b = 0.0
     read = plan.allocate().read[k]
-    terms = [(X if j == 0 else S + int(read[j]) - 1, _single(c)) for j, c in enumerate(A) if c]
-    terms += [(at, _single(c)) for at, c in ((P, b), (M, d), (N, plan.s[k, i])) if c]
+    terms = [(X if j == 0 else S + int(read[j]) - 1, _number(c)) for j, c in enumerate(A) if c]
+    terms += [(at, _number(c)) for at, c in ((P, b), (M, d), (N, plan.s[k, i])) if c]
     terms.sort(key=lambda term: term[1] != 1.0)  # a first coefficient of 1 saves a pass
     return tuple(terms)
 
 
-def _single(c: float) -> float:
-    return float(np.float32(c))
+def _number(c: float) -> float:
+    return 1.0 if abs(c - 1) <= ONE else float(c)
 
 
 def combine(terms: Terms, tensors: list[Tensor | None], out: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ def accelerate(obj: Any, *, noise: str = "torch", seed: int = 0, compile: bool =
     Returns: an instance of a subclass of the stock class, which saves under the stock name; or the pipeline. A class
         whose step takes something else than (model_output, timestep, sample) stays as it is, with a RuntimeWarning.
     Raises: TypeError: neither a scheduler nor a pipeline with one. ValueError: an unknown noise or seed.
-    Numerics: fp32 arithmetic; within 2e-6 of the stock code run in float64, relative to the largest value.
+    Numerics: fp32 arithmetic, fp64 of float64 samples; within 2e-6 of the stock code run in float64, relative to the largest value.
     """
     if noise not in NOISES:
         raise ValueError(f"unknown noise {noise!r}; valid: {', '.join(NOISES)}")
