@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastdiff as fd
+from fastdiff.integrations.diffusers import is_accelerated
 from tests.accelerate_cases import TOLERANCE, exact, far, loop, make, start
 from tests.probe_cases import SD, Case
 
@@ -171,3 +172,31 @@ def test_scale_factors_set_later_run_the_stock_step():
         results.append(x)
     assert any("runs its stock step" in str(w.message) for w in said)
     assert torch.equal(*results)
+
+
+def combined():
+    """A pipeline made of two, its networks left out."""
+    names = ("tokenizer", "text_encoder", "decoder", "vqgan", "prior_prior", "prior_text_encoder", "prior_tokenizer")
+    schedulers = {name: diffusers.DDPMWuerstchenScheduler() for name in ("scheduler", "prior_scheduler")}
+    return diffusers.StableCascadeCombinedPipeline(**dict.fromkeys(names), **schedulers)
+
+
+def test_pipelines_inside_a_pipeline_share_its_schedulers():
+    pipe = combined()
+    fd.accelerate(pipe)
+    assert is_accelerated(pipe.scheduler) and is_accelerated(pipe.prior_scheduler)
+    assert pipe.decoder_pipe.scheduler is pipe.scheduler and pipe.prior_pipe.scheduler is pipe.prior_scheduler
+    fd.restore(pipe)
+    assert type(pipe.scheduler) is type(pipe.prior_scheduler) is diffusers.DDPMWuerstchenScheduler
+    assert pipe.decoder_pipe.scheduler is pipe.scheduler and pipe.prior_pipe.scheduler is pipe.prior_scheduler
+
+
+def test_a_refused_restore_changes_nothing():
+    pipe = combined()
+    pipe.register_modules(prior_scheduler=diffusers.UniPCMultistepScheduler())
+    fd.accelerate(pipe)
+    pipe.prior_scheduler.set_timesteps(6)
+    called(pipe.prior_scheduler, 0, torch.ones(1, 1, 2, 2))
+    with pytest.raises(RuntimeError, match="in the middle of a loop"):
+        fd.restore(pipe)
+    assert is_accelerated(pipe.scheduler) and is_accelerated(pipe.decoder_pipe.scheduler)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from fastdiff.integrations.diffusers.models import as_model, flux_arguments
@@ -19,7 +21,8 @@ def accelerate(obj: Any, *, noise: str = "torch", seed: int = 0, compile: bool =
 
     Args:
         obj: a scheduler (the result is a new object that shares its state; the given one stays as it is) or a pipeline
-            (its schedulers are exchanged in place, and it is returned). Accelerating twice changes nothing.
+            (its schedulers, and those of pipelines inside it, are exchanged in place, and it is returned). Accelerating
+            twice changes nothing.
         noise: "torch" draws as stock does: the same generator gives the same picture. "philox" does not depend on the
             batch, and costs nothing on CUDA, where the step draws it; its seeds are those of the generators step is
             given, or `seed`.
@@ -27,7 +30,7 @@ def accelerate(obj: Any, *, noise: str = "torch", seed: int = 0, compile: bool =
     Returns: an instance of a subclass of the stock class, which saves under the stock name; or the pipeline. A class
         whose step takes something else than (model_output, timestep, sample) stays as it is, with a RuntimeWarning.
     Raises: TypeError: neither a scheduler nor a pipeline with one. ValueError: an unknown noise or seed.
-    Numerics: fp32 arithmetic, fp64 of float64 samples; within 2e-6 of the stock code run in float64, relative to the largest value.
+    Numerics: fp32 arithmetic (fp64 of float64 samples); within 2e-6 of the largest value of stock's run in float64.
     """
     if noise not in NOISES:
         raise ValueError(f"unknown noise {noise!r}; valid: {', '.join(NOISES)}")
@@ -35,9 +38,7 @@ def accelerate(obj: Any, *, noise: str = "torch", seed: int = 0, compile: bool =
         raise ValueError(f"seed must be an int in 0..2^62 - 1, got {seed!r}")
     if _is_scheduler(obj):
         return _accelerated(obj, noise, seed, compile)
-    for name, scheduler in _schedulers(obj).items():
-        setattr(obj, name, _accelerated(scheduler, noise, seed, compile))
-    return obj
+    return _exchanged(obj, functools.partial(_accelerated, noise=noise, seed=seed, compiled=compile, level=4))
 
 
 def restore(obj: Any) -> Any:
@@ -48,9 +49,7 @@ def restore(obj: Any) -> Any:
     """
     if _is_scheduler(obj):
         return _restored(obj)
-    for name, scheduler in _schedulers(obj).items():
-        setattr(obj, name, _restored(scheduler))
-    return obj
+    return _exchanged(obj, _restored)
 
 
 def is_accelerated(scheduler: Any) -> bool:
@@ -62,19 +61,31 @@ def _is_scheduler(obj: Any) -> bool:
     return hasattr(obj, "step") and hasattr(obj, "set_timesteps")
 
 
-def _schedulers(pipe: Any) -> dict[str, Any]:
-    components = getattr(pipe, "components", None)
-    found = {}
-    if isinstance(components, dict):
-        found = {name: value for name, value in components.items() if _is_scheduler(value)}
+def _exchanged(pipe: Any, new: Callable[[Any], Any]) -> Any:
+    """The pipeline, and the pipelines it is made of, with other schedulers; a shared one stays shared."""
+    inner = [v for v in getattr(pipe, "__dict__", {}).values() if hasattr(v, "components")]
+    found = [(owner, name, scheduler) for owner in (pipe, *inner) for name, scheduler in _schedulers(owner).items()]
     if not found:
         raise TypeError(
             f"accelerate and restore take a diffusers scheduler or a pipeline with one, got {type(pipe).__name__}"
         )
-    return found
+    made: dict[int, Any] = {}
+    for *_, scheduler in found:
+        if id(scheduler) not in made:
+            made[id(scheduler)] = new(scheduler)
+    for owner, name, scheduler in found:
+        setattr(owner, name, made[id(scheduler)])
+    return pipe
 
 
-def _accelerated(scheduler: Any, noise: str, seed: int, compiled: bool) -> Any:
+def _schedulers(pipe: Any) -> dict[str, Any]:
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        return {}
+    return {name: value for name, value in components.items() if _is_scheduler(value)}
+
+
+def _accelerated(scheduler: Any, noise: str, seed: int, compiled: bool, level: int = 3) -> Any:
     from fastdiff.integrations.diffusers.reading import refusal
     from fastdiff.integrations.diffusers.scheduler import Settings, accelerated_class
 
@@ -86,7 +97,7 @@ def _accelerated(scheduler: Any, noise: str, seed: int, compiled: bool) -> Any:
     stock: Any = type(scheduler)
     why = refusal(stock)
     if why is not None:
-        warnings.warn(f"{stock.__name__} stays as it is: {why}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{stock.__name__} stays as it is: {why}", RuntimeWarning, stacklevel=level)
         return scheduler
     new: Any = object.__new__(accelerated_class(stock))
     new.__dict__.update(vars(scheduler))
