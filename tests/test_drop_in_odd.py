@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 import fastdiff as fd
 from fastdiff.integrations.diffusers import is_accelerated
+from fastdiff.probe.observe import globals_of, lifted
 from tests.accelerate_cases import TOLERANCE, exact, far, loop, make, start
 from tests.probe_cases import SD, Case
 
@@ -200,3 +203,34 @@ def test_a_refused_restore_changes_nothing():
     with pytest.raises(RuntimeError, match="in the middle of a loop"):
         fd.restore(pipe)
     assert is_accelerated(pipe.scheduler) and is_accelerated(pipe.decoder_pipe.scheduler)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_another_threads_first_loop_waits_for_a_reading(name):
+    """While one is read, torch's default dtype is float64: no other schedule and no other result may take it on."""
+    ours, x = both(name)[1], torch.ones(1, 1, 2, 2)
+    ours.register_to_config(of_this_test=name)  # a configuration that nobody has read
+    dtypes = []
+
+    def first_loop():
+        ours.set_timesteps(6)
+        dtypes.extend(v.dtype for v in (ours.timesteps, ours.sigmas, called(ours, 0, x)))
+
+    other = threading.Thread(target=first_loop)
+    with lifted(None, globals_of(ours)):
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+    other.join()
+    assert len(dtypes) == 3 and torch.float64 not in dtypes
+
+
+def test_numpy_is_lifted_in_its_own_thread_alone():
+    module = {"np": np}
+    dtypes = []
+    with lifted(None, [module]):
+        dtypes.append(module["np"].float32)
+        other = threading.Thread(target=lambda: dtypes.append(module["np"].float32))
+        other.start()
+        other.join()
+    assert dtypes == [np.float64, np.float32] and module["np"] is np

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.probe.host import on_host
 
-__all__ = ["Clamp", "Observation", "Overflow", "Recorder", "Refused", "lifted"]
+__all__ = ["LOCK", "Clamp", "Observation", "Overflow", "Recorder", "Refused", "lifted"]
 
 RIDER_SCALES = (1.0, 1.0, 30.0, 1000.0)
 RIDERS = len(RIDER_SCALES) + 1  # and a column of zeros
@@ -38,7 +38,7 @@ LEAVING = {"_local_scalar_dense", "is_nonzero", "equal"}
 ESCAPING = {"numpy", "tolist", "__array__"}
 
 as_numpy = Tensor.numpy
-_lock = threading.RLock()
+LOCK = threading.RLock()  # held while the default dtype is another
 
 
 class Refused(ValueError):
@@ -336,9 +336,16 @@ def _functions(recorder: Recorder | None) -> Iterator[None]:
 
 
 class _Numpy:
-    """NumPy with float32 read as float64."""
+    """NumPy with float32 read as float64, in the thread that made it."""
 
-    float32 = single = np.float64
+    def __init__(self) -> None:
+        self.owner = threading.get_ident()
+
+    @property
+    def float32(self) -> Any:
+        return np.float64 if threading.get_ident() == self.owner else np.float32
+
+    single = float32
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
@@ -351,7 +358,7 @@ def lifted(recorder: Recorder | None, namespaces: list[dict[str, Any]]) -> Itera
     One at a time: a lock holds other threads back, because the default dtype and module globals change. Inference mode
     is left: in it `Tensor.to(torch.float32)` and its like reach no dispatch mode.
     """
-    with _lock:
+    with LOCK:
         saved = [(g, key, value) for g in namespaces for key, value in g.items() if value is np]
         before = torch.get_default_dtype()
         try:

@@ -18,6 +18,7 @@ from fastdiff.integrations.rows import HostRow, Terms, reads_p, rows_of
 from fastdiff.plan import Plan
 from fastdiff.probe import probe
 from fastdiff.probe.host import on_host
+from fastdiff.probe.observe import LOCK
 
 __all__ = ["Dialect", "Reading", "Setup", "dialect_of", "read", "refusal"]
 
@@ -267,7 +268,7 @@ def dialect_of(setup: Setup, options: Mapping[str, Any], x: Tensor, m: Tensor) -
     """What one stock step says on a tiny sample of these dtypes; torch's random state stays as it was."""
     shape = (1, *x.shape[1:2], *(1 for _ in x.shape[2:]))
     answers = []
-    with torch.random.fork_rng(devices=[]), on_host(), torch.no_grad(), _Draws() as draws:
+    with LOCK, torch.random.fork_rng(devices=[]), on_host(), torch.no_grad(), _Draws() as draws:
         for return_dict in (True, False):
             s = setup.make()
             t = s.timesteps[setup.begin]

@@ -17,6 +17,7 @@ from fastdiff.integrations.diffusers.reading import Setup, refusal
 from fastdiff.integrations.diffusers.running import Run
 from fastdiff.integrations.diffusers.timesteps import position_of
 from fastdiff.probe.host import on_host
+from fastdiff.probe.observe import LOCK
 
 __all__ = ["Accelerated", "Settings", "accelerated_class"]
 
@@ -166,7 +167,8 @@ class Accelerated:
 
 def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
     _check_timesteps(type(self), args, kwargs)
-    result = self._stock_class.set_timesteps(self, *args, **kwargs)
+    with LOCK:
+        result = self._stock_class.set_timesteps(self, *args, **kwargs)
     kept = self._fastdiff
     kept.call = (args, kwargs)
     kept.restart()
@@ -246,7 +248,7 @@ def _made(setup: Setup) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tables, and the numbers and words beside them, that the configuration and set_timesteps make."""
     key = key_of(setup, {})
     if key is None or key not in _MADE:
-        with on_host():
+        with LOCK, on_host():
             s = setup._replace(own=False, begin=0, indexed=False).make()
         found = {n: getattr(s, n, None) for n in ("timesteps", "sigmas", "alphas_cumprod")}
         tables = {n: v.detach().cpu().double().numpy() for n, v in found.items() if isinstance(v, Tensor)}
