@@ -51,6 +51,12 @@ class Second:
             self.kept = None
         return self.value
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """torch.stack and others read a tuple's entries without asking it."""
+        plain = (a._plain() if isinstance(a, LazyPair) else a for a in args)
+        return func(*plain, **(kwargs or {}))
+
     def whole(self, p: Tensor | None) -> bool:
         """Are the tensors it would read as they were?"""
         if self.versions is None:
@@ -108,6 +114,9 @@ def lazy_output(stock: type) -> Callable[[Tensor, Second | None], Any]:
             write(self, value)
         return value
 
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:  # dataclasses.replace, or type(out)(...), is stock's
+        return stock(*args, **kwargs) if args or kwargs else OrderedDict.__new__(cls)
+
     def write(self: Any, value: Any) -> None:
         self.__dict__["_second"] = value
         OrderedDict.__setitem__(self, second, value)
@@ -116,6 +125,7 @@ def lazy_output(stock: type) -> Callable[[Tensor, Second | None], Any]:
     body: dict[str, Any] = {name: settled(getattr(OrderedDict, name)) for name in reading}
     body |= {
         "__module__": f"{__name__}.{stock.__module__}",  # the name diffusers registers it under must be its own
+        "__new__": new,
         "__contains__": lambda self, key: key in (first, second),
         "__reduce__": lambda self: (stock, (getattr(self, first), getattr(self, second))),
         "__copy__": plain,
@@ -148,8 +158,8 @@ class LazyPair(tuple):
             return tuple.__getitem__(self, 0)
         return self._plain()[at]
 
-    def _plain(self) -> tuple[Tensor, Tensor]:
-        return tuple.__getitem__(self, 0), tuple.__getitem__(self, 1).get()
+    def _plain(self) -> tuple[Any, ...]:
+        return tuple(v.get() if isinstance(v, Second) else v for v in tuple.__iter__(self))
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._plain())
@@ -160,8 +170,13 @@ class LazyPair(tuple):
     def __add__(self, other: Any) -> tuple[Any, ...]:
         return self._plain() + other
 
-    def __radd__(self, other: Any) -> tuple[Any, ...]:
-        return other + self._plain()
+    def __radd__(self, other: Any) -> Any:
+        return other + self._plain() if isinstance(other, tuple) else NotImplemented  # list += self
+
+    def __mul__(self, times: Any) -> tuple[Any, ...]:
+        return self._plain() * times
+
+    __rmul__ = __mul__
 
     def __eq__(self, other: object) -> bool:
         return self._plain() == other
