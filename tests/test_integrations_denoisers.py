@@ -90,3 +90,20 @@ def test_no_denoiser_without_signal():
     model = from_denoiser(lambda x, s: x, schedules.Flow(), prediction="flow")
     with pytest.raises(ValueError, match="without signal"):
         model(torch.ones(SHAPE), torch.ones(2))
+
+
+@pytest.mark.parametrize("level", [0.0, 0.001, 0.02, 20.0, 80.0])
+def test_a_level_outside_of_the_schedule(level):
+    """k-diffusion's: x = y / sqrt(sigma^2 + 1), D = y - sigma eps, at the time of the nearest end."""
+    schedule = schedules.Betas(schedules.scaled_linear_betas(1000))
+    told = []
+
+    def model(x, t):
+        told.append(int(t[0]))
+        return torch.tanh(x)
+
+    y = max(level, 0.1) * torch.linspace(-2, 2, 16).reshape(1, 1, 4, 4)
+    want = y - level * torch.tanh(y / (level**2 + 1) ** 0.5)
+    got = to_denoiser(model, schedule)(y, torch.tensor([level]))
+    assert torch.allclose(got, want, rtol=0, atol=2e-7 * float(y.max()))
+    assert told == [0 if level < 1 else 999]

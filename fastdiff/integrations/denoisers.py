@@ -30,7 +30,7 @@ class _At:
         values = tuple(level.detach().double().reshape(-1).tolist())
         if values not in self.known:
             t = np.clip(self.schedule.t_of(-2 * np.log(np.array(values))), 0, self.schedule.t_max)
-            alpha, sigma = self.schedule.alpha_sigma(t)
+            alpha, sigma = _at_level(*self.schedule.alpha_sigma(t), np.array(values))
             c = conversion(self.prediction, alpha, sigma, sigma_data=0.5, sign=self.sign)
             time = np.asarray(self.schedule.model_time(t))
             told = torch.from_numpy(time if np.issubdtype(time.dtype, np.integer) else time.astype(np.float32))
@@ -42,6 +42,14 @@ class _At:
         return told.to(device, copy=True), *(v.to(device) for v in others)  # a network may change its time in place
 
 
+def _at_level(alpha: np.ndarray, sigma: np.ndarray, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """alpha, sigma with sigma = level alpha also outside of the schedule, where x keeps the size it has at the end."""
+    with np.errstate(invalid="ignore"):
+        outside = np.isfinite(level) & ~np.isclose(sigma, alpha * level, rtol=1e-6, atol=0)
+        near = np.where(outside, np.hypot(alpha, sigma) / np.hypot(1, level), alpha)
+        return near, np.where(outside, near * level, sigma)
+
+
 def to_denoiser(
     model: Callable[..., Tensor], schedule: Schedule, *, prediction: Prediction = "eps", sign: int = 1
 ) -> Callable[..., Tensor]:
@@ -50,6 +58,7 @@ def to_denoiser(
         D(y, sigma) = c_skip alpha y + c_out model(alpha y, t),   sigma(t) / alpha(t) = sigma,   x = alpha y
 
     Args: model: predicts `prediction` (not edm) at x = alpha x0 + sigma eps. sign: -1 where it returns minus that.
+        A level outside of the schedule has the time of its nearest end, and x the size it has there.
     Returns: denoiser(y, sigma [B], **cond) -> x0. It reads sigma on the host in every call.
     """
     at = _At(schedule, prediction, sign)
