@@ -341,14 +341,9 @@ class _Numpy:
     def __init__(self) -> None:
         self.owner = threading.get_ident()
 
-    @property
-    def float32(self) -> Any:
-        return np.float64 if threading.get_ident() == self.owner else np.float32
-
-    single = float32
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
+        lifts = name in ("float32", "single") and threading.get_ident() == self.owner
+        return np.float64 if lifts else getattr(np, name)
 
 
 @contextmanager
