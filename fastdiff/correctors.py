@@ -165,7 +165,9 @@ def predictor_corrector(
 
     def callback(k: int, t: Tensor, x: Tensor, x0: Tensor) -> Tensor | None:
         changed = None if after_row is None else after_row(k, t, x, x0)
-        x = x if changed is None else changed
-        return correct(k + 1, x) if k + 1 < plan.nfe else changed
+        fits = isinstance(changed, Tensor) and changed.shape == x.shape and changed.is_floating_point()
+        if k + 1 == plan.nfe or not (changed is None or fits):
+            return changed  # the sampler says what is wrong with it
+        return correct(k + 1, x if changed is None else changed)
 
     return sample(model, plan, shape, **{**sampling, "x_T": x, "x_init": None, "callback": callback, **draws})

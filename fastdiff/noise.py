@@ -198,7 +198,10 @@ class CallableNoise(Noise):
     def row(self, k: int) -> Tensor | None:
         n = None
         for _ in range(self.draws[k]):
+            version = self.like._version
             n = self.function(k, self.like)
+            if self.like._version != version:
+                raise ValueError(f"noise({k}, like) changed `like` in place, which is the state: return a new tensor")
             if not isinstance(n, Tensor):
                 raise TypeError(f"noise({k}, like) must return a Tensor, got {type(n).__name__}")
             if n.shape != self.like.shape:

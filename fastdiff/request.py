@@ -207,14 +207,15 @@ def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
             raise ValueError(
                 f"plan {plan.name!r} has a column of guidance weights: give uncond, or guidance=1 for no guidance"
             )
-        if o.guidance is not None and not (np.ndim(_host(o.guidance)) == 0 and float(_host(o.guidance)) == 1):
+        if o.guidance is not None and not ((w := _numbers(o.guidance)).ndim == 0 and w == 1):
             raise ValueError("guidance needs uncond, the model's arguments without the condition; got uncond=None")
         return None
     if value is None:
         raise ValueError("uncond was given without guidance; give guidance=w (1 is none)")
-    w = np.asarray(_host(value), np.float64)
-    if not np.all(np.isfinite(w)):
-        raise ValueError(f"guidance must be finite, got {value!r}")
+    w = _numbers(value)
+    with np.errstate(over="ignore"):
+        if not np.all(np.isfinite(w.astype(np.float32))):
+            raise ValueError(f"guidance must be finite in float32, got {value!r}")
     if w.ndim == 0:
         return None if w == 1 else torch.full((1, 1), float(w), dtype=torch.float32, device="cpu")
     if w.ndim == 1 and w.shape == (batch,):
@@ -227,8 +228,17 @@ def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
     )
 
 
-def _host(value: Any) -> Any:  # noqa: ANN401 - number, sequence, array or tensor
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+def _numbers(value: Any) -> np.ndarray:  # noqa: ANN401 - number, sequence, array or tensor
+    if isinstance(value, Tensor):
+        value = (value.double() if value.is_floating_point() else value).detach().cpu().numpy()
+    try:
+        w = np.asarray(value)
+        real = w.dtype.kind in "iuf"
+    except ValueError:  # rows of different lengths
+        real = False
+    if not real:
+        raise TypeError(f"guidance must be a number, or numbers a sample or a row, got {value!r}")
+    return w
 
 
 def _generators(o: Options, batch: int, device: torch.device) -> tuple[torch.Generator, ...]:
@@ -274,6 +284,8 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     batch, parameter = size[0], parameter_of(model)
     _one_of("mode", o.mode, MODES)
     _one_of("check_finite", o.check_finite, CHECK_FINITE)
+    if not isinstance(o.batched_guidance, bool):
+        raise TypeError(f"batched_guidance must be True or False, got {o.batched_guidance!r}")
     _one_of("guide", o.guide, RULES)
     if (o.guide != "cfg" or o.guide_options) and o.uncond is None:
         raise ValueError(f"guide={o.guide!r} needs uncond and guidance, got uncond=None")

@@ -126,15 +126,22 @@ def keys(
 
 def checked_seed(seed: int, first: int, batch: int) -> int:
     """The seed as an int, it and the index of a batch's first sample inside their ranges."""
-    if not 0 <= first <= 2**32 - batch:
+    if not 0 <= _whole("first", first) <= 2**32 - batch:
         raise ValueError(f"first must be in 0..2**32 - batch, got {first}")
     return _checked_seed(seed)
 
 
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    try:
+        return value.__index__()
+    except TypeError:  # a tensor of another kind
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+
+
 def _checked_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"a seed must be an int, got {type(seed).__name__} {seed!r}")
-    value = seed.__index__()
+    value = _whole("a seed", seed)
     if not 0 <= value < 2**63:
         raise ValueError(f"a seed must be in 0 .. 2**63 - 1, got {value}")
     return value

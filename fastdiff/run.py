@@ -238,7 +238,7 @@ class Run:
 
     def evaluate(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's output(s) at the current state: (m, None) or (cond, uncond)."""
-        version = self.model_in._version
+        version = self.model_in._version + t._version
         m = self.model(self.model_in, t, **self.cond)
         self._check(m)
         u = None
@@ -250,8 +250,10 @@ class Run:
             m = self.first.copy_(m)  # the second call may reuse the first one's memory
             u = self.model(self.model_in, t, **self.uncond)
             self._check(u)
-        if self.model_in._version != version:
-            raise ValueError("the model changed its input x in place; x is the sampler's state: let the model copy it")
+        if self.model_in._version + t._version != version:
+            for mine, time in zip(self.t, self.plan.times.tolist(), strict=True):
+                mine.fill_(time)
+            raise ValueError("the model changed its input x or t in place; both are the sampler's: let it copy them")
         return m, u
 
     def output_shape(self) -> tuple[int, ...]:

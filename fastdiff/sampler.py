@@ -48,8 +48,8 @@ class Sampler:
     """A model and a plan, with the buffers, compiled loops and captured graphs that sampling them again can reuse.
 
     Args:
-        model: model(x, t, **cond) -> Tensor of x's shape. x [B, *] is the sampler's own buffer: do not keep or change
-            it. t [B] is float32 or int64 (plan.times).
+        model: model(x, t, **cond) -> Tensor of x's shape. x [B, *] and t [B] are the sampler's own buffers: do not keep
+            or change them. t is float32 or int64 (plan.times).
         plan: from fastdiff.solvers. mode: see fd.sample; "auto" may capture a CUDA graph here, and keeps it if a
             measurement after warm-up shows it to be faster.
         options: any option of fd.sample, as a default for every call.
@@ -221,7 +221,8 @@ def _allocate(run: Run, plan: Plan) -> Trajectory:
 
 
 def _edit(run: Run, callback: Callback, k: int) -> None:
-    new = callback(k, run.t[k], run.x, run.x0)  # type: ignore[arg-type]
+    t = run.t[k][: len(run.x)].clone()  # the model's own is twice as long in batched guidance
+    new = callback(k, t, run.x, run.x0)  # type: ignore[arg-type]
     if new is not None:
         if not isinstance(new, Tensor):
             raise TypeError(f"callback must return None or a Tensor, got {type(new).__name__}")

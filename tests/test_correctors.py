@@ -244,7 +244,7 @@ def outputs(model: Any) -> Tensor:
         (lambda: outputs(lambda x, t: (x,)), TypeError, "the model must return a Tensor, got tuple; wrap it"),
         (lambda: outputs(lambda x, t: x[:1]), ValueError, r"must return the shape of its input, .* got \(1, 3, 4, 4\)"),
         (lambda: outputs(lambda x, t: x.double()), TypeError, "got torch.float64"),
-        (lambda: outputs(lambda x, t: x.mul_(2)), ValueError, "changed its input x in place"),
+        (lambda: outputs(lambda x, t: x.mul_(2)), ValueError, "changed its input x or t in place"),
         (lambda: run(sed=1), TypeError, "unknown option 'sed'"),
     ],
 )
