@@ -169,21 +169,23 @@ def _betas_times(spacing: str, steps: int, top: float, low: float, final: str, o
 
 def _ratio(schedule: Schedule, t: Array) -> Array:
     alpha, sigma = schedule.alpha_sigma(t)
-    with np.errstate(divide="ignore"):
-        ratio: Array = sigma / alpha
-    return ratio
+    with np.errstate(divide="ignore", invalid="ignore"):  # inf also where a Bayesian flow knows nothing, sigma = 0
+        return np.where(alpha == 0, np.inf, sigma / alpha)
 
 
 def _times_of(what: str, schedule: Schedule, ratio: Array) -> Array:
     """The times of given sigma/alpha; levels a little beyond the schedule's ends move onto them."""
     low, high = _ratio(schedule, np.array([0.0, schedule.t_max]))
     bad = (ratio < low * (1 - OUTSIDE)) | (ratio > high * (1 + OUTSIDE)) | np.isnan(ratio)
+    with np.errstate(divide="ignore"):
+        t = np.clip(schedule.t_of(-2 * np.log(np.clip(ratio, low, high))), 0, schedule.t_max)
+    # between a chain's last two times, where the last has no signal, there is nothing
+    bad[~bad] = ~np.isclose(_ratio(schedule, t[~bad]), ratio[~bad], rtol=2 * OUTSIDE, atol=0)
     if np.any(bad):
         raise ValueError(
             f"{what}: sigma/alpha = {ratio[bad][0]:g} is not on the schedule, which goes from {high:g} to {low:g}"
         )
-    with np.errstate(divide="ignore"):
-        return np.clip(schedule.t_of(-2 * np.log(np.clip(ratio, low, high))), 0, schedule.t_max)
+    return t
 
 
 def _sigmas_times(schedule: Schedule, sigmas: Sequence[float] | Array, steps: int, final: str) -> Array:
@@ -313,6 +315,9 @@ def make_grid(schedule: Schedule, steps: int, options: GridOptions) -> Grid:
     keep = np.append(True, step > 0)
     if final == "zero":  # the end must stay (1, 0) even where the last time already has no noise
         keep[-1], keep[:-1] = True, keep[:-1] & (sigma[:-1] > 0)
+    keep &= (alpha > 0) | (sigma > 0)  # where nothing is known no step starts
+    if keep.sum() < 2:
+        raise ValueError(f"no interval is left of the grid t = {t}: nothing is known there, or there is no noise")
     t, alpha, sigma, lam = (v[keep] for v in (t, alpha, sigma, lam))
     if start >= len(t) - 1:
         raise ValueError(f"start must be < {len(t) - 1}, the number of intervals, got {start}")

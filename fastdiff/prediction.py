@@ -86,7 +86,7 @@ def conversion(
         if callable(prediction):
             skip, out = (np.broadcast_to(np.asarray(c, np.float64), alpha.shape) for c in prediction(alpha, sigma))
             e_skip, e_out = (1 - alpha * skip) / sigma, -alpha * out / sigma
-        elif prediction in PREDICTIONS:
+        elif isinstance(prediction, str) and prediction in PREDICTIONS:
             skip, out, e_skip, e_out = PREDICTIONS[prediction](alpha, sigma, sigma_data)
         else:
             raise ValueError(f"unknown prediction {prediction!r}; valid: {', '.join(PREDICTIONS)}, or a function")

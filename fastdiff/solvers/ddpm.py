@@ -10,7 +10,7 @@ import numpy as np
 from fastdiff.grid import Grid, GridOptions, make_grid
 from fastdiff.plan import Plan
 from fastdiff.schedules import Schedule
-from fastdiff.solvers.multistep_sde import fraction
+from fastdiff.solvers.multistep_sde import fraction, nonnegative
 
 __all__ = ["ddim", "ddpm", "euler", "euler_ancestral"]
 
@@ -106,8 +106,7 @@ def euler_ancestral(schedule: Schedule, steps: int, *, eta: float = 1.0, **optio
     Args: eta >= 0; the rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot, weak order 1. Source: k-diffusion's sample_euler_ancestral.
     """
-    if not eta >= 0 or not np.isfinite(eta):
-        raise ValueError(f"eta must be a finite number >= 0, got {eta!r}")
+    (eta,) = nonnegative(eta=eta)
     grid = make_grid(schedule, steps, options)
     A, b, s = _gaussian_rows(grid, eta) if eta <= 1 else _capped_rows(grid, eta)
     return Plan.of(f"euler_ancestral(eta={eta:g})", grid.at, A, b, s=s, end=grid.end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Unpack
 
 import numpy as np
@@ -41,7 +42,7 @@ def dpmpp_sde(
     Source: k-diffusion's sample_dpmpp_sde; Lu et al. 2022, arXiv:2211.01095.
     """
     eta, s_noise = nonnegative(eta=eta, s_noise=s_noise)
-    if not 0 < r <= 1:
+    if isinstance(r, bool) or not isinstance(r, Real) or not 0 < r <= 1:
         raise ValueError(f"r must be in (0, 1], got {r!r}")
     if path not in PATHS:
         raise ValueError(f"unknown path {path!r}; valid: {', '.join(PATHS)}")

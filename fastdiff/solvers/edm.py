@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
 from typing import Unpack
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastdiff.solvers.multistep_sde import nonnegative
 __all__ = ["edm_stochastic", "noisy_heun"]
 
 MOST_CHURN = np.sqrt(2) - 1
+REACHED = 1e-6  # in ln(alpha/sigma)
 
 
 def noisy_euler(name: str, grid: Grid, hat: Points, lift: np.ndarray) -> Plan:
@@ -62,8 +64,9 @@ def noisy_heun(name: str, grid: Grid, hat: Points, end: Points, lift: np.ndarray
 def _levels(schedule: Schedule, grid: Grid, options: GridOptions, r: np.ndarray) -> Points:
     """The schedule where sigma/alpha = r. Only EDM's model time, sigma itself, exists above the schedule's top."""
     t = schedule.t_of(-2 * np.log(r))
-    if np.all(t <= schedule.t_max):
-        return grid.points(np.clip(t, 0, schedule.t_max))
+    at = grid.points(np.clip(t, 0, schedule.t_max))
+    if np.allclose(at.lam, -np.log(r), rtol=0, atol=REACHED):  # a chain's times end at its top, whatever r
+        return at
     if not isinstance(schedule, EDM):
         raise ValueError(
             f"noise would lift row 0 to sigma/alpha = {r.max():g}, above the top of {schedule}: give s_max or t_start"
@@ -93,6 +96,8 @@ def edm_stochastic(
     Source: Karras et al. 2022, arXiv:2206.00364, algorithm 2.
     """
     s_churn, s_min, s_noise = nonnegative(s_churn=s_churn, s_min=s_min, s_noise=s_noise)
+    if isinstance(s_max, bool) or not isinstance(s_max, Real) or np.isnan(s_max):
+        raise ValueError(f"s_max must be a number, got {s_max!r}")
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
     grid = make_grid(schedule, steps, options)

@@ -8,6 +8,7 @@ from fastdiff.grid import Grid, Points
 from fastdiff.plan import Plan
 from fastdiff.schedules import Schedule
 from fastdiff.solvers.multistep import Value
+from fastdiff.solvers.multistep_sde import nonnegative
 
 __all__ = ["ancestral_split", "two_stage_plan", "visits"]
 
@@ -19,9 +20,7 @@ def ancestral_split(grid: Grid, eta: float, s_noise: float) -> tuple[Array, Arra
 
     up = min(r', eta r' sqrt(1 - r'^2/r^2)),  down^2 = r'^2 - up^2.
     """
-    for name, value in (("eta", eta), ("s_noise", s_noise)):
-        if not value >= 0 or not np.isfinite(value):
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    eta, s_noise = nonnegative(eta=eta, s_noise=s_noise)
     up = np.minimum(1.0, eta * np.sqrt(-np.expm1(-2 * grid.h)))
     return np.sqrt(1 - up * up), s_noise * up * grid.sigma[1:]
 
