@@ -216,3 +216,13 @@ def test_other_solvers_on_a_bayesian_flow(name: str) -> None:
 def test_one_sentence_of_a_solver(make: Callable[[], fd.Plan], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize("schedule", [S.Flow(3.0), VP, S.EDM()], ids=["flow", "vp", "edm"])
+@pytest.mark.parametrize("name", ["dpm2_ancestral", "dpmpp_2s_ancestral", "euler_ancestral"])
+def test_no_noise_is_the_limit_of_little(schedule: S.Schedule, name: str) -> None:
+    """y = x / alpha in r = sigma / alpha whatever eta: its rows go over into those of eta = 0."""
+    options: dict[str, Any] = {"prediction": "x0", "t_start": 0.9, "final": "min", "t_end": 0.1}
+    none, little = (getattr(solvers, name)(schedule, 4, eta=eta, **options) for eta in (0.0, 1e-7))
+    for column in ("t", "A", "b", "d", "s"):
+        np.testing.assert_allclose(getattr(little, column), getattr(none, column), rtol=1e-6, atol=1e-5)

@@ -15,9 +15,11 @@ from fastdiff.solvers.twostage import ancestral_split, two_stage_plan, visits
 __all__ = ["dpm2", "dpm2_ancestral", "dpmpp_2s_ancestral"]
 
 
-def _dpm2(name: str, schedule: Schedule, steps: int, eta: float, s_noise: float, options: GridOptions) -> Plan:
+def _dpm2(
+    name: str, schedule: Schedule, steps: int, eta: float, s_noise: float, options: GridOptions, *, flow: bool
+) -> Plan:
+    """flow: integrate dx/dsigma in place of d(x/alpha) / d(sigma/alpha)."""
     grid = make_grid(schedule, steps, options)
-    flow = isinstance(schedule, Flow) and eta == 0
     if not flow:
         grid.require_signal(name)
     keep, s = ancestral_split(grid, eta, s_noise)
@@ -48,7 +50,7 @@ def dpm2(schedule: Schedule, steps: int, **options: Unpack[GridOptions]) -> Plan
     Raises: ValueError for a start of zero signal, but on Flow with flow, v or x0 prediction.
     Source: Karras et al. 2022, arXiv:2206.00364, appendix D.1; k-diffusion's sample_dpm_2.
     """
-    return _dpm2("dpm2", schedule, steps, 0.0, 1.0, options)
+    return _dpm2("dpm2", schedule, steps, 0.0, 1.0, options, flow=isinstance(schedule, Flow))
 
 
 def dpm2_ancestral(
@@ -63,7 +65,7 @@ def dpm2_ancestral(
     Returns: Plan, nfe = 2 steps - 1, 2 slots, order 2 in the mean and variance of Gaussian data.
     Raises: ValueError for a start of zero signal. Source: k-diffusion's sample_dpm_2_ancestral.
     """
-    return _dpm2(f"dpm2_ancestral(eta={eta:g})", schedule, steps, eta, s_noise, options)
+    return _dpm2(f"dpm2_ancestral(eta={eta:g})", schedule, steps, eta, s_noise, options, flow=False)
 
 
 def dpmpp_2s_ancestral(
