@@ -71,6 +71,8 @@ class Options:
         for name in SOURCES:  # a default gives way to another one that is given
             if given and name not in given:
                 new.__dict__[name] = None
+        if given and "seed" not in given and "first" not in changes:  # it goes with a seed
+            new.__dict__["first"] = 0
         return new
 
 

@@ -134,6 +134,14 @@ def test_numbers_that_are_none(options: dict[str, Any], error: type[Exception], 
             fd.sample(model, PLAN, (2, 4), **options)
 
 
+def test_a_calls_own_seeds_take_the_place_of_a_first_sample_too() -> None:
+    sampler = fd.Sampler(model, PLAN, seed=1, first=5)
+    assert torch.equal(sampler((2, 4), seeds=[3, 4]), fd.sample(model, PLAN, (2, 4), seeds=[3, 4]))
+    assert torch.equal(sampler((2, 4), seed=3), fd.sample(model, PLAN, (2, 4), seed=3, first=5))
+    with pytest.raises(ValueError, match="first goes with seed=, not with seeds="):
+        sampler((2, 4), seeds=[3, 4], first=5)
+
+
 def test_weights_in_half_precision() -> None:
     """Numbers that bfloat16 holds are those numbers."""
     options: dict[str, Any] = {"cond": {"y": torch.ones(2, 1)}, "uncond": {"y": torch.zeros(2, 1)}}

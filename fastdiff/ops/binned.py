@@ -42,7 +42,8 @@ def binned_readout(
     Returns: p [B, *sample] of x's dtype; NaN where mean or std is.
     Raises:  TypeError, ValueError: a wrong shape, dtype or device, bins < 2, an unknown readout, sample without noise.
     Numerics: fp32; a sampled bin may differ from float64's where mean + std n is within 1e-6 of an edge. The mean is
-        within 1e-6 and takes the same time for any K: the sum over many edges is made of its ends (Euler, Maclaurin).
+        within 1e-6 and (edges are fp32 numbers too) 1e-7 / std bins, and takes the same time for any K: the sum over
+        many edges is made of its ends (Euler, Maclaurin).
     Source:  Graves et al. 2023, arXiv:2308.07037, eq. 107-112.
     """
     _check(x, model_out, coef, row, bins, readout, seeds, index, noise)
