@@ -153,6 +153,8 @@ def predictor_corrector(
     levels = [*plan.alpha, *plan.sigma, *plan.end, *plan.c_skip, *plan.c_out]
     if not np.all(np.isfinite(levels)):
         raise ValueError(f"plan {plan.name!r} does not record its alpha and sigma: no score")
+    if 0 in plan.alpha[1:] or plan.end[0] == 0:
+        raise ValueError(f"a corrector's step grows without bound to zero signal, where plan {plan.name!r} goes")
     if corrections == 0 or 0 in request.shape:
         return sample(model, plan, shape, **sampling)
     after_row = request.options.callback

@@ -15,6 +15,7 @@ from fastdiff import rng
 from fastdiff.grid import points
 from fastdiff.prediction import Prediction
 from fastdiff.schedules import BFNDiscrete, Flow, Schedule
+from fastdiff.schedules.base import positive
 
 __all__ = ["drift", "log_likelihood"]
 
@@ -40,9 +41,12 @@ def drift(
     Args: model(x, t, **cond), t [B] the schedule's model_time; schedule; prediction, sign, sigma_data: see GridOptions.
     Returns: f(t, x): t a number or a tensor of one element (read on the host), x [B, *] -> dx/dt in x's dtype.
         Differentiable in x. torchdiffeq steps past its last time unless options={"step_t": last} says otherwise.
-    Raises: ValueError where f or g is infinite, or t lies outside the schedule; TypeError for another schedule.
+    Raises: ValueError where f or g is infinite, t lies outside the schedule, or the model returns another shape than
+        x's; TypeError for a model that is none, or another schedule.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 13.
     """
+    if not callable(model):
+        raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
     if not isinstance(schedule, Schedule):
         raise TypeError(f"the probability flow needs a fastdiff.schedules.Schedule, got {type(schedule).__name__}")
     if isinstance(schedule, BFNDiscrete):
@@ -69,6 +73,9 @@ def drift(
         dtype = torch.int64 if whole else torch.float64 if x.dtype == torch.float64 else torch.float32
         seen = torch.full((len(x),), at.times[0].item(), dtype=dtype, device=x.device)
         m = model(float(c.c_in[0]) * x if c.c_in[0] != 1 else x, seen, **arguments)
+        if not isinstance(m, Tensor) or m.shape != x.shape:
+            got = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
+            raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {got}")
         return torch.add(float(A[0]) * x, m.to(x.dtype), alpha=float(d[0]))
 
     return velocity
@@ -79,7 +86,7 @@ def _followed(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def followed(x: Tensor, t: Tensor, **cond: Any) -> Tensor:  # noqa: ANN401 - the model's own
         m = model(x, t, **cond)
-        if not m.requires_grad:
+        if isinstance(m, Tensor) and not m.requires_grad:
             raise ValueError(
                 "the model's output does not depend on x through autograd (no_grad, inference_mode or detach in it?): "
                 "its divergence cannot be taken"
@@ -99,7 +106,7 @@ def log_likelihood(
     t_end: float | None = None,
     t_start: float | None = None,
     prior: Callable[[Tensor], Tensor] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     seeds: Sequence[int] | Tensor | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -115,8 +122,9 @@ def log_likelihood(
         x0: [B, *] float32 or float64, taken as the state at t_end. trace: of the Jacobian, "hutchinson" (one Rademacher
         probe a sample, of Philox; unbiased) or "exact" (one backward pass an element). t_end: default 0 where the
         schedule has noise there, else 1e-5. t_start: default the schedule's. prior: x [B, *] -> ln p [B] at t_start,
-        default N(0, sigma^2 I). seed, seeds: of the probes. rtol, atol: of the integrator (Runge-Kutta 4(5) of scipy,
-        else torchdiffeq); a chain's field has a kink at every index and meets them slowly. The rest: see drift.
+        default N(0, sigma^2 I). seed (default 0), seeds: of the probes. rtol, atol: of the integrator (Runge-Kutta 4(5)
+        of scipy, else torchdiffeq); a chain's field has a kink at every index and meets them slowly. The rest: see
+        drift.
     Returns: [B] float64, in nats.
     Raises: ImportError without scipy and torchdiffeq; ValueError for bad options, or a model autograd does not follow;
         RuntimeError if integration fails.
@@ -130,11 +138,12 @@ def log_likelihood(
     top = schedule.t_start(prediction) if t_start is None else float(t_start)
     if not 0 <= low < top:
         raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}")
+    positive(rtol=rtol, atol=atol)
     solve = _integrator(rtol, atol)
     batch, n = x0.shape[0], x0.shape[1:].numel()
     if batch == 0:
         return torch.zeros(0, dtype=torch.float64, device=x0.device)
-    keys, index = rng.keys(None if seeds is not None else seed, seeds, batch=batch, device=x0.device)
+    keys, index = rng.keys(0 if seed is None and seeds is None else seed, seeds, batch=batch, device=x0.device)
     with torch.inference_mode(False):  # autograd does not follow what inference mode has made
         given = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in (cond or {}).items()}
         probe = rng.normal(keys, x0.shape[1:], stream=STREAM, index=index).sign().to(x0.dtype)
@@ -154,7 +163,11 @@ def log_likelihood(
     end = solve(augmented, low, top, torch.cat([x0.flatten(1).double(), x0.new_zeros(batch, 1).double()], dim=1))
     x, change = end[:, :n], end[:, n]
     if prior is not None:
-        return prior(x.reshape(x0.shape)).double() + change
+        at_start = prior(x.reshape(x0.shape))
+        if not isinstance(at_start, Tensor) or at_start.shape != (batch,):
+            got = tuple(at_start.shape) if isinstance(at_start, Tensor) else type(at_start).__name__
+            raise ValueError(f"prior must return a number a sample, shape ({batch},), got {got}")
+        return at_start.double() + change
     variance = float(schedule.sigma(top)) ** 2
     return -0.5 * (x**2).sum(1) / variance - 0.5 * n * math.log(2 * math.pi * variance) + change
 

@@ -142,6 +142,43 @@ def test_a_calls_own_seeds_take_the_place_of_a_first_sample_too() -> None:
         sampler((2, 4), seeds=[3, 4], first=5)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prior": lambda x: -(x**2).sum(1, keepdim=True)}, r"prior must return .* shape \(3,\), got \(3, 1\)"),
+        ({"prior": lambda x: 1.0}, r"prior must return a number a sample, shape \(3,\), got float"),
+        ({"rtol": -1.0}, "rtol must be a finite number > 0, got -1.0"),
+        ({"atol": float("nan")}, "atol must be a finite number > 0, got nan"),
+        ({"seed": 1, "seeds": [1, 2, 3]}, "give either seed or seeds, got both"),
+    ],
+)
+def test_what_a_likelihood_is_given(options: dict[str, Any], says: str) -> None:
+    pytest.importorskip("scipy")
+    with pytest.raises(ValueError, match=says):
+        fd.log_likelihood(model, VP, torch.zeros(3, 3), **{"rtol": 0.1, "atol": 0.1, **options})
+
+
+@pytest.mark.parametrize(("made", "got"), [(lambda x: x[:, :1], r"\(3, 1\)"), (lambda x: (x,), "tuple")])
+def test_a_probability_flow_of_a_models_other_shape(made: Callable[[Tensor], Any], got: str) -> None:
+    """It would be spread over x in silence."""
+    field = fd.drift(lambda x, t: made(x), VP)
+    with pytest.raises(ValueError, match=rf"must return the shape of its input, \(3, 3\), got {got}"):
+        field(0.5, torch.zeros(3, 3))
+    with pytest.raises(TypeError, match="model must be callable"):
+        fd.drift(None, VP)  # type: ignore[arg-type]
+
+
+def test_a_corrector_on_the_way_to_zero_signal() -> None:
+    plan = solvers.ddim_inversion(ZERO_SNR, 3, prediction="v")
+    with pytest.raises(ValueError, match="a corrector's step grows without bound to zero signal"):
+        fd.predictor_corrector(model, plan, (2, 4), x_T=torch.ones(2, 4))
+
+
+def test_a_guidance_interval_of_no_plan() -> None:
+    with pytest.raises(TypeError, match="plan must be a fastdiff.Plan, got int"):
+        fd.ops.guidance_interval(3, 2.0, 0.0, 1.0)  # type: ignore[arg-type]
+
+
 def test_weights_in_half_precision() -> None:
     """Numbers that bfloat16 holds are those numbers."""
     options: dict[str, Any] = {"cond": {"y": torch.ones(2, 1)}, "uncond": {"y": torch.zeros(2, 1)}}

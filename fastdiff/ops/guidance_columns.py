@@ -21,9 +21,10 @@ def guidance_interval(plan: Plan, w: float, start: float, end: float) -> Plan:
 
     Args: plan: any. w: the weight. start, end: schedule times (plan.t), in either order.
     Returns: Plan whose column `guidance` is [N]; sampling uses it where guidance is not given.
-    Raises: ValueError: w, start or end not a finite number.
+    Raises: TypeError: no plan. ValueError: w, start or end not a finite number.
     Source: Kynkaanniemi et al. 2024, arXiv:2404.07724, eq. 5.
     """
+    _plan(plan)
     for name, value in (("w", w), ("start", start), ("end", end)):
         if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
@@ -45,8 +46,7 @@ def cfg_plus_plus(plan: Plan, scale: float) -> Plan:
     Raises: TypeError, ValueError: a scale that is no finite number, another kind of plan.
     Source: Chung et al. 2024, arXiv:2406.08070, algorithm 2.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a fastdiff.Plan, got {type(plan).__name__}")
+    _plan(plan)
     if isinstance(scale, bool) or not isinstance(scale, Real) or not np.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if plan.readout != "affine":
@@ -65,3 +65,8 @@ def cfg_plus_plus(plan: Plan, scale: float) -> Plan:
             f"use ddim, ddpm, euler or euler_ancestral"
         )
     return replace(plan, guidance=float(scale) * alpha[1:] / b)
+
+
+def _plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a fastdiff.Plan, got {type(plan).__name__}")
