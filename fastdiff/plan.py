@@ -264,7 +264,10 @@ class Plan:
         return A, np.where(small, self.b - b, self.b), self.d + b * np.where(small, c_out[:, None], rest[:, None])
 
     def packed(self) -> np.ndarray:
-        """The table the kernels read, [N, row_width(r)] float32, cast from float64 once."""
+        """The table the kernels read, [N, row_width(r)] float32, cast from float64 once.
+
+        Raises: ValueError for a coefficient that float32 cannot hold.
+        """
         n, r, a = self.nfe, self.slots, self._allocation
         noisy = np.any(self.s != 0, axis=1)
         c_in_next = np.append(self.c_in[1:], 1.0)
@@ -276,7 +279,16 @@ class Plan:
         blocks = (head, A.reshape(n, r * r), b, d, self.s, a.read, a.write)
         table = np.concatenate([np.asarray(v, np.float64) for v in blocks], axis=1)
         table = np.pad(table, ((0, 0), (0, row_width(r) - table.shape[1])))
-        return table.astype(np.float32)
+        with np.errstate(over="ignore"):
+            rounded = table.astype(np.float32)
+        beyond = np.isinf(rounded) & np.isfinite(table)
+        if beyond.any():
+            row = int(np.argmax(beyond.any(1)))
+            raise ValueError(
+                f"plan {self.name!r}: row {row}, at alpha = {self.alpha[row]:g}, has a coefficient beyond float32, "
+                f"{np.abs(table[beyond]).max():g}: start where there is more signal"
+            )
+        return rounded
 
     def pack(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The packed fp32 table on a device, [N, row_width(r)]; made once per device."""

@@ -271,3 +271,11 @@ def test_no_noise_is_the_limit_of_little(schedule: S.Schedule, name: str) -> Non
     none, little = (getattr(solvers, name)(schedule, 4, eta=eta, **options) for eta in (0.0, 1e-7))
     for column in ("t", "A", "b", "d", "s"):
         np.testing.assert_allclose(getattr(little, column), getattr(none, column), rtol=1e-6, atol=1e-5)
+
+
+def test_a_coefficient_that_float32_cannot_hold() -> None:
+    """Of an alpha of 5e-87: it was infinite in the table the kernels read, and the samples NaN."""
+    faint = S.Betas(S.linear_betas(4000, 1e-6, 0.2))
+    plan = solvers.dpm2_ancestral(faint, 10, eta=0.5, prediction="x0", final="min", spacing="karras")
+    with pytest.raises(ValueError, match="row 18, at alpha = .*, has a coefficient beyond float32"):
+        fd.sample(model, plan, (2, 4))
