@@ -370,9 +370,20 @@ def _joined(name: str, uncond: Any, cond: Any, batch: int) -> Any:  # noqa: ANN4
                 return torch.cat([v.expand(batch, *v.shape[1:]) for v in (uncond, cond)])
         if cond is uncond or (cond.shape == uncond.shape and cond.ndim == 0 and torch.equal(cond, uncond)):
             return cond
-    elif not isinstance(cond, Tensor) and not isinstance(uncond, Tensor) and (cond is uncond or cond == uncond):
+    elif not isinstance(cond, Tensor) and not isinstance(uncond, Tensor) and _same(cond, uncond):
         return cond
     raise ValueError(
         f"cond[{name!r}] and uncond[{name!r}] cannot be joined into one batch of 2 x {batch}; "
         "give tensors [B, ...] of one shape, or batched_guidance=False for two calls a row"
     )
+
+
+def _same(a: Any, b: Any) -> bool:  # noqa: ANN401 - any model argument
+    try:
+        return a is b or bool(a == b)
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # an array, or an object that holds tensors
+        return False

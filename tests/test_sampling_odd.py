@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,20 @@ def test_a_corrector_on_the_way_to_zero_signal() -> None:
 def test_a_guidance_interval_of_no_plan() -> None:
     with pytest.raises(TypeError, match="plan must be a fastdiff.Plan, got int"):
         fd.ops.guidance_interval(3, 2.0, 0.0, 1.0)  # type: ignore[arg-type]
+
+
+@dataclass
+class Text:
+    embedding: Tensor
+
+
+@pytest.mark.parametrize("of", [np.array, lambda v: Text(torch.tensor(v)), lambda v: [np.array(v)]])
+def test_conditions_whose_equality_has_no_truth(of: Callable[[list[float]], Any]) -> None:
+    """They cannot be joined, and are said to; one object given to both needs no joining."""
+    one, two = of([1.0, 2.0]), of([0.0, 0.0])
+    with pytest.raises(ValueError, match=r"cond\['y.*'\] and uncond\['y.*'\] cannot be joined into one batch of 2 x 2"):
+        fd.sample(model, PLAN, (2, 4), cond={"y": one}, uncond={"y": two}, guidance=2.0)
+    assert fd.sample(model, PLAN, (2, 4), cond={"y": one}, uncond={}, guidance=2.0).shape == (2, 4)
 
 
 def test_weights_in_half_precision() -> None:
