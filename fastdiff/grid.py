@@ -152,6 +152,9 @@ def _integer(name: str, value: object, low: int) -> int:
 
 def _betas_times(spacing: str, steps: int, top: float, low: float, final: str, offset: int) -> Array:
     """Evaluation times of a chain of T betas, as integers; final="min" appends t_end."""
+    for name, value in (("t_start", top), ("t_end", low)):
+        if value != round(value):
+            raise ValueError(f"{name} must be one of the chain's times, an integer, with {spacing!r}, got {value:g}")
     T = round(top) + 1
     if steps > T - round(low):
         raise ValueError(f"steps must be <= {T - round(low)}, the number of times of this chain, got {steps}")
