@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import native
+from fastdiff.lasting import lasting
 
 M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
@@ -245,9 +246,10 @@ def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     cache = _scratch.__dict__.setdefault("cache", {})
     held = cache.get(device)
     if held is None or held[0].shape[1] < size:
-        ints = torch.empty((7, size), dtype=torch.int64, device=device)
-        torch.arange(size, out=ints[6], device=device)
-        held = cache[device] = (ints, torch.empty((8, size), dtype=torch.float32, device=device))
+        with lasting():
+            ints = torch.empty((7, size), dtype=torch.int64, device=device)
+            torch.arange(size, out=ints[6], device=device)
+            held = cache[device] = (ints, torch.empty((8, size), dtype=torch.float32, device=device))
     return held
 
 

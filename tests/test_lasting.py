@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff as fd
-from fastdiff import ops
+from fastdiff import ops, rng
 from fastdiff import schedules as S
 from fastdiff.ops._noising import table_of
 from fastdiff.ops.posterior import _columns
@@ -122,3 +123,18 @@ def test_a_transform_refuses_it_too_or_has_it_right() -> None:
     m = M.clone().requires_grad_()
     (want,) = torch.autograd.grad(LOSSES["denoising_loss"](m).sum(), m)
     assert torch.allclose(weights, want)
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: FakeTensorMode(allow_non_fake_inputs=True)])
+def test_noise_without_a_compiler_drawn_inside_serves_later_calls(
+    around: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its temporaries are a thread's, not those of the mode that made them."""
+    want = rng.normal([1, 2], (5,))
+    monkeypatch.setattr(rng.native, "usable", lambda *tensors: False)
+    monkeypatch.setattr(rng, "_scratch", threading.local())
+    try:
+        _inside(around(), lambda m: rng.normal([1, 2], (5,)))
+    except (RuntimeError, NotImplementedError):
+        pass
+    torch.testing.assert_close(rng.normal([1, 2], (5,)), want, rtol=0, atol=2e-6)
