@@ -59,13 +59,17 @@ rm -f "$out/tests.txt"
 files=(gpu gpu_bfn gpu_dropin gpu_conditions gpu_tokens affine_step add_noise posterior denoising_loss
     denoising_loss_limits rng times threshold guide guidance forward_step outer_step binned bound categorical_step categorical_large
     categorical_loss categorical_noise levels learned_variance sums registration accelerate_steps
-    accelerate_threshold bfn_sampling bfn_discretised process_modes unmask_step masked)
+    accelerate_threshold bfn_sampling bfn_discretised process_modes masked masked_enough
+    unmask_step:1/4 unmask_step:2/4 unmask_step:3/4 unmask_step:4/4)
 pids=()
 for file in "${files[@]}"; do
-    # a process a file: the kernels compile side by side; what runs in the background would ignore an interrupt
+    # a process a file, or a part of it: the kernels compile side by side; what runs in the background would ignore an
+    # interrupt
+    part=1/1
+    case $file in *:*) part=${file#*:} ;; esac
     OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 env --default-signal=INT \
-        timeout -s INT -k 5 100 $PYTHON -m pytest "tests/test_$file.py" --kernels-only \
-        -m "not compiled" -q -p no:cacheprovider > "$out/tests/$file.txt" 2>&1 &
+        timeout -s INT -k 5 100 $PYTHON -m pytest "tests/test_${file%:*}.py" --kernels-only --part "$part" \
+        -m "not compiled" -q -p no:cacheprovider > "$out/tests/${file//\//-}.txt" 2>&1 &
     pids+=($!)
 done
 for at in "${!files[@]}"; do
@@ -78,7 +82,7 @@ for at in "${!files[@]}"; do
         *) said="exit $code; " ;;
     esac
     [ "$code" = 0 ] || failed=1
-    echo "${files[at]}: $said$(tail -n 1 "$out/tests/${files[at]}.txt")" >> "$out/tests.txt"
+    echo "${files[at]}: $said$(tail -n 1 "$out/tests/${files[at]//\//-}.txt")" >> "$out/tests.txt"
 done
 wait
 echo "$((SECONDS - begin)) s"

@@ -21,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernels-only", action="store_true", help="only what runs a kernel, not its references on a CPU")
+    parser.addoption("--part", default="1/1", metavar="I/N", help="only every N-th of the tests, from the I-th on")
 
 
 def _runs_a_kernel(item: pytest.Item) -> bool:
@@ -34,6 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if not _runs_a_kernel(item)]
         items[:] = [item for item in items if _runs_a_kernel(item)]
         config.hook.pytest_deselected(items=others)
+    part, parts = map(int, config.getoption("--part").split("/"))
+    config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if (at - part + 1) % parts])
+    items[:] = items[part - 1 :: parts]
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

@@ -49,7 +49,7 @@ def test_the_verdict_of_gpu_sh_is_the_exit_status_of_every_test_file(code, says,
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == (code != 0), done.stdout + done.stderr
     lines = (out / "tests.txt").read_text().splitlines()
-    assert len(lines) == 34 and "gpu: 5 passed in 0.1s" in lines
+    assert len(lines) == 38 and "gpu: 5 passed in 0.1s" in lines and "unmask_step:4/4: 5 passed in 0.1s" in lines
     assert [line for line in lines if line.startswith("rng: ")][0].startswith(says)
 
 
@@ -58,7 +58,10 @@ def test_every_file_that_tests_a_kernel_is_in_gpu_sh():
     runs = re.compile(r"^def test_\w+\([^)]*\b(kernel_device|device)\b|mark\.gpu\b", re.M)
     files = [path for path in (ROOT / "tests").glob("test_*.py") if runs.search(path.read_text())]
     found = {path.stem.removeprefix("test_") for path in files}
-    assert found <= set(listed) and len(set(listed)) == len(listed)
+    assert len(set(listed)) == len(listed)
+    parts = [name.rsplit(":", 1)[1] for name in listed if name.startswith("unmask_step:")]
+    assert parts == ["1/4", "2/4", "3/4", "4/4"]
+    assert found <= {name.split(":")[0] for name in listed}
 
 
 @pytest.mark.parametrize("file", ["bench/gpu.sh", "Makefile"])
