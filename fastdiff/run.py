@@ -381,9 +381,5 @@ def _joined(name: str, uncond: Any, cond: Any, batch: int) -> Any:  # noqa: ANN4
 def _same(a: Any, b: Any) -> bool:  # noqa: ANN401 - any model argument
     try:
         return a is b or bool(a == b)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # an array, or an object that holds tensors
+    except (TypeError, ValueError, RuntimeError):  # an array, or an object that holds tensors
         return False

@@ -255,7 +255,7 @@ def _changes_nothing(name: str, mode: str) -> None:
     if name in DROP_IN:
         cached._readings.clear()  # what was read before, without the mode
         cached._dialects.clear()
-        scheduler._TABLES.clear()
+        scheduler._MADE.clear()
     with MODES[mode]():
         got = values(CALLS[name]())
     assert len(got) == len(want) > 0
