@@ -43,9 +43,8 @@ class MaskedRun(Run):
         self.blocks = int(self.plan.d.max()) + 1
         self.group = torch.zeros(self.shape, dtype=torch.int32, device=self.device)
         self.block = self.plan.d[:, 0].astype(int).tolist()
-        # on a device a look at the tokens waits for them: where a threshold makes rows idle, that is worth it
-        looks = self.on_host or bool(np.isfinite(self.plan.hi).any())
-        self.may_idle = (looks & (self.plan.A[:, 0, 0] == 1)).tolist()
+        self.may_idle = (self.plan.A[:, 0, 0] == 1).tolist()
+        self.enough = bool(np.isfinite(self.plan.hi).any())
         self.seen = (self.x.numpy(), self.group.numpy()) if self.on_host else (self.x, self.group)
 
     def output_shape(self) -> tuple[int, ...]:
@@ -64,6 +63,8 @@ class MaskedRun(Run):
         masked = (self.x == mask).view(len(self.x), -1)
         place, count = masked.cumsum(1) - 1, masked.sum(1, keepdim=True).clamp_min(1)
         self.group.copy_(torch.where(masked, place * self.blocks // count, -1).view(self.shape))
+        # a look at the tokens takes a while, and on a device waits for them: where rows will have nothing to do
+        self.looks = self.enough or (self.on_host and int(count.max()) < self.plan.nfe)
         if self.bad is not None:
             self.bad.fill_(self.plan.nfe)
         self.refresh(0)
@@ -82,7 +83,7 @@ class MaskedRun(Run):
         self.refresh(k)
 
     def idle(self, k: int) -> bool:
-        if not self.may_idle[k] or self.numbered:
+        if not self.looks or not self.may_idle[k] or self.numbered:
             return False
         tokens, group = self.seen
         masked = tokens == self.plan.mask

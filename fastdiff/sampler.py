@@ -314,8 +314,8 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
         classes; callbacks get (row, t, logits, classes); guidance acts on the logits.
     Plans of masked tokens (fd.solvers.unmask): shape is (B, *D), the result int64 [B, *D]. The model sees ids, the
         plan's mask where masked, and returns logits [B, *D, K]. x_T is ids: what is not masked there is given, and
-        stays; x_init is classes, masked as the first row expects; callbacks get (row, t, tokens, tokens). Where a row
-        finds nothing masked the model is not called (on a GPU: of plans with a threshold).
+        stays; x_init is classes, masked as the first row expects; callbacks get (row, t, tokens, tokens). With a
+        threshold the model is not called in rows that find nothing masked.
     Returns: x [B, *] of out_dtype, or (x, Trajectory).
     Raises: TypeError / ValueError for anything else, before the first model call.
     Numerics: fp32 state; bit-equal for any batch with an elementwise model; modes and devices agree to 1e-5 relative.
