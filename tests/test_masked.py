@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,21 @@ def of_joint(x: Tensor, t: Tensor) -> Tensor:
     rows = torch.cat([p, p.sum(0, keepdim=True)])[one]  # of the second, given the first
     columns = torch.cat([p, p.sum(1, keepdim=True)], 1).T[two]
     return torch.stack([columns, rows], 1).log()
+
+
+def mixing_network(sharp: float, size: int, mask: int, prompt: int) -> tuple[Callable[..., Tensor], Tensor]:
+    """A network that mixes tokens, and where it starts: a prompt, then `size` masked ones; classes are 0..mask."""
+    g, length = torch.Generator().manual_seed(6), prompt + size
+    embedding, out = torch.randn(mask + 1, 16, generator=g), sharp * torch.randn(16, mask + 1, generator=g)
+    mixing = 0.3 * torch.randn(length, length, generator=g)
+
+    def net(x: Tensor, t: Tensor | None = None) -> Tensor:
+        h = embedding[x]
+        return torch.tanh(h + torch.einsum("lm,bmd->bld", mixing, h)) @ out
+
+    x_T = torch.full((1, length), mask)
+    x_T[:, :prompt] = torch.randint(0, mask, (1, prompt), generator=g)
+    return net, x_T
 
 
 def near(share: float, p: float, of: int) -> bool:
@@ -145,16 +161,8 @@ def test_blocks_go_from_left_to_right() -> None:
 @pytest.mark.parametrize(("steps", "block"), [(24, 24), (12, 24), (12, 12), (24, 8), (4, 12)])
 def test_low_confidence_remasking_by_hand(steps: int, block: int) -> None:
     """LLaDA's loop, block by block: every step the same number of the surest tokens becomes the likeliest classes."""
-    g, size, mask, prompt = torch.Generator().manual_seed(6), 24, 49, 5
-    embedding, out = torch.randn(50, 16, generator=g), torch.randn(16, 50, generator=g)
-    mixing = 0.3 * torch.randn(prompt + size, prompt + size, generator=g)
-
-    def net(x: Tensor, t: Tensor | None = None) -> Tensor:
-        h = embedding[x]
-        return torch.tanh(h + torch.einsum("lm,bmd->bld", mixing, h)) @ out
-
-    x = torch.full((1, prompt + size), mask)
-    x[:, :prompt] = torch.randint(0, 49, (1, prompt), generator=g)
+    size, mask, prompt = 24, 49, 5
+    net, x = mixing_network(1.0, size, mask, prompt)
     x_T, each = x.clone(), steps * block // size
     for begin in range(prompt, prompt + size, block):
         for _ in range(each):

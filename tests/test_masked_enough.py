@@ -19,7 +19,7 @@ from fastdiff.plan import ROW_HEADER
 from fastdiff.readout import ORDERS
 from tests import replay
 from tests.replay import device_path  # noqa: F401 - a fixture
-from tests.test_masked import SCHEDULE, K, L, near, network
+from tests.test_masked import SCHEDULE, K, L, mixing_network, near, network
 from tests.test_unmask_step import B, case, oracle, run, table
 
 
@@ -104,16 +104,8 @@ def test_sure_tokens_cost_no_entropy(device: torch.device) -> None:
 @pytest.mark.parametrize(("block", "threshold"), [(24, 0.5), (24, 0.9), (8, 0.5), (12, 0.2)])
 def test_threshold_decoding_by_hand(block: int, threshold: float) -> None:
     """Fast-dLLM's loop: all masked tokens of a block above the threshold, or the surest; as many calls of the model."""
-    g, size, mask, prompt = torch.Generator().manual_seed(6), 24, 49, 5
-    embedding, out = torch.randn(50, 16, generator=g), 2.5 * torch.randn(16, 50, generator=g)
-    mixing = 0.3 * torch.randn(prompt + size, prompt + size, generator=g)
-
-    def net(x: Tensor, t: Tensor | None = None) -> Tensor:
-        h = embedding[x]
-        return torch.tanh(h + torch.einsum("lm,bmd->bld", mixing, h)) @ out
-
-    x = torch.full((1, prompt + size), mask)
-    x[:, :prompt] = torch.randint(0, 49, (1, prompt), generator=g)
+    size, mask, prompt = 24, 49, 5
+    net, x = mixing_network(2.5, size, mask, prompt)
     x_T, calls = x.clone(), 0
     for begin in range(prompt, prompt + size, block):
         while bool((x[:, begin : begin + block] == mask).any()):

@@ -186,8 +186,10 @@ def _step(
     if order == "random":
         new = torch.where(again, mask, torch.where(chosen, hit, held))
     else:
-        noise = gumbel_of(_words(seeds, which, at, CHOICE, length)).to(dtype)
-        score = torch.where(chosen, _shaken(score, heat, noise, order), -torch.inf)
+        if every or bool((heat != 0).any()):
+            noise = gumbel_of(_words(seeds, which, at, CHOICE, length)).to(dtype)
+            score = _shaken(score, heat, noise, order)
+        score = torch.where(chosen, score, -torch.inf)
         masked = chosen.sum(1, keepdim=True)
         kept = torch.floor(masked.float() * (1.0 - b + ROUNDING))
         places = score.argsort(dim=1, descending=True, stable=True)
