@@ -16,17 +16,28 @@ from fastdiff import native, rng
 SCALE = 2.0**-32 - 2.0**-56  # one rounding less than 2^-32: the largest word stays below 1
 
 
-def gumbel_of(i: Tensor) -> Tensor:
-    """A standard Gumbel number of a uint32 word.
+def exponential_of(i: Tensor) -> Tensor:
+    """A standard exponential number of a uint32 word.
 
-        g = -ln(-ln(1 - v)),  v = i (2^-32 - 2^-56) + 2^-33 in (0, 1)
+        e = -ln(1 - v),  v = i (2^-32 - 2^-56) + 2^-33 in (0, 1)
 
-    The upper tail, which decides the largest of many, is that of small v: full precision up to 22.9.
+    The small ones, of which the smallest of many is one, have full precision.
     Args:    i: int64 tensor of uint32 values.
     Returns: fp32 tensor.
     """
-    v = i.to(torch.float32) * SCALE + 2.0**-33
-    return -torch.log(-torch.log1p(-v))
+    return -torch.log1p(-(i.to(torch.float32) * SCALE + 2.0**-33))
+
+
+def gumbel_of(i: Tensor) -> Tensor:
+    """A standard Gumbel number of a uint32 word.
+
+        g = -ln(e),  e its exponential number
+
+    The upper tail, which decides the largest of many, is that of small e: full precision up to 22.9.
+    Args:    i: int64 tensor of uint32 values.
+    Returns: fp32 tensor.
+    """
+    return -torch.log(exponential_of(i))
 
 
 def logistic_of(i: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def sentence(plan: Plan) -> str:
             which = "a masked token becomes k with probability b, another is masked again with 1 - A"
         more = "; so do tokens that are sure enough, by hi" if np.any(np.isfinite(plan.hi)) else ""
         more += ", their scores with c_skip times Gumbel noise" if np.any(plan.c_skip) else ""
-        drawn = "k = argmax(m + s g), g Gumbel noise"
+        drawn = "k drawn from softmax(m / s)"
         return f"{plan.classes} classes, mask {plan.mask}: {drawn}; in block d {which}{more}"
     if plan.readout in BINNED:
         return f"{plan.classes} bins: {MEANING[plan.readout]}"

@@ -238,7 +238,7 @@ def test_what_a_callback_masks_is_unmasked() -> None:
             x[:, 3] = K
 
     model = Counted(of([0.9] * L))
-    plan = solvers.unmask(SCHEDULE, 36, order="confidence", threshold=0.5)
+    plan = solvers.unmask(SCHEDULE, 36, order="confidence", threshold=0.5, temperature=0.0)
     x = fd.sample(model, plan, (2, L), seed=0, callback=again)
     assert bool((x < K).all()) and model.calls == 2
 

@@ -90,7 +90,7 @@ def test_chance_is_no_temperature() -> None:
 def test_what_the_plan_says_of_itself() -> None:
     plan = solvers.unmask(SCHEDULE, 4, remask=0.5)
     text = str(plan)
-    assert "5 classes, mask 5: k = argmax(m + s g)" in text and "A 0.5  b 0.25  d 0  s 1" in text
+    assert "5 classes, mask 5: k drawn from softmax(m / s)" in text and "A 0.5  b 0.25  d 0  s 1" in text
     assert "the surest share b of the masked tokens, by margin" in str(solvers.unmask(SCHEDULE, 4, order="margin"))
     assert np.allclose(plan.bytes_per_element(model_bytes=2), 2 * plan.sigma * plan.b[:, 0])
     ordered = solvers.unmask(SCHEDULE, 4, order="margin", blocks=2)

@@ -189,11 +189,16 @@ def compile_case(case: Case, backend: str, arch: int | str) -> Any:
 
 
 def source_hash(module: str) -> str:
-    """The first 12 digits of the SHA-256 over a kernel's source file and the device functions it uses."""
+    """The first 12 digits of the SHA-256 over a kernel's source file and those it takes device functions from."""
     folder = Path(importlib.import_module("fastdiff_kernels").__file__ or "").parent
-    shared = {"philox", "tiles"} | ({"categorical", "categorical_row"} if module.startswith("categorical") else set())
-    files = sorted({module} | shared)
-    return hashlib.sha256(b"".join((folder / f"{f}.py").read_bytes() for f in files)).hexdigest()[:12]
+    files: dict[str, str] = {}
+    left = [module]
+    while left:
+        name = left.pop()
+        if name not in files:
+            files[name] = (folder / f"{name}.py").read_text("utf-8")
+            left += re.findall(r"^from fastdiff_kernels\.(\w+) import", files[name], re.M)
+    return hashlib.sha256("".join(files[k] for k in sorted(files)).encode()).hexdigest()[:12]
 
 
 @functools.cache

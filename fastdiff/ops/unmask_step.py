@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import native, rng
-from fastdiff.gumbel import gumbel_of, gumbels_at
+from fastdiff import native, race, rng
+from fastdiff.gumbel import gumbel_of
 from fastdiff.native import TYPES
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._categorical import Rows, row_stride, rows_of, vectors, with_rows
@@ -23,7 +23,6 @@ ROUNDING = 2.0**-21  # what fp32 may take from 1 - b
 WIDTH = row_width(1)
 WINDOW = 1 << 13  # positions of a token that a program reads at once, 16 a thread
 CHUNK = 1 << 20  # logits that are read at once on a CPU
-WIDE = 1 << 9  # classes from which on the Gumbel numbers of a token are worth a call of their own
 
 
 def unmask_step(
@@ -44,7 +43,7 @@ def unmask_step(
     """Runs one row of a plan of tokens, in place.
 
         m = uncond + w (model_out - uncond)          with guidance, else model_out; of the mask itself -inf
-        k = argmax(m + s g)                          g Gumbel noise; ties to the first class
+        k drawn from softmax(m / s)                  by fastdiff.race; argmax m where s = 0, ties to the first class
         random:  mask -> k where u <= b;             k -> mask where u > A;   u uniform in (0, 1]
         else:    of M masked tokens all but floor(M (1 - b)) become k: those with the largest score, ties to the first:
                  confidence ln(p_k / (1 - p_k)), margin q = p_1 - p_2 as ln(q / (1 - q)), entropy sum p ln p;
@@ -58,8 +57,8 @@ def unmask_step(
         mask: the id of a masked token, whose own logit, if there is one, counts as -inf.   order: "random",
             "confidence", "margin" or "entropy".
         group: int32 [B, *D], the block of a token, negative where it is given; None is 0 everywhere.
-        guidance: fp32, one number or [N or 1, B or 1].   seeds, index: int64 [B]: g are the numbers of stream 2
-            (fastdiff.gumbel), u and g' those of stream 5, one a token.
+        guidance: fp32, one number or [N or 1, B or 1].   seeds, index: int64 [B]: k is drawn by numbers of stream 2,
+            u and g' are those of stream 5, one a token.
         model_in: int64 output [B, *D], or [2B, *D] (two copies): what the model sees next.
     Returns: None; tokens and model_in are written.
     Raises:  TypeError, ValueError: a tensor of another dtype, shape, device or layout; an unknown order; guidance
@@ -172,12 +171,12 @@ def _step(
             m = torch.where(m == v, m, v + w[sample, None] * (m - v))
         if mask < m.shape[1]:
             m[:, mask] = -torch.inf
-        scale = s[sample].to(dtype)
-        v = m
+        k, known = _first_largest(m, mask)
+        scale = s[sample, 0].to(dtype)
         if every or bool((scale != 0).any()):
-            g = _gumbel(seeds, which, at, sample, d, m.shape[1], every).to(dtype)
-            v = torch.where(scale == 0, m, m + scale * g)
-        k, known = _first_largest(v, mask)
+            drawn = race.numbers(seeds[sample], which[sample], at[sample], d, m.shape[1])
+            one = race.classes(m, torch.where(scale == 0, 1.0, scale), d, *drawn)
+            k = torch.where(known & (scale != 0), one, k)
         hit[part] = k
         if order != "random":
             sure = torch.where(m.amax(1) == torch.inf, HIGHEST, _score(m, k, order))
@@ -212,25 +211,6 @@ def _words(seeds: Tensor, index: Tensor, rows: Tensor, stream: int, n: int) -> T
     c2 = torch.full((), stream, dtype=torch.int64, device=seeds.device)
     words = rng.philox(counter, rows[:, None], c2, index[:, None], (seeds & rng.MASK)[:, None], (seeds >> 32)[:, None])
     return torch.stack(words, -1).flatten(-2)[:, :n]
-
-
-def _gumbel(seeds: Tensor, index: Tensor, rows: Tensor, sample: Tensor, d: Tensor, width: int, every: bool) -> Tensor:
-    """The Gumbel numbers of tokens d of samples, [T, K]."""
-    seed, which, at, start = seeds[sample], index[sample], rows[sample], d * width
-    if not every and width >= WIDE and native.usable(seeds, index, rows):
-        drawn = torch.empty(len(d), width, device="cpu")
-        for i, first in enumerate(start.tolist()):
-            one, early = slice(i, i + 1), first % 4
-            row = native.draw(
-                seed[one], which[one], at[one], rng.CATEGORICAL, width + early, kind="gumbel", first=first // 4
-            )
-            assert row is not None
-            drawn[i] = row[0, early:]
-        return drawn
-    counter = (start >> 2)[:, None] + torch.arange((width + 6) // 4, device=d.device)
-    count = 4 * counter.shape[1]
-    drawn = gumbels_at(counter, seed[:, None], which[:, None], at[:, None], count, logistic=False)
-    return drawn.gather(1, (start & 3)[:, None] + torch.arange(width, device=d.device))
 
 
 def _first_largest(v: Tensor, mask: int) -> tuple[Tensor, Tensor]:
@@ -309,6 +289,8 @@ def _check(
 def windows(num_classes: int, tokens: int, *, lanes: int = 32) -> Rows:
     """The windows of tokens of K classes: a program reads all of a token, the wide ones a window at a time."""
     rows = rows_of(num_classes, tokens, lanes=lanes)
+    if rows.cols < race.GROUP:
+        rows = rows_of(race.GROUP, tokens, lanes=lanes)
     if rows.cols * rows.pieces <= WINDOW:
         return rows
     return Rows(1, WINDOW, -(-(num_classes + 3) // WINDOW), WINDOW // 16 // lanes)

@@ -23,7 +23,7 @@ def unmask(
 ) -> Plan:  # fmt: skip
     """Ancestral sampling of masked diffusion: a masked token becomes a sampled class, others stay what they are.
 
-        k = argmax(m + temperature g),  g Gumbel noise: at temperature 1 a sample of softmax(m), at 0 its largest
+        k drawn from softmax(m / temperature), at temperature 0 its largest
         from t to s:  mask -> k with b = (alpha_s - (1 - r) alpha_t) / (1 - alpha_t);   k -> mask with r
         r = min(remask r_max, remask_most),  r_max = min(1, (1 - alpha_s) / alpha_t)
 

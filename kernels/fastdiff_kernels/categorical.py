@@ -35,10 +35,10 @@ def guided(m, u, w):
 
 
 @triton.jit
-def add_gumbel(m, i, MATH: tl.constexpr):
-    """m - ln(-log2(1 - v)), which is m plus a Gumbel number plus a constant; v = i (2^-32 - 2^-56) + 2^-33 in (0, 1).
+def exponential(i, MATH: tl.constexpr):
+    """-log2(1 - v), an exponential number over ln 2, with v = i (2^-32 - 2^-56) + 2^-33 in (0, 1).
 
-    The upper tail of the Gumbel number is that of small v, where v has all its digits.
+    Small ones, of which the smallest of many is one, have all their digits.
     """
     v = tl.fma(i.to(tl.float32), 2.3283062977608182e-10, 1.1641532182693481e-10)
     # -log2(1 - v): minimax below 1/8 (1.5e-8), else the hardware's logarithm, whose error is absolute
@@ -46,8 +46,13 @@ def add_gumbel(m, i, MATH: tl.constexpr):
     e = tl.fma(v, e, 0.4813164446090067)
     e = tl.fma(v, e, 0.7213420501866868)
     e = v * tl.fma(v, e, LOG2E)
-    e = tl.where(v < 0.125, e, -log2(1.0 - v, MATH))
-    return tl.fma(log2(e, MATH), -LN2, m)
+    return tl.where(v < 0.125, e, -log2(1.0 - v, MATH))
+
+
+@triton.jit
+def add_gumbel(m, i, MATH: tl.constexpr):
+    """m plus a Gumbel number plus a constant: its upper tail is that of small exponential numbers."""
+    return tl.fma(log2(exponential(i, MATH), MATH), -LN2, m)
 
 
 @triton.jit

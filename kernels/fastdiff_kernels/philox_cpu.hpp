@@ -56,8 +56,10 @@ inline float minus_ln1m(float v) {
 // sqrt(-2 ln u), u = (word + 1/2) / 2^32 in (0, 1]
 inline float radius(uint32_t word) { return std::sqrt(-2.0f * ln(float(word) * 0x1p-32f + 0x1p-33f)); }
 
-// -ln(-ln(1 - v)), v = (word + 1/2) / 2^32 kept below 1
-inline float gumbel(uint32_t word) { return -ln(minus_ln1m(float(word) * 0x1.fffffep-33f + 0x1p-33f)); }
+// -ln(1 - v), v = (word + 1/2) / 2^32 kept below 1
+inline float exponential(uint32_t word) { return minus_ln1m(float(word) * 0x1.fffffep-33f + 0x1p-33f); }
+
+inline float gumbel(uint32_t word) { return -ln(exponential(word)); }
 
 // ln(v) - ln(1 - v), folded at 1/2; in bits, as a condition here would keep a loop from being vector code
 inline float logistic(uint32_t word) {
@@ -105,9 +107,8 @@ __attribute__((noinline)) void numbers(const Words& v, float* out) {
     for (int j = 0; j < 4; j++) out[4 * i + j] = n[j][i];
 }
 
-// WIDTH numbers of one sample, from counter `first` on
-template <Kind KIND>
-void draw(uint64_t seed, uint32_t first, uint32_t row, uint32_t stream, uint32_t index, float* out) {
+// the words of one sample, from counter `first` on
+inline Words words(uint64_t seed, uint32_t first, uint32_t row, uint32_t stream, uint32_t index) {
   Words v;
   for (int i = 0; i < LANES; i++) {
     v.a[i] = first + i;
@@ -117,7 +118,33 @@ void draw(uint64_t seed, uint32_t first, uint32_t row, uint32_t stream, uint32_t
   }
   const uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
   philox(v.a, v.b, v.c, v.d, [&](int, int word) { return key[word]; });
-  numbers<KIND>(v, out);
+  return v;
+}
+
+// counters and keys of lanes that are each of a sample of its own
+struct Keys {
+  Words v = {};
+  uint32_t key[2][LANES] = {};
+
+  void put(int lane, uint64_t seed, uint32_t counter, uint32_t row, uint32_t stream, uint32_t index) {
+    v.a[lane] = counter;
+    v.b[lane] = row;
+    v.c[lane] = stream;
+    v.d[lane] = index;
+    key[0][lane] = uint32_t(seed);
+    key[1][lane] = uint32_t(seed >> 32);
+  }
+
+  const Words& words() {
+    philox(v.a, v.b, v.c, v.d, [&](int i, int word) { return key[word][i]; });
+    return v;
+  }
+};
+
+// WIDTH numbers of one sample, from counter `first` on
+template <Kind KIND>
+void draw(uint64_t seed, uint32_t first, uint32_t row, uint32_t stream, uint32_t index, float* out) {
+  numbers<KIND>(words(seed, first, row, stream, index), out);
 }
 
 // how many whole samples of n numbers share a draw; 0 where a sample alone fills more than half of it
@@ -130,20 +157,12 @@ inline int64_t samples_of_draw(int64_t n) {
 template <Kind KIND, class Row>
 void draw_samples(int many, int n, const int64_t* seeds, const int64_t* index, uint32_t stream, const Row& row,
                   float* out) {
-  Words v = {};
-  uint32_t key[2][LANES] = {};
+  Keys keys;
   const int counters = (n + 3) / 4;
   for (int s = 0, lane = 0; s < many; s++)
-    for (int i = 0; i < counters; i++, lane++) {
-      v.a[lane] = i;
-      v.b[lane] = row(s);
-      v.c[lane] = stream;
-      v.d[lane] = index ? uint32_t(index[s]) : 0u;
-      key[0][lane] = uint32_t(uint64_t(seeds[s]));
-      key[1][lane] = uint32_t(uint64_t(seeds[s]) >> 32);
-    }
-  philox(v.a, v.b, v.c, v.d, [&](int i, int word) { return key[word][i]; });
-  numbers<KIND>(v, out);
+    for (int i = 0; i < counters; i++, lane++)
+      keys.put(lane, uint64_t(seeds[s]), uint32_t(i), row(s), stream, index ? uint32_t(index[s]) : 0u);
+  numbers<KIND>(keys.words(), out);
   for (int s = 1; n % 4 && s < many; s++) std::memmove(out + s * n, out + s * counters * 4, sizeof(float) * n);
 }
 

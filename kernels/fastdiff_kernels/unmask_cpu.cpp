@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -17,19 +18,27 @@ constexpr float NONE = -std::numeric_limits<float>::infinity(), LOWEST = -3.0e38
 constexpr float ROUNDING = 0x1p-21f;  // what fp32 may take from 1 - b
 constexpr uint32_t CHOICE = 5;       // the stream that chooses tokens
 constexpr int64_t C_SKIP = 0, HI = 3;  // places in a row's header: the scale of a score's noise, the score that is enough
-constexpr int64_t TOGETHER = 2 * WIDTH;  // numbers of tokens of few classes that are drawn in one go
 enum Order { RANDOM, CONFIDENCE, MARGIN, ENTROPY };
 
-// uniform numbers in (0, 1] of a sample's tokens
+// the WIDTH words, one lane after another
+void in_order(const Words& v, uint32_t* out) {
+  for (int i = 0; i < LANES; i++) {
+    out[4 * i] = v.a[i];
+    out[4 * i + 1] = v.b[i];
+    out[4 * i + 2] = v.c[i];
+    out[4 * i + 3] = v.d[i];
+  }
+}
+
+inline float uniform(uint32_t word) { return float(word) * 0x1p-32f + 0x1p-33f; }  // in (0, 1]
+
+// uniform numbers of a sample's tokens
 void uniforms(uint64_t seed, uint32_t row, uint32_t index, int64_t n, float* out) {
-  const uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+  uint32_t made[WIDTH];
   for (int64_t at = 0; at < n; at += WIDTH) {
-    Words v;
-    for (int i = 0; i < LANES; i++) v.a[i] = uint32_t(at / 4 + i), v.b[i] = row, v.c[i] = CHOICE, v.d[i] = index;
-    philox(v.a, v.b, v.c, v.d, [&](int, int word) { return key[word]; });
-    const uint32_t* words[4] = {v.a, v.b, v.c, v.d};
-    for (int64_t i = 0; i < std::min<int64_t>(WIDTH, n - at); i++)
-      out[at + i] = float(words[i % 4][i / 4]) * 0x1p-32f + 0x1p-33f;
+    in_order(words(seed, uint32_t(at / 4), row, CHOICE, index), made);
+    const int count = int(std::min<int64_t>(WIDTH, n - at));
+    for (int i = 0; i < count; i++) out[at + i] = uniform(made[i]);
   }
 }
 
@@ -60,20 +69,84 @@ void top_of(const float* v, int64_t steps, float& value, int32_t& first) {
     if (most[j] == value) first = std::min(first, at[j] * LANE + j);
 }
 
-// how sure a token is; e has room for the numbers m. Sums leave out the class they are relative to.
-float score_of(const float* m, int64_t steps, int32_t k, Order order, float* e) {
+// vectors by name: a compiler takes loops of a lane apart instead
+using Eight = float __attribute__((vector_size(32)));
+using Four = float __attribute__((vector_size(16)));
+
+template <class Vector>
+inline Vector load(const float* v) {
+  Vector x;
+  std::memcpy(&x, v, sizeof(x));
+  return x;
+}
+
+inline float sum_of_lane(const float* v) {
+  const Eight x = load<Eight>(v) + load<Eight>(v + 8);
+  float part[8];
+  std::memcpy(part, &x, sizeof(x));
+  const Four y = load<Four>(part) + load<Four>(part + 4);
+  return (y[0] + y[2]) + (y[1] + y[3]);
+}
+
+// the largest of numbers that end in whole lanes; it does not see NaN
+float largest(const float* v, int64_t steps) {
+  Eight one = load<Eight>(v), two = load<Eight>(v + 8);
+  for (int64_t i = 1; i < steps; i++) {
+    const Eight x = load<Eight>(v + i * LANE), y = load<Eight>(v + i * LANE + 8);
+    one = x > one ? x : one;
+    two = y > two ? y : two;
+  }
+  float most = NONE;
+  for (int j = 0; j < 8; j++) most = std::max(most, std::max(one[j], two[j]));
+  return most;
+}
+
+// e = exp((m - top) a) and the sums of each LANE of them; their sum (NaN where one is)
+double weigh(const float* m, int64_t steps, float top, float a, float* e, float* sums) {
+  double all = 0;
+  for (int64_t i = 0; i < steps; i++) {
+    for (int j = 0; j < LANE; j++) e[i * LANE + j] = exp_of((m[i * LANE + j] - top) * a);
+    sums[i] = sum_of_lane(e + i * LANE);
+    all += sums[i];
+  }
+  return all;
+}
+
+// a group by chance, of its sum's share, and a class of it: fastdiff.race. sums, e have room to a whole lane
+int32_t drawn(const float* e, float* sums, int64_t steps, const uint32_t* word) {
+  int32_t group = 0;
+  float total = sums[0];
+  if (steps > 1) {
+    const int count = int(steps);
+    float* ratio = sums + (steps + LANE - 1) / LANE * LANE;
+    for (int i = 0; i < count; i++) ratio[i] = sums[i] / exponential(word[i]);
+    float most;
+    std::fill(ratio + count, ratio + (count + LANE - 1) / LANE * LANE, NONE);
+    top_of(ratio, (count + LANE - 1) / LANE, most, group);
+    total = sums[group];
+  }
+  const float* mine = e + group * LANE;
+  const float target = uniform(word[steps]) * total;
+  float so_far = 0;
+  int32_t k = 0;
+  for (int32_t j = 0; j < LANE && so_far < target; j++) {
+    if (mine[j] > 0) k = j;
+    so_far += mine[j];
+  }
+  return group * LANE + k;
+}
+
+// how sure a token is, but of CONFIDENCE; e has room for the numbers m. Sums leave out the class they are relative to.
+float score_of(const float* m, int64_t steps, Order order, float* e) {
   float top;
-  int32_t first;
-  top_of(m, steps, top, first);
-  if (top == -NONE) return HIGHEST;
-  if (order != CONFIDENCE) k = first;
+  int32_t k;
+  top_of(m, steps, top, k);
   const int count = int(steps) * LANE;
   for (int i = 0; i < count; i++) e[i] = exp_of(m[i] - top);
   e[k] = 0.0f;
   double sums[LANE] = {}, rest = 0, weighted = 0;
   add_up(int(steps), sums, [&](int i, int j) { return e[i * LANE + j]; });
   for (double x : sums) rest += x;
-  if (order == CONFIDENCE) return float(double(m[k]) - double(top) - std::log(rest));
   if (order == MARGIN) {
     const double gap = *std::max_element(e, e + count);
     return float(std::log((1.0 - gap) / (rest + gap)));
@@ -82,6 +155,15 @@ float score_of(const float* m, int64_t steps, int32_t k, Order order, float* e) 
   add_up(int(steps), sums, [&](int i, int j) { return e[i * LANE + j] * std::max(m[i * LANE + j] - top, -104.0f); });
   for (double x : sums) weighted += x;
   return float(weighted / (1.0 + rest) - std::log1p(rest));
+}
+
+// of class k: the sums and their parts but for its own
+float confidence_of(const float* m, int64_t steps, float top, int32_t k, const float* e, const float* sums) {
+  double rest = 0;
+  const int32_t group = k / LANE;
+  for (int32_t i = 0; i < int32_t(steps); i++) rest += i == group ? 0.0f : sums[i];
+  for (int32_t j = 0; j < LANE; j++) rest += group * LANE + j == k ? 0.0f : e[group * LANE + j];
+  return float(double(m[k]) - double(top) - std::log(rest));
 }
 
 // how many of tokens in their order are sure enough: by their own score, or of ENTROPY by the sum of those before
@@ -96,8 +178,16 @@ int64_t enough_of(const std::vector<int64_t>& places, const std::vector<float>& 
   return count;
 }
 
+// asks for the first numbers of a token that is read next
+void fetch(const void* from, int64_t type, int64_t at, int64_t width) {
+  const int64_t size = type == FP32 ? 4 : 2;
+  const char* first = static_cast<const char*>(from) + at * size;
+  for (int64_t i = 0; i < std::min<int64_t>(width * size, 4096); i += 64) __builtin_prefetch(first + i);
+}
+
 struct Room {
-  std::vector<float> m, u, v, g;
+  std::vector<float> m, v, e, sums;
+  std::vector<uint32_t> words;
 };
 
 }  // namespace
@@ -109,73 +199,96 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
                            int64_t batch, int64_t length, int64_t width, int64_t row_width, int64_t header,
                            int64_t w_row, int64_t w_each, int64_t row_each, int64_t m_type, int64_t u_type,
                            int64_t threads) {
-  const int64_t steps = (width + LANE - 1) / LANE, all = batch * length;
+  const int64_t early = width % 4 == 0 ? 0 : width % 4 == 2 ? 2 : 3;
+  const int64_t steps = (width + early + LANE - 1) / LANE, counters = steps / 4 + 1;  // groups of a token, and its words
+  const int64_t beside = std::max<int64_t>(1, LANES / counters);
   const int n = int(width);
-  const int64_t beside = std::max<int64_t>(1, TOGETHER / width), pieces = (length + beside - 1) / beside;
   const auto row_of = [&](int64_t b) { return rows[b * row_each]; };
   const auto header_of = [&](int64_t b) { return table + row_of(b) * row_width; };
   const auto numbers_of = [&](int64_t b) { return header_of(b) + header; };  // A, b, d, s
 
-  std::vector<float> chance(order == RANDOM ? size_t(length) : 0), score(order == RANDOM ? 0 : size_t(all));
-  std::vector<int32_t> hit(size_t(all), -1);  // -1: not read
-  std::vector<uint8_t> chosen(size_t(all), 0);
+  std::vector<int64_t> read_in, ends;  // the tokens that are read, and where those of a sample end
+  std::vector<float> chance(order == RANDOM ? size_t(length) : 0);
   for (int64_t b = 0; b < batch; b++) {
     const float* c = numbers_of(b);
     if (order == RANDOM) uniforms(uint64_t(seeds[b]), uint32_t(row_of(b)), uint32_t(index[b]), length, chance.data());
     for (int64_t d = 0, at = b * length; d < length; d++, at++) {
       if (group[at] != int32_t(c[2])) continue;
-      if (tokens[at] == mask)
-        chosen[size_t(at)] = order != RANDOM || chance[size_t(d)] <= c[1];
-      else if (order == RANDOM && chance[size_t(d)] > c[0])
-        tokens[at] = mask;
+      if (tokens[at] != mask) {
+        if (order == RANDOM && chance[size_t(d)] > c[0]) tokens[at] = mask;
+      } else if (order != RANDOM || chance[size_t(d)] <= c[1]) {
+        read_in.push_back(at);
+      }
     }
+    ends.push_back(int64_t(read_in.size()));
   }
 
+  const int64_t all = int64_t(read_in.size()), jobs = (all + beside - 1) / beside;
+  std::vector<int32_t> hit(static_cast<size_t>(all));
+  std::vector<float> score(order == RANDOM ? 0 : size_t(all));
 #pragma omp parallel num_threads(int(threads))
   {
     static thread_local Room room;
     room.m.assign(size_t(steps) * LANE, NONE);
-    room.u.resize(size_t(steps) * LANE);
-    room.v.assign(size_t(steps) * LANE, NONE);
-    room.g.resize(size_t(beside * width + 2 * WIDTH));
+    room.v.resize(size_t(width));
+    room.e.resize(size_t(steps) * LANE);
+    room.sums.resize(size_t(2 * (steps + LANE)));
+    room.words.resize(size_t((beside * counters + LANES - 1) / LANES * WIDTH));
+    float *e = room.e.data(), *sums = room.sums.data();
 #pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < batch * pieces; job++) {
-      const int64_t b = job / pieces, begin = job % pieces * beside, end = std::min(length, begin + beside);
-      const uint8_t* mine = chosen.data() + b * length;
-      if (std::none_of(mine + begin, mine + end, [](uint8_t x) { return x != 0; })) continue;
-      const int64_t row = row_of(b), early = begin * width % 4;
-      const float heat = numbers_of(b)[3];
-      if (heat != 0.0f)
-        for (int64_t i = 0; i < early + (end - begin) * width; i += WIDTH)
-          draw<GUMBEL>(uint64_t(seeds[b]), uint32_t((begin * width + i) / 4), uint32_t(row), CLASSES,
-                       uint32_t(index[b]), room.g.data() + i);
-      for (int64_t d = begin; d < end; d++) {
-        if (!mine[d]) continue;
-        const int64_t at = b * length + d;
-        float *m = room.m.data(), *v = m;
+    for (int64_t job = 0; job < jobs; job++) {
+      const int64_t begin = job * beside, end = std::min(all, begin + beside);
+      const auto sample = [&](int64_t i) { return read_in[size_t(i)] / length; };
+      bool draws = false;
+      for (int64_t i = begin; i < end; i++) draws = draws || numbers_of(sample(i))[3] != 0.0f;
+      for (int64_t first = 0; draws && first < (end - begin) * counters; first += LANES) {
+        Keys keys;
+        for (int64_t lane = 0; lane < LANES; lane++) {
+          const int64_t i = std::min(begin + (first + lane) / counters, end - 1), b = sample(i);
+          const int64_t counter = read_in[size_t(i)] % length * counters + (first + lane) % counters;
+          keys.put(int(lane), uint64_t(seeds[b]), uint32_t(counter), uint32_t(row_of(b)), CLASSES, uint32_t(index[b]));
+        }
+        in_order(keys.words(), room.words.data() + 4 * first);
+      }
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t at = read_in[size_t(i)], b = sample(i), shift = at % length * width % 4;
+        if (i + 1 < all) fetch(logits, m_type, read_in[size_t(i + 1)] * width, width);
+        float* m = room.m.data() + shift;
         const float* given = read(logits, int(m_type), at * width, n, room.v.data());
         if (uncond) {
-          const float* u = read(uncond, int(u_type), at * width, n, room.u.data());
-          const float by = w[row * w_row + b * w_each];
+          const float* u = read(uncond, int(u_type), at * width, n, e);
+          const float by = w[row_of(b) * w_row + b * w_each];
           for (int i = 0; i < n; i++) m[i] = given[i] == u[i] ? given[i] : u[i] + by * (given[i] - u[i]);
         } else {
           std::copy(given, given + width, m);
         }
         if (mask < width) m[mask] = NONE;
-        if (heat != 0.0f) {
-          v = room.v.data();
-          const float* g = room.g.data() + early + (d - begin) * width;
-          for (int i = 0; i < n; i++) v[i] = m[i] + heat * g[i];
-          std::fill(v + width, v + steps * LANE, NONE);
+        m = room.m.data();
+        std::fill(m, m + shift, NONE);
+        std::fill(m + shift + width, m + steps * LANE, NONE);
+        const float heat = numbers_of(b)[3];
+        float top = largest(m, steps);
+        int32_t k = 0;
+        bool known = top > NONE;
+        if (heat != 0.0f && top < -NONE) {
+          known = known && weigh(m, steps, top, std::min(1.0f / heat, 1e30f), e, sums) > 0;  // no NaN
+          if (known) k = drawn(e, sums, steps, room.words.data() + 4 * (i - begin) * counters);
+        } else {
+          top_of(m, steps, top, k);
+          known = top > NONE;
         }
-        float top;
-        int32_t k;
-        top_of(v, steps, top, k);
-        const bool known = top > NONE;  // no NaN, and a class that is allowed
-        hit[size_t(at)] = known ? k : int32_t(mask);
+        hit[size_t(i)] = known ? k - int32_t(shift) : int32_t(mask);
         if (order == RANDOM) continue;
-        const float sure = known ? score_of(m, steps, k, Order(order), room.u.data()) : LOWEST;
-        score[size_t(at)] = sure >= LOWEST ? std::min(sure, HIGHEST) : LOWEST;
+        float sure = LOWEST;
+        if (known && top == -NONE) {
+          sure = HIGHEST;
+        } else if (known && order == CONFIDENCE) {
+          if (heat != 1.0f) weigh(m, steps, top, 1.0f, e, sums);
+          sure = confidence_of(m, steps, top, k, e, sums);
+        } else if (known) {
+          sure = score_of(m, steps, Order(order), e);
+        }
+        score[size_t(i)] = sure >= LOWEST ? std::min(sure, HIGHEST) : LOWEST;
       }
     }
   }
@@ -184,8 +297,7 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
   std::vector<float> noise;
   for (int64_t b = 0; b < batch; b++) {
     places.clear();
-    for (int64_t at = b * length; at < (b + 1) * length; at++)
-      if (hit[size_t(at)] >= 0) places.push_back(at);
+    for (int64_t i = b ? ends[size_t(b - 1)] : 0; i < ends[size_t(b)]; i++) places.push_back(i);
     int64_t count = int64_t(places.size());
     if (order != RANDOM) {
       const float heat = header_of(b)[C_SKIP], enough = header_of(b)[HI];
@@ -194,8 +306,8 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
         for (int64_t i = 0; i < length; i += WIDTH)
           draw<GUMBEL>(uint64_t(seeds[b]), uint32_t(i / 4), uint32_t(row_of(b)), CHOICE, uint32_t(index[b]),
                        noise.data() + i);
-        for (int64_t at : places)
-          score[size_t(at)] = shaken(score[size_t(at)], heat, noise[size_t(at - b * length)], Order(order));
+        for (int64_t i : places)
+          score[size_t(i)] = shaken(score[size_t(i)], heat, noise[size_t(read_in[size_t(i)] % length)], Order(order));
       }
       const float kept = std::floor(float(count) * (1.0f - numbers_of(b)[1] + ROUNDING));
       count = std::max<int64_t>(0, count - int64_t(kept));
@@ -207,10 +319,10 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
         std::sort(places.begin(), places.end(), surer);
         count = std::max(count, enough_of(places, score, enough, Order(order)));
       } else {
-        std::partial_sort(places.begin(), places.begin() + count, places.end(), surer);
+        std::nth_element(places.begin(), places.begin() + count, places.end(), surer);
       }
     }
-    for (int64_t i = 0; i < count; i++) tokens[places[size_t(i)]] = hit[size_t(places[size_t(i)])];
+    for (int64_t i = 0; i < count; i++) tokens[read_in[size_t(places[size_t(i)])]] = hit[size_t(places[size_t(i)])];
   }
-  for (int64_t i = 0; i < many; i++) std::copy(tokens, tokens + all, copies + i * all);
+  for (int64_t i = 0; i < many; i++) std::copy(tokens, tokens + batch * length, copies + i * batch * length);
 }

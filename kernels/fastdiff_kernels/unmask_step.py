@@ -1,10 +1,11 @@
 # mypy: disable-error-code="misc, var-annotated, assignment"
 """One row of a plan of tokens: which masked ones become which class, and which are masked again.
 
-    k = argmax(m + s g),  m = uncond + w (model_out - uncond) without the mask,  g Gumbel noise
+    k drawn from softmax(m / s) by a race, or argmax m,  m = uncond + w (model_out - uncond) without the mask
 
-A token is read in windows, one after the other, and only where the row can change it. Noise: stream 2 for g, 5 for the
-choice of tokens. Of a row's header c_skip is the scale of the noise on a score, hi the score that is enough.
+A token is read in windows, one after the other, and only where the row can change it; the group of 16 classes that wins
+is read once more. Random numbers: stream 2 for k, 5 for the choice of tokens. Of a row's header c_skip is the scale of
+the noise on a score, hi the score that is enough.
 """
 
 import triton
@@ -15,16 +16,28 @@ from fastdiff_kernels.categorical import (
     add_gumbel,
     begin,
     covered,
+    exponential,
     guided,
     key_of,
+    largest,
     spots,
     top_and_class,
     window,
-    window_gumbel,
     within,
 )
-from fastdiff_kernels.philox import philox_sample
-from fastdiff_kernels.tiles import load_float
+from fastdiff_kernels.race import (
+    GROUP,
+    counters_of,
+    finite,
+    first_where,
+    groups_of,
+    in_groups,
+    largest_of_groups,
+    sums_of_groups,
+    uniform_of,
+    word,
+    words_of_groups,
+)
 
 RANDOM = tl.constexpr(0)  # orders
 CONFIDENCE = tl.constexpr(1)
@@ -39,17 +52,13 @@ HI = tl.constexpr(3)
 
 
 @triton.jit
-def word(d, key):
-    """Word d % 4 of counter d // 4, of each token d."""
-    i0, i1, i2, i3 = philox_sample((d >> 2).to(tl.uint32), key)
-    lane = d & 3
-    return tl.where(lane == 0, i0, tl.where(lane == 1, i1, tl.where(lane == 2, i2, i3)))
-
-
-@triton.jit
-def uniform(d, key):
-    """A number in (0, 1] of each token d."""
-    return tl.fma(word(d, key).to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+def load_logits(ptr, mask):
+    """As fp32; -inf where the mask is off."""
+    x = tl.load(ptr, mask=mask, other=float("-inf"))
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -58,7 +67,7 @@ def shaken(score, heat, d, key, ORDER: tl.constexpr, MATH: tl.constexpr):
     plain = score
     if ORDER != ENTROPY:
         plain = tl.minimum(score, 0.0) - tl.log(1.0 + tl.exp2(-tl.abs(score) * LOG2E))
-    plain += heat * (add_gumbel(tl.zeros_like(score), word(d, key), MATH) + LNLN2)
+    plain += heat * (add_gumbel(tl.zeros_like(score), word(d >> 2, d & 3, key), MATH) + LNLN2)
     fixed = (score == HIGHEST) | (score == LOWEST)
     return tl.where(fixed, score, tl.minimum(tl.maximum(plain, LOWEST), HIGHEST))
 
@@ -152,7 +161,7 @@ def unmask_read_kernel(
     free = block == tl.load(c + 2).to(tl.int32)
     chosen = free & (token == mask_id)
     if ORDER == RANDOM:
-        u = uniform(d, key_of(row, 5, seed_ptr, index_ptr, b))
+        u = uniform_of(word(d >> 2, d & 3, key_of(row, 5, seed_ptr, index_ptr, b)))
         again = free & (token != mask_id) & (u > tl.load(c))
         chosen = chosen & (u <= tl.load(c + 1))
     temperature = tl.load(c + 3)
@@ -160,59 +169,105 @@ def unmask_read_kernel(
     if GUIDED:
         w = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride)
 
+    key = key_of(row, 2, seed_ptr, index_ptr, b)
+    first_counter = d * counters_of(K)
+    heat = tl.minimum(LOG2E / temperature, 1e30)  # of no temperature it is not used
+    GROUPS: tl.constexpr = COLS // GROUP
+    lane = tl.arange(0, GROUPS)[None, :]
     none = tl.full([ROWS], float("-inf"), tl.float32)
-    best, second, own, high = none, none, none, none
-    rest = tl.zeros([ROWS], tl.float32)
-    weighted = rest
-    hit = tl.zeros([ROWS], tl.int32) + mask_id
+    zero = tl.zeros([ROWS], tl.float32)
+    second, own, high, over, weighted = none, none, none, zero, zero
+    # of groups in the same place of all windows: the largest logit, the best ratio and its window, sums but for its own
+    best = tl.zeros([ROWS, GROUPS], tl.float32)
+    peak = best + float("-inf")
+    if temperature == 0.0:
+        best += float("-inf")
+    hit = tl.zeros([ROWS, GROUPS], tl.int32) - 1
+    rest, mine = tl.zeros_like(best), tl.zeros_like(best)
     on = tl.max(chosen.to(tl.int32), axis=0)
     for piece in range(on * PIECES):
         counter, k, start = window(d, piece, K, ROWS, COLS, QUADS)
         near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR) & chosen[:, None]
-        m = load_float(
+        m = load_logits(
             begin(model_ptr, base, model_row, VECTOR) + spots(d, start, model_row, COLS, QUADS, VECTOR), near
         )
         if GUIDED:
             at = begin(uncond_ptr, base, uncond_row, VECTOR) + spots(d, start, uncond_row, COLS, QUADS, VECTOR)
-            m = guided(m, load_float(at, near), w)
-        m = tl.where(within(d, k, tokens, K, QUADS) & chosen[:, None] & (k != mask_id), m, float("-inf"))
-        v = m
+            m = guided(m, load_logits(at, near), w)
+        if not QUADS:  # a neighbour's numbers
+            m = tl.where(within(d, k, tokens, K, QUADS), m, float("-inf"))
+        if (mask_id >= piece * COLS - 3) & (mask_id < piece * COLS + COLS):
+            m = tl.where(k != mask_id, m, float("-inf"))
+        apart = in_groups(m, ROWS, COLS)
+        most = largest_of_groups(apart, MATH)
+        before = peak
+        peak = tl.maximum(peak, most, propagate_nan=tl.PropagateNan.ALL)
+        sums = rest
         if temperature != 0.0:
-            key = key_of(row, 2, seed_ptr, index_ptr, b)
-            g = window_gumbel(tl.zeros([ROWS, COLS], tl.float32), counter, key, ROWS, COLS, MATH)
-            v = tl.fma(temperature, g, m)
-        top, which = top_and_class(v, k, MATH)
-        take = top > best
-        hit = tl.where(take, which, hit)
-        best = tl.where(take | (top != top), top, best)
+            sums = sums_of_groups(apart, finite(peak), heat)
+            most = sums / exponential(words_of_groups(first_counter, piece, key, ROWS, COLS), MATH)
+            best *= tl.exp2((finite(before) - finite(peak)) * heat)
+        take = most > best
+        best = tl.where(take, most, best)
+        hit = tl.where(take, piece, hit)
         if ORDER == CONFIDENCE:
-            rest, weighted, own, high = merged(m, k, rest, weighted, own, high, take, which, False)
-        elif ORDER != RANDOM:
-            top, which = top_and_class(m, k, MATH)
-            take = top > high
+            if temperature != 1.0:
+                sums = sums_of_groups(apart, finite(peak), LOG2E)
+            scale = tl.exp2((finite(before) - finite(peak)) * LOG2E)
+            rest = scale * (rest + tl.where(take, mine, 0.0)) + tl.where(take, 0.0, sums)
+            mine = tl.where(take, sums, scale * mine)
+        elif ORDER == MARGIN or ORDER == ENTROPY:
+            most, which = top_and_class(m, k, MATH)
+            take = most > high
             other = tl.max(tl.where(k == which[:, None], float("-inf"), m), axis=1)
-            second = tl.maximum(tl.minimum(high, top), tl.maximum(second, other))
-            rest, weighted, own, high = merged(m, k, rest, weighted, own, high, take, which, ORDER == ENTROPY)
-    hit = tl.where(best == best, hit, mask_id)  # a NaN among a token's logits: it stays masked
+            second = tl.maximum(tl.minimum(high, most), tl.maximum(second, other))
+            over, weighted, own, high = merged(m, k, over, weighted, own, high, take, which, ORDER == ENTROPY)
+    top = largest(peak, MATH)
+    below = finite(peak) - finite(top)[:, None]
+    if temperature != 0.0:
+        best *= tl.exp2(below * heat)
+    hit = hit * GROUPS + lane
+    most, group = top_and_class(best, hit, MATH)
+    known = top > float("-inf")  # a NaN among a token's logits: it stays masked
+    k = tl.where(known, group, 0)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    if not QUADS:
+        k -= (d * K & 3).to(tl.int32)[:, None]
+    near = known[:, None] & (k >= 0) & (k < K) & (k != mask_id)
+    m = load_logits(model_ptr + base * model_row + (d * model_row)[:, None] + k, near)
+    if GUIDED:
+        m = guided(m, load_logits(uncond_ptr + base * uncond_row + (d * uncond_row)[:, None] + k, near), w)
+    if temperature != 0.0:
+        e = tl.exp2((m - finite(top)[:, None]) * heat)
+        so_far = tl.where(e > 0.0, tl.cumsum(e, axis=1), 0.0)
+        groups = groups_of(K)
+        u = uniform_of(word(first_counter + groups // 4, groups % 4, key))
+        one = first_where((e > 0.0) & (so_far >= (u * tl.max(so_far, axis=1))[:, None]), k)
+    else:
+        one = first_where(m == tl.max(m, axis=1)[:, None], k)
+    one = tl.where(known, one, mask_id)
     if ORDER == RANDOM:
-        new = tl.where(chosen, hit.to(tl.int64), token)
+        new = tl.where(chosen, one.to(tl.int64), token)
         place(tokens_ptr, model_in_ptr, base + d, copy_stride, tl.where(again, mask_id, new), there, COPIES)
     else:
         if ORDER == CONFIDENCE:
-            score = own - high - tl.log(rest)  # of p / (1 - p)
+            rest += tl.where(hit == group[:, None], 0.0, mine)
+            e = tl.where(k == one[:, None], 0.0, tl.exp2((m - finite(top)[:, None]) * LOG2E))
+            over = tl.sum(rest * tl.exp2(below * LOG2E), axis=1) + tl.sum(e, axis=1)
+            own = tl.max(tl.where(k == one[:, None], m, float("-inf")), axis=1)
+            score = own - top - tl.log(over)  # of p / (1 - p)
         elif ORDER == MARGIN:
             gap = tl.exp2((second - high) * LOG2E)
-            score = tl.log((1.0 - gap) / (rest + gap))  # of q / (1 - q), q = p_1 - p_2
+            score = tl.log((1.0 - gap) / (over + gap))  # of q / (1 - q), q = p_1 - p_2
         else:
-            u = 1.0 + rest  # ln(1 + rest) with what rounding u loses; minus the entropy
-            score = weighted / u - (tl.log(u) + (rest - (u - 1.0)) / u)
-        score = tl.where(high == float("inf"), HIGHEST, score)
-        known = (hit != mask_id) & (score >= LOWEST)
+            u = 1.0 + over  # ln(1 + over) with what rounding u loses; minus the entropy
+            score = weighted / u - (tl.log(u) + (over - (u - 1.0)) / u)
+        score = tl.where(top == float("inf"), HIGHEST, score)
+        known = known & (score >= LOWEST)
         score = tl.where(known, tl.minimum(score, HIGHEST), LOWEST)
-        heat = tl.load(table_ptr + row * WIDTH + C_SKIP)
-        if heat != 0.0:
-            score = shaken(score, heat, d, key_of(row, 5, seed_ptr, index_ptr, b), ORDER, MATH)
-        tl.store(class_ptr + base + d, hit, mask=there)
+        noise = tl.load(table_ptr + row * WIDTH + C_SKIP)
+        if noise != 0.0:
+            score = shaken(score, noise, d, key_of(row, 5, seed_ptr, index_ptr, b), ORDER, MATH)
+        tl.store(class_ptr + base + d, one, mask=there)
         tl.store(score_ptr + base + d, tl.where(chosen, score, float("-inf")), mask=there)
 
 
