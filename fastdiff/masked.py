@@ -45,6 +45,7 @@ class MaskedRun(Run):
         self.block = self.plan.d[:, 0].astype(int).tolist()
         self.may_idle = (self.plan.A[:, 0, 0] == 1).tolist()
         self.enough = bool(np.isfinite(self.plan.hi).any())
+        self.nucleus = bool((self.plan.c_out < 1).any())
         self.seen = (self.x.numpy(), self.group.numpy()) if self.on_host else (self.x, self.group)
 
     def output_shape(self) -> tuple[int, ...]:
@@ -110,7 +111,7 @@ class MaskedRun(Run):
             ops.unmask_step(
                 self.x, m, self.table, row, mask=int(plan.mask), order=plan.readout, group=self.group, uncond=u,
                 guidance=w, seeds=self.keys.seeds, index=self.keys.index,
-                model_in=None if self.aliased else self.model_in,
+                model_in=None if self.aliased else self.model_in, nucleus=self.nucleus,
             )  # fmt: skip
 
         if self.on_host:

@@ -76,6 +76,19 @@ def classes(m: Tensor, s: Tensor, d: Tensor, e: Tensor, u: Tensor) -> Tensor:
     return group * GROUP + _first(here) - shift
 
 
+def nucleus(m: Tensor, s: Tensor, share: Tensor) -> Tensor:
+    """The least logit of the smallest set of likeliest classes that holds a share of softmax(m / s), [T].
+
+    A class is in it where those with larger logits hold less than the share; equal logits go together.
+    Args: m, s: as for `classes`. share: [T] in (0, 1]; of 1 all classes are in the set, the result is -inf.
+    """
+    z = m.sort(dim=1, descending=True).values
+    e = torch.exp((z - z[:, :1]) / s[:, None]).cumsum(1)
+    kept = torch.nn.functional.pad(e[:, :-1], (1, 0)) < (share[:, None] * e[:, -1:])
+    least = z.gather(1, kept.sum(1, keepdim=True).clamp_min(1) - 1)[:, 0]
+    return torch.where((share < 1) & (z[:, 0] < torch.inf), least, -torch.inf)
+
+
 def _first(true: Tensor) -> Tensor:
     """The first place of each row that is true, the last where none is."""
     places = torch.arange(true.shape[1], device=true.device)

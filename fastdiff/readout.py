@@ -40,6 +40,7 @@ def sentence(plan: Plan) -> str:
         more = "; so do tokens that are sure enough, by hi" if np.any(np.isfinite(plan.hi)) else ""
         more += ", their scores with c_skip times Gumbel noise" if np.any(plan.c_skip) else ""
         drawn = "k drawn from softmax(m / s)"
+        drawn += " of its likeliest classes, which hold c_out" if np.any(plan.c_out < 1) else ""
         return f"{plan.classes} classes, mask {plan.mask}: {drawn}; in block d {which}{more}"
     if plan.readout in BINNED:
         return f"{plan.classes} bins: {MEANING[plan.readout]}"
@@ -91,14 +92,15 @@ def check_readout(plan: Plan) -> None:
 
 
 def _check_order(plan: Plan, name: str) -> None:
-    """A plan of tokens: A and b are probabilities, d a block, s and c_skip temperatures, hi a score."""
+    """A plan of tokens: A, b and c_out are probabilities, d a block, s and c_skip temperatures, hi a score."""
     if plan.classes < 2:
         raise ValueError(f"{name}: readout {plan.readout!r} needs at least 2 classes, got {plan.classes}")
     if isinstance(plan.mask, bool) or not isinstance(plan.mask, int | np.integer) or not 0 <= plan.mask < 2**31:
         raise ValueError(f"{name}: mask must be an integer in 0..2**31 - 1, got {plan.mask!r}")
-    unused = np.any(plan.c_in != 1) or np.any(plan.c_out != 1) or np.any(np.isfinite(plan.lo))
-    if plan.slots != 1 or plan.last_readout != plan.readout or unused:
-        raise ValueError(f"{name}: tokens have one slot, one readout, c_in 1, c_out 1 and no lo")
+    if plan.slots != 1 or plan.last_readout != plan.readout or np.any(plan.c_in != 1) or np.any(np.isfinite(plan.lo)):
+        raise ValueError(f"{name}: tokens have one slot, one readout, c_in 1 and no lo")
+    if np.any((plan.c_out <= 0) | (plan.c_out > 1)):
+        raise ValueError(f"{name}: c_out is the share in (0, 1] that classes are drawn from, got {plan.c_out}")
     shaken, enough = plan.c_skip != 0, plan.hi < np.inf
     if np.any(plan.c_skip < 0) or np.any(shaken & enough) or (plan.readout == "random" and np.any(shaken | enough)):
         raise ValueError(

@@ -24,11 +24,14 @@ def device(device_of_loops: torch.device) -> torch.device:
     return device_of_loops
 
 
-def table(*rows: tuple[float, float, float, float], c_skip: float = 0.0, hi: float = math.inf) -> Tensor:
-    """Rows (A, b, d, s): keep, unmask, block, temperature; the scale of a score's noise, the score that is enough."""
+def table(
+    *rows: tuple[float, float, float, float], c_skip: float = 0.0, hi: float = math.inf, c_out: float = 1.0
+) -> Tensor:
+    """Rows (A, b, d, s): keep, unmask, block, temperature; the scale of a score's noise, the score that is enough, the
+    share of a nucleus."""
     made = torch.zeros(len(rows), row_width(1))
     made[:, ROW_HEADER : ROW_HEADER + 4] = torch.tensor(rows)
-    made[:, 0], made[:, 3] = c_skip, hi
+    made[:, 0], made[:, 1], made[:, 3] = c_skip, c_out, hi
     return made
 
 
@@ -77,6 +80,12 @@ def winner(z: Tensor, s: float, row: int, sample: int, d: int) -> int:
     raise AssertionError("a share is at most 1")
 
 
+def likeliest(z: Tensor, s: float, share: float) -> Tensor:
+    """z without the classes that are not among the likeliest that hold a share: those above them hold it already."""
+    p = torch.softmax(z / s, 0)
+    return torch.stack([v if share == 1 or p[z > v].sum() < share else torch.tensor(-math.inf) for v in z])
+
+
 def oracle(tokens: Tensor, m: Tensor, rows: Tensor, row: list[int], mask: int, order: str, group: Tensor) -> Tensor:
     """One token after the other, in Python's own numbers, from the definition."""
     length, K = m.shape[1:]
@@ -102,7 +111,8 @@ def oracle(tokens: Tensor, m: Tensor, rows: Tensor, row: list[int], mask: int, o
             if z.isnan().any() or bool((z == -math.inf).all()):
                 k = mask
             else:
-                k = winner(z, s, row[i], i, d) if s else int(z.argmax())
+                share = float(rows[row[i], 1])
+                k = winner(likeliest(z, s, share), s, row[i], i, d) if s else int(z.argmax())
             classes[d] = k
             if k == mask:
                 scores[d] = -1e300

@@ -158,13 +158,16 @@ def _tokens(model: str, lanes: int) -> Iterator[Case]:
     }
     plan = {"HEADER": ROW_HEADER, "WIDTH": row_width(1), "COPIES": 0}
     low = () if model == "fp32" else ((27, 1), (4096, 0), (50257, 1), (126464, 2), (126464, 3))
-    for num_classes, order in ((27, 0), (126464, 0), (126464, 1), *low):
+    nuclei = () if model == "fp32" else ((4096, 0), (50257, 0), (126464, 1))
+    plain = ((27, 0), (126464, 0), (126464, 1), *low)
+    for num_classes, order, cut in (*((*case, False) for case in plain), *((*case, True) for case in nuclei)):
         rows = windows(num_classes, TOKENS, lanes=lanes)
         constants = {"ROWS": rows.rows, "COLS": rows.cols, "PIECES": rows.pieces, "QUADS": num_classes % 4 == 0}
-        constants |= {"VECTOR": True, "WIDE": False, "ORDER": order, "GUIDED": False}
+        constants |= {"VECTOR": True, "WIDE": False, "ORDER": order, "GUIDED": False, "NUCLEUS": cut}
         scored = {"class_ptr": "*i32", "score_ptr": "*fp32"} if order else {}
+        name = ORDERS[order] + "+nucleus" * cut
         yield Case(
-            f"unmask_step/k{num_classes}+{ORDERS[order]}/{model}", "unmask_step", "unmask_read_kernel",
+            f"unmask_step/k{num_classes}+{name}/{model}", "unmask_step", "unmask_read_kernel",
             {**types, **scored}, {**plan, **constants}, loads=(model,), stores=(), scalars=16, indices=16,
             num_warps=rows.num_warps, lanes=lanes, divisible=("n", "K") if num_classes % 16 == 0 else ("n",),
         )  # fmt: skip

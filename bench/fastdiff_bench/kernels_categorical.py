@@ -11,6 +11,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff import ops
 from fastdiff_bench.textbook import compiled, drawn
+from fastdiff_bench.textbook_tokens import likeliest
 from fastdiff_bench.timing import rotation
 from fastdiff_bench.work import Column, Work, finish, gap, graded, randn
 
@@ -125,15 +126,17 @@ def categorical_loss(
 
 
 def unmask_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.device, names: Sequence[str], *,
-                classes: int = VOCABULARY) -> Work:  # fmt: skip
+                classes: int = VOCABULARY, top_p: float = 1.0) -> Work:  # fmt: skip
     """A row of masked diffusion: half of the tokens are masked, a fourth of them becomes classes, the surest first.
+
+    top_p: the share of its probability that a token is drawn from, which plain torch sorts for.
 
     The logits of masked tokens have to be read, and 36 bytes a token: itself and its copy, its block, a class and a
     score written and read. Both columns put the tokens back as they were.
     """
     tokens = max(4, elements // classes)
     half = (tokens + 1) // 2
-    plan = fd.solvers.unmask(fd.schedules.Masked(classes), 8, order="confidence")
+    plan = fd.solvers.unmask(fd.schedules.Masked(classes), 8, order="confidence", top_p=top_p)
     greedy = fd.solvers.unmask(fd.schedules.Masked(classes), 8, order="confidence", temperature=0.0)
     row = torch.full((1,), 4, dtype=torch.int32, device=device)  # b = 1/4
     many = half - int(half * 0.75)
@@ -151,7 +154,7 @@ def unmask_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.
     def textbook(held: Tensor, m: Tensor, draws: bool = True) -> Tensor:
         held.copy_(start)
         p = m.float().softmax(-1)
-        k = drawn(p) if draws else p.argmax(-1)
+        k = drawn(p if top_p == 1 else likeliest(p, top_p)) if draws else p.argmax(-1)
         sure = torch.where(held == classes, p.gather(-1, k[..., None])[..., 0], -1.0)
         at = sure.topk(many, -1).indices
         return held.scatter(1, at, k.gather(1, at))
@@ -159,7 +162,7 @@ def unmask_step(schedule: str, elements: int, dtype: torch.dtype, device: torch.
     def ours(held: Tensor, m: Tensor, by: fd.Plan = plan) -> Tensor:
         held.copy_(start)
         ops.unmask_step(held, m, by.pack(device), row, mask=classes, order="confidence", group=group, seeds=seeds,
-                        index=index)  # fmt: skip
+                        index=index, nucleus=top_p < 1)  # fmt: skip
         return held
 
     columns: dict[str, Column] = {"torch": textbook, "torch.compile": compiled(textbook, elements)}

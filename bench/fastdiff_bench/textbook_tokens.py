@@ -11,7 +11,7 @@ from torch import Tensor
 import fastdiff as fd
 from fastdiff_bench.textbook import Model, compiled, drawn
 
-__all__ = ["TokensTextbook"]
+__all__ = ["TokensTextbook", "likeliest"]
 
 
 class TokensTextbook:
@@ -30,8 +30,8 @@ class TokensTextbook:
             torch.stack([torch.from_numpy(v.reshape(-1).copy()) for v in (plan.A, plan.b)], 1).float().to(device)
         )
         self.heat = plan.s[:, 0].tolist()
-        if len(set(self.heat)) > 1 or plan.d.any():
-            raise ValueError(f"only plans of one temperature and one block are written out, not {plan.name!r}")
+        if len(set(self.heat)) > 1 or plan.d.any() or len(set(plan.c_out)) > 1:
+            raise ValueError(f"only plans of one temperature, top_p and block are written out, not {plan.name!r}")
         self.functions: dict[Any, Callable[..., Tensor]] = {}
 
     def __call__(self, x_T: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -53,13 +53,14 @@ class TokensTextbook:
         return self.functions[key]
 
     def _written(self, many: int) -> Callable[..., Tensor]:
-        plan, mask, heat = self.plan, int(self.plan.mask), self.heat[0]
+        plan, mask, heat, share = self.plan, int(self.plan.mask), self.heat[0], float(self.plan.c_out[0])
 
         def row(x: Tensor, m: Tensor, c: Tensor) -> Tensor:
             if mask < plan.classes:
                 m = torch.where(torch.arange(plan.classes, device=m.device) == mask, -torch.inf, m)
             p = m.float().softmax(-1)
-            k = drawn(p if heat == 1 else (m.float() / heat).softmax(-1)) if heat else p.argmax(-1)
+            q = p if heat in (0, 1) else (m.float() / heat).softmax(-1)
+            k = drawn(q if share == 1 else likeliest(q, share)) if heat else p.argmax(-1)
             masked = x == mask
             if plan.readout == "random":
                 u = torch.rand(x.shape, device=x.device)
@@ -69,6 +70,13 @@ class TokensTextbook:
             return x.flatten(1).scatter(1, at, k.flatten(1).gather(1, at)).view(x.shape)
 
         return row
+
+
+def likeliest(p: Tensor, share: float) -> Tensor:
+    """p without the classes before which, in their order, it sums to the share."""
+    q, at = p.sort(-1, descending=True)
+    gone = q.cumsum(-1) - q >= share
+    return p.masked_fill(torch.zeros_like(gone).scatter(-1, at, gone), 0.0)
 
 
 def _sure(p: Tensor, k: Tensor, order: str) -> Tensor:

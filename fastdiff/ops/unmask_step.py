@@ -39,18 +39,20 @@ def unmask_step(
     seeds: Tensor,
     index: Tensor | None = None,
     model_in: Tensor | None = None,
+    nucleus: bool = False,
 ) -> None:
     """Runs one row of a plan of tokens, in place.
 
         m = uncond + w (model_out - uncond)          with guidance, else model_out; of the mask itself -inf
-        k drawn from softmax(m / s)                  by fastdiff.race; argmax m where s = 0, ties to the first class
+        k drawn from softmax(m / s)                  by fastdiff.race; argmax m where s = 0, ties to the first class;
+                                                     with nucleus of its likeliest classes, which hold c_out (top-p)
         random:  mask -> k where u <= b;             k -> mask where u > A;   u uniform in (0, 1]
         else:    of M masked tokens all but floor(M (1 - b)) become k: those with the largest score, ties to the first:
                  confidence ln(p_k / (1 - p_k)), margin q = p_1 - p_2 as ln(q / (1 - q)), entropy sum p ln p;
                  and so do all whose score is above hi (of entropy: before which the scores sum to hi or more);
                  with c_skip > 0 the scores are ln p_k, ln q and sum p ln p, plus c_skip g', g' Gumbel noise
 
-    A, b, d, s, c_skip, hi are the row's; p = softmax(m). Tokens of another group than d stay what they are.
+    A, b, d, s, c_skip, c_out, hi are the row's; p = softmax(m). Tokens of another group than d stay what they are.
     Args:
         tokens: int64 [B, *D], classes 0..K-1 or mask; contiguous.   model_out: [B, *D, K], fp32, bf16 or fp16 logits,
             any strides.   uncond: like model_out.   table, row: [N, W] of a plan with one slot, int [1] or [B].
@@ -60,13 +62,14 @@ def unmask_step(
         guidance: fp32, one number or [N or 1, B or 1].   seeds, index: int64 [B]: k is drawn by numbers of stream 2,
             u and g' are those of stream 5, one a token.
         model_in: int64 output [B, *D], or [2B, *D] (two copies): what the model sees next.
+        nucleus: whether c_out is looked at: whether some row of the table has c_out < 1.
     Returns: None; tokens and model_in are written.
     Raises:  TypeError, ValueError: a tensor of another dtype, shape, device or layout; an unknown order; guidance
         without uncond or the reverse; a negative mask; a row outside the table (on the CPU).
     Numerics: fp32; a token with a NaN among its logits, or with none above -inf, stays masked; one with an infinite
         logit is the surest. Classes agree with unmask_step_ref in float64 but for ties within 4e-6.
     Source:  Sahoo et al. 2024, arXiv:2406.07524, eq. 7; Wang et al. 2025, arXiv:2503.00307; Chang et al. 2022,
-        arXiv:2202.04200.
+        arXiv:2202.04200; Holtzman et al. 2019, arXiv:1904.09751 (top-p).
     """
     _check(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, model_in)
     if tokens.numel() == 0:
@@ -75,16 +78,17 @@ def unmask_step(
         group = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
     if _dispatch.kernels_for(tokens):
         torch.ops.fastdiff.unmask_step(
-            tokens, model_out, table, row, mask, ORDERS.index(order), group, uncond, guidance, seeds, index, model_in
-        )
+            tokens, model_out, table, row, mask, ORDERS.index(order), group, uncond, guidance, seeds, index, model_in,
+            nucleus,
+        )  # fmt: skip
         return
-    _step_on_cpu(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, model_in)
+    _step_on_cpu(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, model_in, nucleus)
 
 
 def unmask_step_ref(
     tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, *, mask: int, order: str = "random",
     group: Tensor | None = None, uncond: Tensor | None = None, guidance: Tensor | None = None, seeds: Tensor,
-    index: Tensor | None = None, dtype: torch.dtype = torch.float32,
+    index: Tensor | None = None, nucleus: bool = False, dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
     """`unmask_step` in plain torch: functional, the logits in `dtype` (float32 or float64), without host syncs.
 
@@ -93,18 +97,20 @@ def unmask_step_ref(
     if group is None:
         group = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
     return _step(
-        tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, every=True, dtype=dtype
-    )
+        tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, nucleus, every=True,
+        dtype=dtype,
+    )  # fmt: skip
 
 
 def _step_on_cpu(
     tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: str, group: Tensor,
     uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
+    nucleus: bool,
 ) -> None:  # fmt: skip
-    if _by_loop(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, model_in):
+    if _by_loop(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, model_in, nucleus):
         return
     every = torch.compiler.is_compiling()
-    new = _step(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, every=every)
+    new = _step(tokens, model_out, table, row, mask, order, group, uncond, guidance, seeds, index, nucleus, every=every)
     tokens.copy_(new)
     if model_in is not None:
         for half in model_in.split(len(tokens)):
@@ -114,6 +120,7 @@ def _step_on_cpu(
 def _by_loop(
     tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: str, group: Tensor,
     uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
+    nucleus: bool,
 ) -> bool:  # fmt: skip
     """The C++ loop; False where it does not run."""
     given = [
@@ -129,15 +136,15 @@ def _by_loop(
     return native.run(
         "unmask", "unmask_row", tokens, group, m, u, w, table, row.long().contiguous(), seeds.contiguous(), which,
         model_in, 0 if model_in is None else len(model_in) // batch, mask, ORDERS.index(order), batch, length, width,
-        WIDTH, ROW_HEADER, w_row, w_each, int(row.numel() > 1), TYPES[m.dtype], TYPES[(m if u is None else u).dtype],
-        native.threads(m.numel(), heavy=True),
+        WIDTH, ROW_HEADER, w_row, w_each, int(row.numel() > 1), int(nucleus), TYPES[m.dtype],
+        TYPES[(m if u is None else u).dtype], native.threads(m.numel(), heavy=True),
     )  # fmt: skip
 
 
 @torch.no_grad()
 def _step(
     tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: str, group: Tensor,
-    uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, *, every: bool,
+    uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, nucleus: bool, *, every: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
     """The new tokens. every: read all of them, with the same operations whatever they hold."""
@@ -145,7 +152,7 @@ def _step(
     held, blocks = tokens.reshape(batch, length), group.reshape(batch, length)
     at = row.long().expand(batch)
     keep, b, block, s = table[at][:, ROW_HEADER : ROW_HEADER + 4, None].unbind(1)  # [B, 1]
-    heat, hi = table[at, 0, None], table[at, 3, None]
+    heat, share, hi = table[at, 0, None], table[at, 1, None], table[at, 3, None]
     which = torch.zeros_like(seeds) if index is None else index
     free = blocks == block.int()
     chosen = free & (held == mask)
@@ -175,8 +182,13 @@ def _step(
         scale = s[sample, 0].to(dtype)
         if every or bool((scale != 0).any()):
             drawn = race.numbers(seeds[sample], which[sample], at[sample], d, m.shape[1])
-            one = race.classes(m, torch.where(scale == 0, 1.0, scale), d, *drawn)
-            k = torch.where(known & (scale != 0), one, k)
+            scale = torch.where(scale == 0, 1.0, scale)
+            v = m
+            if nucleus:
+                least = race.nucleus(m, scale, share[sample, 0].to(dtype))
+                v = m.masked_fill(m < least[:, None], -torch.inf)
+            one = race.classes(v, scale, d, *drawn)
+            k = torch.where(known & (s[sample, 0] != 0), one, k)
         hit[part] = k
         if order != "random":
             sure = torch.where(m.amax(1) == torch.inf, HIGHEST, _score(m, k, order))
@@ -299,6 +311,7 @@ def windows(num_classes: int, tokens: int, *, lanes: int = 32) -> Rows:
 def _launch(
     tokens: Tensor, model_out: Tensor, table: Tensor, row: Tensor, mask: int, order: int, group: Tensor,
     uncond: Tensor | None, guidance: Tensor | None, seeds: Tensor, index: Tensor | None, model_in: Tensor | None,
+    nucleus: bool,
 ) -> None:  # fmt: skip
     batch, length, width = len(tokens), tokens[0].numel(), model_out.shape[-1]
     guidance = None if guidance is None else guidance.contiguous()
@@ -321,7 +334,7 @@ def _launch(
     args = (*args, index, width, length, _dispatch.FIRST, mask, row_step, w_row, w_batch, tokens.numel(), strides[0])
     _dispatch.run(
         kernels.unmask_read_kernel, (*args, strides[-1]), -(-length // rows.rows), batch, ORDER=order,
-        GUIDED=uncond is not None, num_warps=rows.num_warps, **plan, **shape,
+        GUIDED=uncond is not None, NUCLEUS=nucleus, num_warps=rows.num_warps, **plan, **shape,
     )  # fmt: skip
     if order:
         args = (tokens, model_in, picked, seen, table, row, length, _dispatch.FIRST, row_step, tokens.numel())
@@ -333,6 +346,6 @@ def _launch(
 
 _dispatch.register(
     "unmask_step(Tensor(a!) tokens, Tensor model_out, Tensor table, Tensor row, int mask, int order, Tensor group, "
-    "Tensor? uncond, Tensor? guidance, Tensor seeds, Tensor? index, Tensor(b!)? model_in) -> ()",
+    "Tensor? uncond, Tensor? guidance, Tensor seeds, Tensor? index, Tensor(b!)? model_in, bool nucleus) -> ()",
     _launch,
 )

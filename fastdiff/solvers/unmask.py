@@ -11,6 +11,7 @@ from fastdiff.plan import Plan
 from fastdiff.readout import ORDERS
 from fastdiff.schedules.masked import Masked
 from fastdiff.solvers.bfn_grid import count
+from fastdiff.solvers.token_grid import each, score, times
 
 __all__ = ["unmask"]
 
@@ -18,12 +19,13 @@ __all__ = ["unmask"]
 def unmask(
     schedule: Masked, steps: int, *, order: str = "random", temperature: float | Sequence[float] | np.ndarray = 1.0,
     remask: float = 0.0, remask_most: float = 1.0, threshold: float | None = None,
-    choice_temperature: float | Sequence[float] | np.ndarray = 0.0, blocks: int = 1,
+    choice_temperature: float | Sequence[float] | np.ndarray = 0.0,
+    top_p: float | Sequence[float] | np.ndarray = 1.0, blocks: int = 1,
     spacing: Sequence[float] | np.ndarray | None = None, start: int = 0,
 ) -> Plan:  # fmt: skip
     """Ancestral sampling of masked diffusion: a masked token becomes a sampled class, others stay what they are.
 
-        k drawn from softmax(m / temperature), at temperature 0 its largest
+        k drawn from softmax(m / temperature), with top_p of its likeliest classes; at temperature 0 its largest
         from t to s:  mask -> k with b = (alpha_s - (1 - r) alpha_t) / (1 - alpha_t);   k -> mask with r
         r = min(remask r_max, remask_most),  r_max = min(1, (1 - alpha_s) / alpha_t)
 
@@ -38,6 +40,8 @@ def unmask(
             is skipped, its model not called: steps is the most.
         choice_temperature: scale of Gumbel noise on ln p_k, ln margin or minus the entropy before tokens are ordered,
             of all rows, or one a row.
+        top_p: classes are drawn from the smallest set of the likeliest that holds this share (nucleus), of all rows, or
+            one a row. Scores, and what holds a threshold, are those of softmax(m) whatever is drawn.
         blocks: the masked tokens are unmasked in so many groups from left to right (semi-autoregressive), each in
             steps / blocks rows. spacing: decreasing times [steps] of a block's rows, default 1, (n - 1)/n, ..., 1/n.
         start: skip this many rows of one block: x_init is masked as the first row expects.
@@ -46,7 +50,8 @@ def unmask(
     Raises: TypeError, ValueError: no Masked schedule; an unknown order; a number outside its range.
     Source: Sahoo et al. 2024, arXiv:2406.07524, eq. 7; Wang et al. 2025, arXiv:2503.00307 (remasking); Chang et al.
         2022, arXiv:2202.04200 and Nie et al. 2025, arXiv:2502.09992 (confidence, blocks); Wu et al. 2025,
-        arXiv:2505.22618 and Ben-Hamu et al. 2025, arXiv:2505.24857 (thresholds of a probability and of entropies).
+        arXiv:2505.22618 and Ben-Hamu et al. 2025, arXiv:2505.24857 (thresholds of a probability and of entropies);
+        Holtzman et al. 2019, arXiv:1904.09751 (nucleus).
     """
     if not isinstance(schedule, Masked):
         raise TypeError(f"unmask needs a schedule of type Masked, got {type(schedule).__name__}")
@@ -62,7 +67,7 @@ def unmask(
         raise ValueError(f"steps must be a multiple of blocks, got {steps} and {blocks}")
     if start and (blocks > 1 or start >= steps):
         raise ValueError(f"start must be < steps, {steps}, and goes with one block, got start={start}, blocks={blocks}")
-    t = _times(spacing, steps // blocks)[start:]
+    t = times(spacing, steps // blocks)[start:]
     gone = schedule.masked(t)  # 1 - alpha_t
     left = np.append(gone[1:], 0.0)  # 1 - alpha_s
     alpha = 1.0 - gone
@@ -72,8 +77,11 @@ def unmask(
     b = np.clip(1.0 - (left - r * alpha) / gone, 0.0, 1.0)
     b[-1] = 1.0
     n = len(t) * blocks
-    heat, choice = _each("temperature", temperature, n), _each("choice_temperature", choice_temperature, n)
-    hi = np.full(n, np.inf if threshold is None else _score(threshold, order))
+    heat, choice = each("temperature", temperature, n), each("choice_temperature", choice_temperature, n)
+    held = each("top_p", top_p, n)
+    if not np.all((held > 0) & (held <= 1)):
+        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+    hi = np.full(n, np.inf if threshold is None else score(threshold, order))
     if order == "random" and (choice.any() or threshold is not None):
         raise ValueError("threshold and choice_temperature go with an order of sure tokens, got order='random'")
     if choice.any() and threshold is not None:
@@ -83,37 +91,7 @@ def unmask(
     told = (blocks - 1 - block + np.tile(t, blocks)) / blocks
     one = np.ones(n)
     return Plan(
-        f"unmask({order})", told, told, known, 1.0 - known, one, choice, one, np.full(n, -np.inf), hi,
+        f"unmask({order})", told, told, known, 1.0 - known, one, choice, held, np.full(n, -np.inf), hi,
         np.tile(1.0 - r, blocks).reshape(n, 1, 1), np.tile(b, blocks)[:, None], block[:, None], heat[:, None],
         init_scale=0.0, readout=order, classes=schedule.num_classes, mask=schedule.mask,
     )  # fmt: skip
-
-
-def _each(name: str, value: object, n: int) -> np.ndarray:
-    """A temperature of every row."""
-    heat = np.asarray(value)
-    if heat.dtype.kind not in "fiu" or heat.shape not in ((), (n,)) or not np.all((heat >= 0) & np.isfinite(heat)):
-        raise ValueError(f"{name} must be a number >= 0, or {n} of them, one a row, got {value!r}")
-    return np.broadcast_to(heat.astype(np.float64), n)
-
-
-def _score(threshold: float, order: str) -> float:
-    """A threshold in the units of ops.unmask_step's scores."""
-    valid = isinstance(threshold, Real) and not isinstance(threshold, bool)
-    if order == "entropy":
-        if not valid or not 0 <= threshold < np.inf:
-            raise ValueError(f"threshold of order 'entropy' is nats >= 0, got {threshold!r}")
-        return -float(threshold)
-    if not valid or not 0 < threshold < 1:
-        raise ValueError(f"threshold of order {order!r} is a probability in (0, 1), got {threshold!r}")
-    return float(np.log(threshold) - np.log1p(-threshold))
-
-
-def _times(spacing: Sequence[float] | np.ndarray | None, rows: int) -> np.ndarray:
-    """A block's times, the first noisiest."""
-    if spacing is None:
-        return np.arange(rows, 0, -1) / rows
-    t = np.asarray(spacing, np.float64) if not isinstance(spacing, str) else np.empty(0)
-    if t.shape != (rows,) or not np.all(np.isfinite(t)) or np.any(np.diff(t) >= 0) or not 0 < t[-1] <= t[0] <= 1:
-        raise ValueError(f"spacing must be {rows} decreasing times in (0, 1], got {spacing!r}")
-    return t

@@ -17,7 +17,8 @@ namespace {
 constexpr float NONE = -std::numeric_limits<float>::infinity(), LOWEST = -3.0e38f, HIGHEST = 3.0e38f;
 constexpr float ROUNDING = 0x1p-21f;  // what fp32 may take from 1 - b
 constexpr uint32_t CHOICE = 5;       // the stream that chooses tokens
-constexpr int64_t C_SKIP = 0, HI = 3;  // places in a row's header: the scale of a score's noise, the score that is enough
+// places in a row's header: the scale of a score's noise, the share of a nucleus, the score that is enough
+constexpr int64_t C_SKIP = 0, C_OUT = 1, HI = 3;
 enum Order { RANDOM, CONFIDENCE, MARGIN, ENTROPY };
 
 // the WIDTH words, one lane after another
@@ -112,6 +113,42 @@ double weigh(const float* m, int64_t steps, float top, float a, float* e, float*
   return all;
 }
 
+// the numbers above t: the sum of their e, the least of them, and the largest of the others
+struct Cut {
+  double mass = 0;
+  float above = HIGHEST, below = NONE;
+
+  Cut(const float* m, const float* e, int64_t steps, float t) {
+    Eight low = {}, high = {}, zero = {};
+    for (int j = 0; j < 8; j++) low[j] = NONE, high[j] = HIGHEST;
+    for (int64_t begin = 0; begin < 2 * steps; begin += EXACT) {
+      Eight sum = {};
+      for (int64_t i = begin; i < std::min<int64_t>(2 * steps, begin + EXACT); i++) {
+        const Eight x = load<Eight>(m + 8 * i), y = load<Eight>(e + 8 * i);
+        sum += x > t ? y : zero;
+        high = (x > t) & (x < high) ? x : high;
+        low = (x <= t) & (x > low) ? x : low;
+      }
+      for (int j = 0; j < 8; j++) mass += sum[j];
+    }
+    for (int j = 0; j < 8; j++) above = std::min(above, high[j]), below = std::max(below, low[j]);
+  }
+};
+
+// the least number of the smallest set of the largest that holds a sum `held` of e: those above it hold less
+float nucleus(const float* m, const float* e, int64_t steps, float top, float heat, double held) {
+  float low = std::max(top - 88.0f * heat, LOWEST), high = top;  // below low e is 0
+  while (low < high) {
+    const float half = low + 0.5f * (high - low);
+    const Cut cut(m, e, steps, half < high ? half : low);
+    if (cut.mass < held)
+      high = cut.below;
+    else
+      low = cut.above;
+  }
+  return high;
+}
+
 // a group by chance, of its sum's share, and a class of it: fastdiff.race. sums, e have room to a whole lane
 int32_t drawn(const float* e, float* sums, int64_t steps, const uint32_t* word) {
   int32_t group = 0;
@@ -197,8 +234,8 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
                            const float* w, const float* table, const int64_t* rows, const int64_t* seeds,
                            const int64_t* index, int64_t* copies, int64_t many, int64_t mask, int64_t order,
                            int64_t batch, int64_t length, int64_t width, int64_t row_width, int64_t header,
-                           int64_t w_row, int64_t w_each, int64_t row_each, int64_t m_type, int64_t u_type,
-                           int64_t threads) {
+                           int64_t w_row, int64_t w_each, int64_t row_each, int64_t cuts, int64_t m_type,
+                           int64_t u_type, int64_t threads) {
   const int64_t early = width % 4 == 0 ? 0 : width % 4 == 2 ? 2 : 3;
   const int64_t steps = (width + early + LANE - 1) / LANE, counters = steps / 4 + 1;  // groups of a token, and its words
   const int64_t beside = std::max<int64_t>(1, LANES / counters);
@@ -253,6 +290,7 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
       for (int64_t i = begin; i < end; i++) {
         const int64_t at = read_in[size_t(i)], b = sample(i), shift = at % length * width % 4;
         if (i + 1 < all) fetch(logits, m_type, read_in[size_t(i + 1)] * width, width);
+        if (i + 1 < all && uncond) fetch(uncond, u_type, read_in[size_t(i + 1)] * width, width);
         float* m = room.m.data() + shift;
         const float* given = read(logits, int(m_type), at * width, n, room.v.data());
         if (uncond) {
@@ -269,9 +307,16 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
         const float heat = numbers_of(b)[3];
         float top = largest(m, steps);
         int32_t k = 0;
-        bool known = top > NONE;
+        bool known = top > NONE, cut = false;
         if (heat != 0.0f && top < -NONE) {
-          known = known && weigh(m, steps, top, std::min(1.0f / heat, 1e30f), e, sums) > 0;  // no NaN
+          const double sum = known ? weigh(m, steps, top, std::min(1.0f / heat, 1e30f), e, sums) : 0.0;
+          known = sum > 0;  // no NaN
+          cut = known && cuts && header_of(b)[C_OUT] < 1;
+          if (cut) {
+            const float least = nucleus(m, e, steps, top, heat, header_of(b)[C_OUT] * sum);
+            for (int64_t j = 0; j < steps * LANE; j++) e[j] = m[j] < least ? 0.0f : e[j];
+            for (int64_t j = 0; j < steps; j++) sums[j] = sum_of_lane(e + j * LANE);
+          }
           if (known) k = drawn(e, sums, steps, room.words.data() + 4 * (i - begin) * counters);
         } else {
           top_of(m, steps, top, k);
@@ -283,7 +328,7 @@ extern "C" void unmask_row(int64_t* tokens, const int32_t* group, const void* lo
         if (known && top == -NONE) {
           sure = HIGHEST;
         } else if (known && order == CONFIDENCE) {
-          if (heat != 1.0f) weigh(m, steps, top, 1.0f, e, sums);
+          if (heat != 1.0f || cut) weigh(m, steps, top, 1.0f, e, sums);
           sure = confidence_of(m, steps, top, k, e, sums);
         } else if (known) {
           sure = score_of(m, steps, Order(order), e);

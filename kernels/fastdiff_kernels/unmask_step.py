@@ -5,7 +5,7 @@
 
 A token is read in windows, one after the other, and only where the row can change it; the group of 16 classes that wins
 is read once more. Random numbers: stream 2 for k, 5 for the choice of tokens. Of a row's header c_skip is the scale of
-the noise on a score, hi the score that is enough.
+the noise on a score, c_out the share that a nucleus holds, hi the score that is enough.
 """
 
 import triton
@@ -48,6 +48,7 @@ HIGHEST = tl.constexpr(3.0e38)  # and of one with an infinite logit
 ROUNDING = tl.constexpr(4.76837158203125e-07)  # 2^-21: what fp32 may take from 1 - b
 LNLN2 = tl.constexpr(0.36651292058166435)  # -ln(ln 2), the constant that add_gumbel lacks
 C_SKIP = tl.constexpr(0)  # places in a row's header
+C_OUT = tl.constexpr(1)
 HI = tl.constexpr(3)
 
 
@@ -59,6 +60,77 @@ def load_logits(ptr, mask):
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def read_window(model_ptr, uncond_ptr, w, base, d, piece, chosen, K, tokens, mask_id, model_row, uncond_row,
+                GUIDED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, QUADS: tl.constexpr,
+                VECTOR: tl.constexpr):  # fmt: skip
+    """A window's classes and their logits [ROWS, COLS], -inf of the mask and outside of chosen tokens."""
+    counter, k, start = window(d, piece, K, ROWS, COLS, QUADS)
+    near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR) & chosen[:, None]
+    m = load_logits(begin(model_ptr, base, model_row, VECTOR) + spots(d, start, model_row, COLS, QUADS, VECTOR), near)
+    if GUIDED:
+        at = begin(uncond_ptr, base, uncond_row, VECTOR) + spots(d, start, uncond_row, COLS, QUADS, VECTOR)
+        m = guided(m, load_logits(at, near), w)
+    if not QUADS:  # a neighbour's numbers
+        m = tl.where(within(d, k, tokens, K, QUADS), m, float("-inf"))
+    if (mask_id >= piece * COLS - 3) & (mask_id < piece * COLS + COLS):
+        m = tl.where(k != mask_id, m, float("-inf"))
+    return k, m
+
+
+@triton.jit
+def nucleus(model_ptr, uncond_ptr, w, base, d, chosen, K, tokens, mask_id, model_row, uncond_row, share, heat, on,
+            PIECES: tl.constexpr, GUIDED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, QUADS: tl.constexpr,
+            VECTOR: tl.constexpr, MATH: tl.constexpr):  # fmt: skip
+    """The least logit of the smallest set of the likeliest classes that holds a share: those above it hold less.
+
+    It halves the range between the least and the largest until no class is inside, reading the token each time.
+    """
+    none = tl.full([ROWS, COLS // GROUP], float("-inf"), tl.float32)
+    peak = none
+    for piece in range(on * PIECES):
+        k, m = read_window(
+            model_ptr, uncond_ptr, w, base, d, piece, chosen, K, tokens, mask_id, model_row, uncond_row, GUIDED, ROWS,
+            COLS, QUADS, VECTOR,
+        )  # fmt: skip
+        peak = tl.maximum(peak, largest_of_groups(in_groups(m, ROWS, COLS), MATH), propagate_nan=tl.PropagateNan.ALL)
+    high = largest(peak, MATH)
+    top = finite(high)[:, None, None]
+    known = (high > float("-inf")) & (high < float("inf"))
+    low = tl.where(known, tl.maximum(high - 127.0 / heat, LOWEST), high)
+    held = tl.full([ROWS], float("inf"), tl.float32)
+    first = on
+    left = on * 512  # a row needs some 30; more only of numbers that change while they are read
+    while left > 0:
+        half = low + 0.5 * (high - low)
+        t = tl.where(half < high, half, low)
+        if first > 0:
+            t = tl.full([ROWS], float("-inf"), tl.float32)  # all of it
+        mass = tl.zeros_like(none)
+        below = none
+        above = tl.full([ROWS, COLS // GROUP], float("inf"), tl.float32)
+        for piece in range(PIECES):
+            k, m = read_window(
+                model_ptr, uncond_ptr, w, base, d, piece, chosen, K, tokens, mask_id, model_row, uncond_row, GUIDED,
+                ROWS, COLS, QUADS, VECTOR,
+            )  # fmt: skip
+            apart = in_groups(m, ROWS, COLS)
+            over = apart > t[:, None, None]
+            mass += tl.sum(tl.where(over, tl.exp2((apart - top) * heat), 0.0), axis=2)
+            above = tl.minimum(above, tl.min(tl.where(over, apart, float("inf")), axis=2))
+            below = tl.maximum(below, tl.max(tl.where(over, float("-inf"), apart), axis=2))
+        sums = tl.sum(mass, axis=1)
+        if first > 0:
+            held = share * sums
+            first = first * 0
+        else:
+            inside = low < high
+            high = tl.where(inside & (sums < held), tl.max(below, axis=1), high)
+            low = tl.where(inside & (sums >= held), tl.min(above, axis=1), low)
+        left = tl.where(tl.max((low < high).to(tl.int32), axis=0) > 0, left - 1, 0)
+    return tl.where(known, high, float("-inf"))
 
 
 @triton.jit
@@ -136,6 +208,7 @@ def unmask_read_kernel(
     WIDTH: tl.constexpr,
     ORDER: tl.constexpr,
     GUIDED: tl.constexpr,
+    NUCLEUS: tl.constexpr,  # c_out is looked at
     COPIES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -169,9 +242,19 @@ def unmask_read_kernel(
     if GUIDED:
         w = tl.load(w_ptr + row * w_row_stride + b * w_batch_stride)
 
+    heat = tl.minimum(LOG2E / temperature, 1e30)  # of no temperature it is not used
+    on = tl.max(chosen.to(tl.int32), axis=0)
+    least, cut = tl.full([ROWS], float("-inf"), tl.float32), 0
+    if NUCLEUS:
+        share = tl.load(table_ptr + row * WIDTH + C_OUT)
+        cut = ((temperature != 0.0) & (share < 1.0)).to(tl.int32)
+        if cut > 0:
+            least = nucleus(
+                model_ptr, uncond_ptr, w, base, d, chosen, K, tokens, mask_id, model_row, uncond_row, share, heat, on,
+                PIECES, GUIDED, ROWS, COLS, QUADS, VECTOR, MATH,
+            )  # fmt: skip
     key = key_of(row, 2, seed_ptr, index_ptr, b)
     first_counter = d * counters_of(K)
-    heat = tl.minimum(LOG2E / temperature, 1e30)  # of no temperature it is not used
     GROUPS: tl.constexpr = COLS // GROUP
     lane = tl.arange(0, GROUPS)[None, :]
     none = tl.full([ROWS], float("-inf"), tl.float32)
@@ -184,34 +267,28 @@ def unmask_read_kernel(
         best += float("-inf")
     hit = tl.zeros([ROWS, GROUPS], tl.int32) - 1
     rest, mine = tl.zeros_like(best), tl.zeros_like(best)
-    on = tl.max(chosen.to(tl.int32), axis=0)
     for piece in range(on * PIECES):
-        counter, k, start = window(d, piece, K, ROWS, COLS, QUADS)
-        near = covered(d, k, start, tokens, K, 1, COLS, QUADS, VECTOR) & chosen[:, None]
-        m = load_logits(
-            begin(model_ptr, base, model_row, VECTOR) + spots(d, start, model_row, COLS, QUADS, VECTOR), near
-        )
-        if GUIDED:
-            at = begin(uncond_ptr, base, uncond_row, VECTOR) + spots(d, start, uncond_row, COLS, QUADS, VECTOR)
-            m = guided(m, load_logits(at, near), w)
-        if not QUADS:  # a neighbour's numbers
-            m = tl.where(within(d, k, tokens, K, QUADS), m, float("-inf"))
-        if (mask_id >= piece * COLS - 3) & (mask_id < piece * COLS + COLS):
-            m = tl.where(k != mask_id, m, float("-inf"))
+        k, m = read_window(
+            model_ptr, uncond_ptr, w, base, d, piece, chosen, K, tokens, mask_id, model_row, uncond_row, GUIDED, ROWS,
+            COLS, QUADS, VECTOR,
+        )  # fmt: skip
         apart = in_groups(m, ROWS, COLS)
         most = largest_of_groups(apart, MATH)
         before = peak
         peak = tl.maximum(peak, most, propagate_nan=tl.PropagateNan.ALL)
         sums = rest
         if temperature != 0.0:
-            sums = sums_of_groups(apart, finite(peak), heat)
+            drawn = apart
+            if NUCLEUS:
+                drawn = tl.where(apart < least[:, None, None], float("-inf"), apart)
+            sums = sums_of_groups(drawn, finite(peak), heat)
             most = sums / exponential(words_of_groups(first_counter, piece, key, ROWS, COLS), MATH)
             best *= tl.exp2((finite(before) - finite(peak)) * heat)
         take = most > best
         best = tl.where(take, most, best)
         hit = tl.where(take, piece, hit)
         if ORDER == CONFIDENCE:
-            if temperature != 1.0:
+            if (temperature != 1.0) | (cut > 0):
                 sums = sums_of_groups(apart, finite(peak), LOG2E)
             scale = tl.exp2((finite(before) - finite(peak)) * LOG2E)
             rest = scale * (rest + tl.where(take, mine, 0.0)) + tl.where(take, 0.0, sums)
@@ -238,6 +315,8 @@ def unmask_read_kernel(
         m = guided(m, load_logits(uncond_ptr + base * uncond_row + (d * uncond_row)[:, None] + k, near), w)
     if temperature != 0.0:
         e = tl.exp2((m - finite(top)[:, None]) * heat)
+        if NUCLEUS:
+            e = tl.where(m < least[:, None], 0.0, e)
         so_far = tl.where(e > 0.0, tl.cumsum(e, axis=1), 0.0)
         groups = groups_of(K)
         u = uniform_of(word(first_counter + groups // 4, groups % 4, key))
