@@ -49,7 +49,7 @@ class Plan:
         after the last row.
         guidance: None or [N], the weight w of a row, used where sampling gives none.
         readout: how p comes from the model's output, affine as above or fastdiff.readout.READOUTS: p of K classes or
-        bins; of tokens A, b, d, s, c_skip, hi mean what fastdiff.ops.unmask_step says. classes: K, 0 for affine.
+        bins; of tokens A, b, d, s, c_skip, c_out, hi mean what fastdiff.ops.unmask_step says. classes: K, 0 for affine.
         mask: the id of a masked token. last_readout: the last row's, default `readout`.
         log_var_lo, log_var_hi: None, or [N] for models that return a second plane v: n is then scaled by
         exp((f log_var_hi + (1 - f) log_var_lo) / 2), f = (v + 1) / 2.
