@@ -55,6 +55,17 @@ def test_guidance(device: torch.device) -> None:
     assert torch.equal(run(device, tokens, m, ROWS, torch.tensor([0]), **given), want)
 
 
+def test_scores_are_of_all_classes(device: torch.device) -> None:
+    """A class of 0.5 beside sixty small ones is less sure than one of 0.6 beside one, though each is drawn alone."""
+    p = torch.zeros(2, 64)
+    p[0], p[0, 40] = 0.5 / 63, 0.5
+    p[1, 3], p[1, 5] = 0.6, 0.4  # in one group
+    m = p.log().expand(B, 2, 64)
+    got = run(device, torch.full((B, 2), 64), m, table((1.0, 0.5, 0, 1.0), c_out=0.4), torch.tensor([0]), mask=64,
+              order="confidence", nucleus=True)  # fmt: skip
+    assert got.tolist() == [[64, 3]] * B
+
+
 @pytest.mark.parametrize(("share", "kept"), [(0.35, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 5), (0.95, 5)])
 def test_probabilities(share: float, kept: int, device: torch.device) -> None:
     """Of 0.4, 0.3, 0.1, 0.1, 0.1 those before which less than the share is; equal ones together. Four deviations."""
