@@ -172,13 +172,13 @@ def _larger(a, b):
 
 
 @triton.jit
-def largest(v, MATH: tl.constexpr):
-    """The largest v of each row [ROWS]; NaN if there is one."""
+def largest(v, MATH: tl.constexpr, AXIS: tl.constexpr = 1):
+    """The largest v along an axis, of each row [ROWS] or of each group [ROWS, GROUPS]; NaN if there is one."""
     if MATH == "exact":  # the interpreter runs a reduction of one's own element by element
-        lost = tl.max((v != v).to(tl.int32), axis=1)
-        return tl.where(lost > 0, float("nan"), tl.max(v, axis=1))
+        lost = tl.max((v != v).to(tl.int32), axis=AXIS)
+        return tl.where(lost > 0, float("nan"), tl.max(v, axis=AXIS))
     else:
-        return tl.reduce(v, 1, _larger)
+        return tl.reduce(v, AXIS, _larger)
 
 
 @triton.jit

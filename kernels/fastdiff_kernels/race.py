@@ -9,7 +9,6 @@ class in the group that won.
 import triton
 import triton.language as tl
 
-from fastdiff_kernels.categorical import _larger
 from fastdiff_kernels.philox import philox_sample
 
 GROUP = tl.constexpr(16)
@@ -59,16 +58,6 @@ def words_of_groups(first, piece, key, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def in_groups(m, ROWS: tl.constexpr, COLS: tl.constexpr):
     return tl.reshape(m, [ROWS, COLS // GROUP, GROUP])
-
-
-@triton.jit
-def largest_of_groups(m, MATH: tl.constexpr):
-    """The largest of each group, NaN if there is one: [ROWS, GROUPS, GROUP] -> [ROWS, GROUPS]."""
-    if MATH == "exact":  # the interpreter runs a reduction of one's own element by element
-        lost = tl.max((m != m).to(tl.int32), axis=2)
-        return tl.where(lost > 0, float("nan"), tl.max(m, axis=2))
-    else:
-        return tl.reduce(m, 2, _larger)
 
 
 @triton.jit
