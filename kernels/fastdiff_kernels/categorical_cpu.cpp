@@ -217,11 +217,11 @@ double error_of(const Job& job, const float* m, const int64_t* x, float* d, floa
     return all;
   }
   each(job.width, job.tokens, [&](const Tile& tile, int t) {
-    tile.softmax(tile.load(m + t * job.width, room), 1.0f, 0.0f, room);
     double rest[LANE] = {}, squares[LANE] = {}, error[LANE];  // sums over the others: 1 - p loses digits at p near 1
-    float p[LANE], dot[LANE];
-    for (int j = 0; j < tile.tokens; j++) p[j] = std::exchange(room[tile.at(j, x[t + j])], 0.0f);
-    add_up(tile.steps, rest, [&](int i, int j) { return room[i * LANE + j]; });
+    float p[LANE], dot[LANE], scale[LANE];
+    tile.exps(tile.load(m + t * job.width, room), 1.0f, room, scale);
+    for (int j = 0; j < tile.tokens; j++) p[j] = std::exchange(room[tile.at(j, x[t + j])], 0.0f) * scale[j];
+    add_up(tile.steps, rest, [&](int i, int j) { return room[i * LANE + j] *= scale[j]; });
     add_up(tile.steps, squares, [&](int i, int j) { return room[i * LANE + j] * room[i * LANE + j]; });
     tile.join(rest);
     tile.join(squares);
@@ -279,8 +279,9 @@ extern "C" void categorical_loss(const Shape* shape, const void* m, const int64_
   std::vector<double> sums(shape->batch * jobs);  // which are added up in an order of the sample alone
   each_job(*shape, 1, VALUES, int(threads), [&](const Job& job, Room& room, int64_t i) {
     const float* logits = read(m, int(m_type), job.at, job.n, room.part(V));
-    sums[i] = error_of(job, logits, x + job.token, room.part(P), room.part(TILE));
-    if (grad) write(room.part(P), 1.0f, grad, int(m_type), job.at, job.n);
+    float* d = grad && m_type == FP32 ? static_cast<float*>(grad) + job.at : room.part(P);
+    sums[i] = error_of(job, logits, x + job.token, d, room.part(TILE));
+    if (grad && m_type != FP32) write(d, 1.0f, grad, int(m_type), job.at, job.n);
   });
   for (int64_t b = 0; b < shape->batch; b++) {
     double all = 0;

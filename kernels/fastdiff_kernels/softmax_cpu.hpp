@@ -39,6 +39,18 @@ inline void add_up(int steps, double* sums, const Value& value) {
   }
 }
 
+// to = [4, n] read column by column, and `rows` the way back: twice, they transpose 16 rows of any length as vectors
+static_assert(LANE == 4 * 4);
+inline void columns(const float* from, int n, float* __restrict__ to) {
+  for (int k = 0; k < n; k++)
+    for (int q = 0; q < 4; q++) to[4 * k + q] = from[q * n + k];
+}
+
+inline void rows(const float* from, int n, float* __restrict__ to) {
+  for (int k = 0; k < n; k++)
+    for (int q = 0; q < 4; q++) to[q * n + k] = from[4 * k + q];
+}
+
 // a token's largest number (NaN where one is) and the first class that has it, as every lane of the token knows them
 struct Top {
   float value[LANE];
@@ -60,6 +72,12 @@ struct Tile {
 
   // lanes without a token repeat the last, classes without a number have -inf; `room` is used where v is no tile itself
   const float* load(const float* v, float* room) const {
+    if (beside && tokens == LANE) {
+      float half[LANE * FEW];
+      columns(v, 4 * width, half);
+      columns(half, 4 * width, room);
+      return room;
+    }
     if (beside) {
       for (int j = 0; j < LANE; j++) {
         const float* from = v + std::min(j, tokens - 1) * width;
@@ -74,6 +92,12 @@ struct Tile {
 
   void store(const float* tile, float* to) const {
     if (!beside) return void(std::copy(tile, tile + width, to));
+    if (tokens == LANE) {
+      float half[LANE * FEW];
+      rows(tile, 4 * width, half);
+      rows(half, 4 * width, to);
+      return;
+    }
     for (int j = 0; j < tokens; j++)
       for (int i = 0; i < width; i++) to[j * width + i] = tile[i * LANE + j];
   }
@@ -107,14 +131,19 @@ struct Tile {
     std::fill(sums, sums + LANE, all);
   }
 
-  // to = a softmax(from) + b; both tiles, perhaps the same
-  void softmax(const float* from, float a, float b, float* to) const {
+  // to = exp(from - its largest), scale = a / its sum: a softmax(from) but for a product; both tiles, perhaps the same
+  void exps(const float* from, float a, float* to, float* scale) const {
     const Top most = top(from);
     double sums[LANE] = {};
     add_up(steps, sums, [&](int i, int j) { return to[i * LANE + j] = exp_of(from[i * LANE + j] - most.value[j]); });
     join(sums);
-    float scale[LANE];
     for (int j = 0; j < LANE; j++) scale[j] = float(a / sums[j]);
+  }
+
+  // to = a softmax(from) + b
+  void softmax(const float* from, float a, float b, float* to) const {
+    float scale[LANE];
+    exps(from, a, to, scale);
     for (int i = 0; i < steps; i++)
       for (int j = 0; j < LANE; j++) to[i * LANE + j] = to[i * LANE + j] * scale[j] + b;
   }
