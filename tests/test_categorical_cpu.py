@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from fastdiff import ops
 from fastdiff.categorical_cpu import CHUNK, CompiledStep, chunks
 from fastdiff.plan import row_width
 from tests.test_categorical_step import agree, plain_table, random_case, reference, run, width
@@ -28,6 +29,24 @@ def test_the_loop_in_many_jobs(K, tokens, readout, threads):
     step.operands.threads = threads
     assert step(readout, row, m, uncond=u, guidance=w, seeds=seeds, index=index)
     agree((new, x, classes), reference(state[:1], m, table, row, readout=readout, uncond=u, guidance=w, **options))
+
+
+@pytest.mark.usefixtures("cpp_loops")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_every_number_of_classes(dtype):
+    """Up to 64 classes, 16 tokens lie beside each other, and the 5 left over; classes of more lie behind each other."""
+    g = torch.Generator().manual_seed(0)
+    for K in range(3, 66):
+        x = torch.randint(0, K, (2, 37), generator=g)
+        logits = torch.randn(2, 37, K, generator=g).to(dtype).requires_grad_()
+        loss = ops.categorical_loss(logits, x)
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        exact = logits.detach().double().requires_grad_()
+        want = ops.categorical_loss_ref(exact, x)
+        (slope,) = torch.autograd.grad(want.sum(), exact)
+        assert float(((loss - want) / want).abs().max()) < 2e-6, K
+        tolerance = 2e-6 if dtype == torch.float32 else 2.0**-7  # stored, then scaled: two roundings
+        assert float((grad - slope).abs().max() / slope.abs().max()) < tolerance, K
 
 
 @pytest.mark.usefixtures("cpp_loops")
