@@ -201,7 +201,7 @@ void run(const Call& v, const Job& job, Room& room) {
     if (copy) write(room.part(V), 1.0f, copy, v.copy_type, job.at, n);
 }
 
-// d becomes `tokens` times the gradient of the squared errors of a job's tokens, whose sum is returned
+// the sum of the squared errors of a job's tokens; d, unless null, becomes `tokens` times its gradient
 double error_of(const Job& job, const float* m, const int64_t* x, float* d, float* room) {
   double all = 0;
   if (job.width == 1) {
@@ -211,7 +211,7 @@ double error_of(const Job& job, const float* m, const int64_t* x, float* d, floa
       sigmoids(m[i], up, down);
       const float r = x[i] ? -down : up;
       error[i] = 2.0f * r * r;
-      d[i] = 4.0f * r * up * down;
+      if (d) d[i] = 4.0f * r * up * down;
     }
     for (int i = 0; i < job.n; i++) all += error[i];
     return all;
@@ -229,6 +229,7 @@ double error_of(const Job& job, const float* m, const int64_t* x, float* d, floa
       all += error[j] = squares[j] + rest[j] * rest[j];
       dot[j] = float(squares[j] - p[j] * rest[j]);  // sum p (p - onehot)
     }
+    if (!d) return;
     std::fill(dot + tile.tokens, dot + LANE, dot[tile.tokens - 1]);
     for (int i = 0; i < tile.steps; i++)
       for (int j = 0; j < LANE; j++) room[i * LANE + j] *= 2.0f * (room[i * LANE + j] - dot[j]);
@@ -279,9 +280,10 @@ extern "C" void categorical_loss(const Shape* shape, const void* m, const int64_
   std::vector<double> sums(shape->batch * jobs);  // which are added up in an order of the sample alone
   each_job(*shape, 1, VALUES, int(threads), [&](const Job& job, Room& room, int64_t i) {
     const float* logits = read(m, int(m_type), job.at, job.n, room.part(V));
-    float* d = grad && m_type == FP32 ? static_cast<float*>(grad) + job.at : room.part(P);
+    const bool apart = grad && m_type != FP32;  // an fp32 gradient is made where it belongs
+    float* d = apart ? room.part(P) : grad ? static_cast<float*>(grad) + job.at : nullptr;
     sums[i] = error_of(job, logits, x + job.token, d, room.part(TILE));
-    if (grad && m_type != FP32) write(d, 1.0f, grad, int(m_type), job.at, job.n);
+    if (apart) write(d, 1.0f, grad, int(m_type), job.at, job.n);
   });
   for (int64_t b = 0; b < shape->batch; b++) {
     double all = 0;
