@@ -70,7 +70,7 @@ def drawn(draws: Draws, row: Tensor, stream: int, first: int, size: Sequence[int
     seeds, index = (v.view(-1, 1) for v in draws)
     n = size[1] * size[2]
     quads = (n + 3) // 4
-    out = torch.empty(size[0], quads, 4, dtype=torch.float32, device="cpu")
+    out = torch.empty(size[0], quads, 4, dtype=torch.float32, device=seeds.device)
     key = (first, quads, row.view(1, 1), stream, index, seeds & rng.MASK, seeds >> 32)
     if stream == rng.ROWS:
         rng.fill_chunk(out.flatten(1), *key)
@@ -156,7 +156,7 @@ def step_in_chunks(
                 for source, c in target.terms[1:]:
                     y.add_(cut(state[source]), alpha=c)
             else:
-                y = torch.zeros(size, dtype=torch.float32, device="cpu")
+                y = torch.zeros(size, dtype=torch.float32, device=state.device)
             if n is not None and target.s:
                 y.add_(n, alpha=target.s)
             if target.b and readout == "mean":
@@ -165,7 +165,7 @@ def step_in_chunks(
                 y.add_((2 * k - 1)[..., None], alpha=target.b)
             elif target.b:
                 y.scatter_add_(
-                    -1, k[..., None], torch.full((*part.size, 1), target.b, dtype=torch.float32, device="cpu")
+                    -1, k[..., None], torch.full((*part.size, 1), target.b, dtype=torch.float32, device=state.device)
                 )
             values.append(y)
         if bool(lost.any()):

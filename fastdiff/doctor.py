@@ -52,7 +52,9 @@ def _device() -> Finding:
         return Finding("CUDA device", True, value, "one fused kernel a step; step_graph and loop_graph work")
     built = torch.version.cuda or torch.version.hip
     why = f"torch is built for {built}, but no device answers" if built else "this torch is a CPU build"
-    return Finding("CUDA device", False, why, "sampling runs on the CPU; step_graph and loop_graph need a GPU")
+    other = torch.accelerator.current_accelerator(check_available=True)
+    where = "the CPU" if other is None else f"the CPU as C++ loops, on {other.type} as plain torch"
+    return Finding("CUDA device", False, why, f"sampling runs on {where}; step_graph and loop_graph need a GPU")
 
 
 def examine() -> list[Finding]:

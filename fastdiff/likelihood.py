@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
+from fastdiff.devices import has_float64, widest
 from fastdiff.grid import points
 from fastdiff.prediction import Prediction
 from fastdiff.schedules import BFNDiscrete, Flow, Schedule
@@ -125,7 +126,7 @@ def log_likelihood(
         default N(0, sigma^2 I). seed (default 0), seeds: of the probes. rtol, atol: of the integrator (Runge-Kutta 4(5)
         of scipy, else torchdiffeq); a chain's field has a kink at every index and meets them slowly. The rest: see
         drift.
-    Returns: [B] float64, in nats.
+    Returns: [B] float64 (fp32 on a device without float64), in nats.
     Raises: ImportError without scipy and torchdiffeq; ValueError for bad options, or a model autograd does not follow;
         RuntimeError if integration fails.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 39; trace: Grathwohl et al. 2019, arXiv:1810.01367.
@@ -149,25 +150,28 @@ def log_likelihood(
         probe = rng.normal(keys, x0.shape[1:], stream=STREAM, index=index).sign().to(x0.dtype)
     field = drift(_followed(model), schedule, prediction, cond=given, sign=sign, sigma_data=sigma_data)
 
+    home, wide = x0.device if has_float64(x0.device) else torch.device("cpu"), widest(x0.device)
+
     def augmented(t: float, state: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            x = state.detach()[:, :n].reshape(x0.shape).to(x0.dtype, copy=True).requires_grad_()
+            x = state.detach()[:, :n].reshape(x0.shape).to(x0.dtype, copy=True).to(x0.device).requires_grad_()
             v = field(t, x)
             if trace == "exact":
                 rows = [torch.autograd.grad(v.flatten(1)[:, i].sum(), x, retain_graph=True)[0] for i in range(n)]
                 divergence = sum(r.flatten(1)[:, i] for i, r in enumerate(rows))
             else:
                 divergence = (torch.autograd.grad((v * probe).sum(), x)[0] * probe).flatten(1).sum(1)
-        return torch.cat([v.detach().flatten(1).double(), divergence[:, None].double()], dim=1)  # type: ignore[index]
+        return torch.cat([v.detach().flatten(1).to(home), divergence[:, None].to(home)], dim=1).double()  # type: ignore[index]
 
-    end = solve(augmented, low, top, torch.cat([x0.flatten(1).double(), x0.new_zeros(batch, 1).double()], dim=1))
+    start = torch.nn.functional.pad(x0.detach().flatten(1).to(home).double(), (0, 1))
+    end = solve(augmented, low, top, start).to(wide).to(x0.device)
     x, change = end[:, :n], end[:, n]
     if prior is not None:
         at_start = prior(x.reshape(x0.shape))
         if not isinstance(at_start, Tensor) or at_start.shape != (batch,):
             got = tuple(at_start.shape) if isinstance(at_start, Tensor) else type(at_start).__name__
             raise ValueError(f"prior must return a number a sample, shape ({batch},), got {got}")
-        return at_start.double() + change
+        return at_start.to(wide) + change
     variance = float(schedule.sigma(top)) ** 2
     return -0.5 * (x**2).sum(1) / variance - 0.5 * n * math.log(2 * math.pi * variance) + change
 

@@ -46,7 +46,7 @@ class MaskedRun(Run):
         self.may_idle = (self.plan.A[:, 0, 0] == 1).tolist()
         self.enough = bool(np.isfinite(self.plan.hi).any())
         self.nucleus = bool((self.plan.c_out < 1).any())
-        self.seen = (self.x.numpy(), self.group.numpy()) if self.on_host else (self.x, self.group)
+        self.seen = (self.x.numpy(), self.group.numpy()) if self.on_host and self.x.is_cpu else (self.x, self.group)
 
     def output_shape(self) -> tuple[int, ...]:
         return (*self.model_in.shape, self.plan.classes)

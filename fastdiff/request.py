@@ -150,6 +150,24 @@ def _default_device() -> torch.device:
     return torch.empty(0).device  # a quarter of torch.get_default_device's time
 
 
+def _device(asked: object) -> torch.device:
+    """A device that holds numbers, as its tensors name it."""
+    try:
+        device = torch.device(asked)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be a device of torch, got {asked!r}") from None
+    if device.type == "meta":
+        raise ValueError("device must be one that holds numbers, got 'meta'")
+    if device.type == "cpu" or device.index is not None:
+        return device
+    if device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise ValueError(f"device {str(device)!r} is none of this torch: {str(error).splitlines()[0]}") from None
+
+
 def _state(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> None:
     if value is None:
         return
@@ -232,7 +250,8 @@ def _guidance(o: Options, plan: Plan, batch: int) -> Tensor | None:
 
 def _numbers(value: Any) -> np.ndarray:  # noqa: ANN401 - number, sequence, array or tensor
     if isinstance(value, Tensor):
-        value = (value.double() if value.is_floating_point() else value).detach().cpu().numpy()
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()
     try:
         w = np.asarray(value)
         real = w.dtype.kind in "iuf"
@@ -299,14 +318,7 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
         _one_of("noise", o.noise, ("philox", "torch"))
     sources: list[Any] = [o.x_T, o.x_init, parameter]
     found = next((v.device for v in sources if isinstance(v, Tensor)), None) or _default_device()
-    try:
-        device = torch.device(o.device) if o.device is not None else found
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device must be a CPU or CUDA device, got {o.device!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be a CPU or CUDA device, got {device}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _device(found if o.device is None else o.device)
     dtype = o.dtype or (parameter.dtype if parameter is not None and parameter.dtype in MODEL_DTYPES else torch.float32)
     if plan.readout in ORDERS:
         dtype = torch.float32  # nothing is cast: the model sees ids

@@ -20,7 +20,7 @@ from fastdiff.request import MODEL_DTYPES, Request
 
 __all__ = ["Run"]
 
-HOST_DEVICES = ("cpu",)  # where rows run as host-known numbers rather than by the step kernel
+KERNEL_DEVICES = ("cuda",)  # where rows run by the step kernel; elsewhere as numbers that the host knows
 
 
 class Run:
@@ -39,7 +39,7 @@ class Run:
         self.model, self.plan, self.shape, self.device = model, plan, request.state, request.device
         batch = self.shape[0]
         o = request.options
-        self.on_host = self.device.type in HOST_DEVICES
+        self.on_host = self.device.type not in KERNEL_DEVICES
         # whose memory the buffers are, and what worked on them last
         self.home = self.used = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self.guided = request.weight is not None

@@ -154,14 +154,15 @@ class Sampler:
 
     def _prepared(self, request: Request) -> _Prepared:
         o, model = request.options, self._model(request.options.mode)
-        on_host = request.device.type in runs.HOST_DEVICES
+        on_host = request.device.type not in runs.KERNEL_DEVICES
         key = (self.plan, None if on_host else id(model), *_signature(request))  # a graph has captured the model
         prepared = self._runs.get(key)
         if prepared is not None:
             self._runs.move_to_end(key)
             prepared.run.bind(model, o.cond, o.uncond)
             return prepared
-        run = make_run(model, self.plan, request, compiled=on_host and o.mode in ("auto", "compile"))
+        loops = on_host and request.device.type == "cpu" and o.mode in ("auto", "compile")
+        run = make_run(model, self.plan, request, compiled=loops)
         run.bind(model, o.cond, o.uncond)
         graph = None if self._one_shot and o.mode == "auto" else graphs.build(run, request)
         self._runs[key] = _Prepared(run, graph)
@@ -183,7 +184,7 @@ def _signature(request: Request) -> tuple[Any, ...]:
     weight = None if request.weight is None else (o.batched_guidance, request.weight.shape)
     noise = o.noise if isinstance(o.noise, str) else "callable"
     cond: list[Any] = []
-    if request.device.type not in runs.HOST_DEVICES:
+    if request.device.type in runs.KERNEL_DEVICES:
         for values in (o.cond, o.uncond):
             leaves, structure = tree_flatten(dict(values)) if values else ((), None)
             cond.append((str(structure), *map(_key, leaves)))
@@ -307,7 +308,8 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
             buffers that the next row writes: clone what you keep.
         trajectory: also return a Trajectory. check_finite: off | warn | raise (read once, at the end).
         device, dtype (of the model's input): default those of the model's parameters, else torch's default device and
-            float32. out_dtype: default float32.
+            float32; rows are kernels on CUDA, plain torch on devices other than that and the CPU. out_dtype: default
+            float32.
     Plans of classes (fd.solvers.bfn_discrete, bfn_solver): shape is (B, *D), the result int64 classes [B, *D]. The
         model sees 2 theta - 1, [B, *D, K] (a view with padded rows: reshape, do not view), and returns logits of that
         shape; for K = 2 both are [B, *D, 1], 2 P(class 1) - 1 and the logit of class 1. x_T is the logits, x_init

@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.devices import widest
 from fastdiff.schedules import BFNContinuous, BFNDiscrete, Schedule
 
 __all__ = ["WEIGHTINGS", "WeightOptions", "target_weight"]
-
-NEXT_TO_ONE = 1.0 - 2.0**-53  # the time before 1, where alpha = sigma = 0 in a Bayesian flow
 
 
 class WeightOptions(NamedTuple):
@@ -61,9 +60,10 @@ def target_weight(name: str | None, target: str, schedule: Schedule, t: Tensor, 
     Numerics: at t = 1 of a Bayesian flow, where SNR is 0 / 0, the weight just before: its limit, to fp32's rounding.
     """
     if name is None:
-        return torch.ones_like(t, dtype=torch.float64)
+        return torch.ones_like(t, dtype=widest(t.device))
     if isinstance(schedule, BFNContinuous | BFNDiscrete):
-        t = t.double().clamp(max=NEXT_TO_ONE)
+        wide = widest(t.device)
+        t = t.to(wide).clamp(max=1.0 - torch.finfo(wide).eps / 2)  # the time before 1, where alpha = sigma = 0
     a, s = schedule.alpha_sigma(t)
     a2, s2 = a * a, s * s
 

@@ -89,7 +89,7 @@ def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
             body()
         return recorded
 
-    monkeypatch.setattr(runs, "HOST_DEVICES", ())
+    monkeypatch.setattr(runs, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(requests, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(graphs, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(graphs, "_capture", capture)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
+from fastdiff.devices import widest
 from fastdiff.lasting import lasting, traced_constant
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, graded, spread
@@ -36,7 +37,7 @@ def times(t: object, schedule: object, x: Tensor, *, raw: bool = False) -> Tenso
     if isinstance(t, Tensor):
         out = t
     else:  # a fill, not a copy from the host, so that it can be captured
-        out = torch.full((1,), t, dtype=torch.int64 if isinstance(t, int) else torch.float64, device=x.device)
+        out = torch.full((1,), t, dtype=torch.int64 if isinstance(t, int) else widest(x.device), device=x.device)
     if isinstance(schedule, Betas):
         if out.dtype.is_floating_point or out.dtype == torch.bool:
             raise TypeError(f"t must be an integer index 0..{len(schedule.betas) - 1} for {schedule}, got {out.dtype}")

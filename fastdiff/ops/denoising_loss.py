@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
+from fastdiff.devices import widest
 from fastdiff.ops import _dispatch, _fused, _levels, _noising
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._noising import Seeds
@@ -142,14 +143,14 @@ def _rho(d: Tensor, kind: int, delta: float) -> tuple[Tensor, Tensor]:
 
 def ordered_sum(values: Tensor) -> Tensor:
     """[B, n] -> [B], GROUP at a time, in an order that depends on n alone (not on B, not on threads)."""
-    dtype = values.dtype
+    dtype, wide = values.dtype, widest(values.device)
     while values.shape[1] > GROUP:
         whole = values.shape[1] // GROUP * GROUP
-        sums = values[:, :whole].unflatten(1, (-1, GROUP)).sum(2, dtype=torch.float64)
+        sums = values[:, :whole].unflatten(1, (-1, GROUP)).sum(2, dtype=wide)
         if whole < values.shape[1]:
-            sums = torch.cat([sums, values[:, whole:].sum(1, keepdim=True, dtype=torch.float64)], 1)
+            sums = torch.cat([sums, values[:, whole:].sum(1, keepdim=True, dtype=wide)], 1)
         values = sums
-    return values.sum(1, dtype=torch.float64).to(dtype)
+    return values.sum(1, dtype=wide).to(dtype)
 
 
 def _fill(

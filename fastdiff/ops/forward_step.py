@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import rng
+from fastdiff.devices import widest
 from fastdiff.ops import _noising
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._noising import Seeds
@@ -72,7 +73,7 @@ def forward_step_ref(
     at, keyed, which = _checked(x, t, schedule, a, s, seeds, index, row, stream, noise)
     n = _noising.noise_of(x, keyed, which, row, stream, noise, _noising.wide(x))
     if isinstance(schedule, Betas):
-        pair = _noising.table_of(schedule, _table, (), x.device, torch.float64)[at][:, :2].unbind(-1)
+        pair = _noising.table_of(schedule, _table, (), x.device, widest(x.device))[at][:, :2].unbind(-1)
     else:
         pair = _pair(a, s, x)
     return _noising.affine(x, n, *pair).to(_noising.out_type(x, out_dtype))
@@ -84,9 +85,9 @@ def _pair(a: float | Tensor | None, s: float | Tensor | None, x: Tensor) -> tupl
         if not isinstance(value, int | float | Tensor) or isinstance(value, bool):
             raise TypeError(f"{name} must be a number or a tensor [B], got {type(value).__name__}")
         c = (
-            value.double()
+            value.to(widest(value.device))
             if isinstance(value, Tensor)
-            else torch.full((1,), value, dtype=torch.float64, device=x.device)
+            else torch.full((1,), value, dtype=widest(x.device), device=x.device)
         )
         if c.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, got {c.device}")

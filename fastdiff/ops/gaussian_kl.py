@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import native
+from fastdiff.devices import has_float64
 from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._log_ndtr import log_ndtr
@@ -190,13 +191,14 @@ def decoder_nll(x: Tensor, mean: Tensor, log_scale: Tensor, *, bins: int = 256) 
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 0 or bins == 1:
         raise ValueError(f"bins must be an int >= 2, or 0 for continuous data, got {bins!r}")
     dtype = torch.float64 if torch.float64 in (x.dtype, mean.dtype, log_scale.dtype) else torch.float32
-    x, mean, log_scale = (v.double() for v in (x, mean, log_scale))
+    there, home = x.device, x.device if has_float64(x.device) else torch.device("cpu")
+    x, mean, log_scale = (v.to(home).double() for v in (x, mean, log_scale))
     z = (x - mean) * torch.exp(-log_scale)
     if bins == 0:
         nll = 0.5 * z.square() + log_scale + 0.5 * math.log(2 * math.pi)
     else:
         nll = -_log_bin(x, z, log_scale, 1.0 / (bins - 1))
-    return nll.expand_as(x).reshape(len(x), x.shape[1:].numel()).mean(1).to(dtype)
+    return nll.expand_as(x).reshape(len(x), x.shape[1:].numel()).mean(1).to(dtype).to(there)
 
 
 def _log_bin(x: Tensor, z: Tensor, log_scale: Tensor, width: float) -> Tensor:

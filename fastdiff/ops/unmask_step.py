@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import native, race, rng
+from fastdiff.devices import widest
 from fastdiff.gumbel import gumbel_of
 from fastdiff.native import TYPES
 from fastdiff.ops import _dispatch, _fused
@@ -207,7 +208,8 @@ def _step(
         ranks = places.argsort(dim=1)
         sure = score > hi
         if order == "entropy":
-            spent = score.gather(1, places)[:, :-1].double().clamp_max(0.0).cumsum(1)
+            spent = score.gather(1, places)[:, :-1].clamp_max(0.0)
+            spent = spent.cumsum(1, dtype=widest(spent.device))
             sure = torch.nn.functional.pad(spent, (1, 0)).gather(1, ranks) >= hi
         new = torch.where(chosen & ((ranks < masked - kept) | sure), hit, held)
     return new.view(tokens.shape)

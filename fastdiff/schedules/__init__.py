@@ -1,6 +1,7 @@
 """Noise schedules: time -> (alpha, sigma) of x_t = alpha x0 + sigma eps, in float64, closed form.
 
-Every method takes a float or an array (-> float64 NumPy) or a torch tensor (-> float64 tensor on its device).
+Every method takes a float or an array (-> float64 NumPy) or a torch tensor (-> float64 tensor on its device;
+of a device without float64: computed on the CPU, fp32).
 """
 
 from fastdiff.schedules.base import Schedule

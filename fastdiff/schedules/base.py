@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,7 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from fastdiff.devices import has_float64
+
 Made = TypeVar("Made", bound=Callable[..., torch.Tensor])
+Method = TypeVar("Method", bound=Callable[..., Any])
+OF_TIMES = ("alpha", "sigma", "alpha_sigma", "drift", "diffusion2", "logsnr", "model_time", "beta", "gamma")
 Array = Any  # float64 np.ndarray or torch.Tensor: the two share the functions used here
 FEW = 32  # numbers that are looked at sooner one by one than by torch's min and max
 
@@ -26,6 +31,20 @@ def outside(t: torch.Tensor, largest: float) -> bool:
     """Is a time of a CPU tensor not in [0, largest]? NaN is not."""
     few = t.numel() <= FEW
     return not all([0 <= v <= largest for v in (t.tolist() if few else (t.min().item(), t.max().item()))])
+
+
+def on_any_device(method: Method) -> Method:
+    """A method of (self, t) that computes in float64; of times on a device without: on the CPU, the results as fp32."""
+
+    @functools.wraps(method)
+    def of_times(self: Any, t: Array) -> Array:
+        if not isinstance(t, torch.Tensor) or has_float64(t.device):
+            return method(self, t)
+        made = method(self, t.cpu())
+        there = [v.to(t.device, torch.float32) for v in (made if isinstance(made, tuple) else (made,))]
+        return tuple(there) if isinstance(made, tuple) else there[0]
+
+    return of_times  # type: ignore[return-value]
 
 
 def xp_of(t: Array) -> Any:  # noqa: ANN401 - a module
@@ -59,6 +78,9 @@ class Schedule(ABC):
         own = vars(cls)
         if ("alpha" in own or "sigma" in own) and "alpha_sigma" not in own:  # an inherited one knows other formulas
             cls.alpha_sigma = Schedule.alpha_sigma  # type: ignore[method-assign]
+        for name in OF_TIMES:
+            if name in own:
+                setattr(cls, name, on_any_device(own[name]))
 
     def _time(self, t: Array) -> Array:
         """float64 time, refused outside [0, t_max] wherever looking at it costs no device sync."""
@@ -81,6 +103,7 @@ class Schedule(ABC):
     def sigma(self, t: Array) -> Array:
         """Noise standard deviation sigma(t)."""
 
+    @on_any_device
     def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
         """alpha(t) and sigma(t) at once: schedules whose formulas share a part compute that part once."""
         return self.alpha(t), self.sigma(t)
@@ -97,6 +120,7 @@ class Schedule(ABC):
     def t_of(self, logsnr: Array) -> Array:
         """The time at which 2 ln(alpha / sigma) = logsnr (NumPy)."""
 
+    @on_any_device
     def logsnr(self, t: Array) -> Array:
         """2 ln(alpha / sigma): +inf where sigma = 0, -inf where alpha = 0."""
         a, s = self.alpha_sigma(t)
@@ -104,6 +128,7 @@ class Schedule(ABC):
         with quiet(a):
             return 2.0 * (xp.log(a) - xp.log(s))
 
+    @on_any_device
     def model_time(self, t: Array) -> Array:
         """What the model receives as t."""
         return self._time(t)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastdiff.schedules.base import Array, Schedule, plain, positive, quiet, xp_of
+from fastdiff.schedules.base import Array, Schedule, on_any_device, plain, positive, quiet, xp_of
 
 __all__ = ["Masked"]
 
@@ -55,6 +55,7 @@ class Masked:
         """float64 time, refused outside [0, 1] as a Schedule's."""
         return Schedule._time(self, t)  # type: ignore[arg-type]
 
+    @on_any_device
     def masked(self, t: Array) -> Array:
         """1 - alpha(t), the probability of the mask."""
         t = self._time(t)
@@ -62,10 +63,12 @@ class Masked:
             return xp_of(t).sin(0.5 * math.pi * t)
         return t**self.power
 
+    @on_any_device
     def alpha(self, t: Array) -> Array:
         """alpha(t), the probability that a token is still itself."""
         return 1.0 - self.masked(t)
 
+    @on_any_device
     def weight(self, t: Array) -> Array:
         """-alpha'(t) / (1 - alpha(t)), what the cross-entropy of a masked token counts in the bound; inf at t = 0."""
         t = self._time(t)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops, rng
+from fastdiff.devices import widest
 from fastdiff.ops import _noising
 from fastdiff.ops._categorical import channels, check_classes, check_logits
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, spread
@@ -53,7 +54,7 @@ def interval(t: Tensor, schedule: BFNContinuous | BFNDiscrete, steps: int) -> tu
     Raises: ValueError where t is not the beginning of a step (on the CPU).
     """
     steps = _whole(steps)
-    exact = (1.0 - t.double()) * steps + 1.0
+    exact = (1.0 - t.to(widest(t.device))) * steps + 1.0
     i = exact.round()
     if i.is_cpu and not torch.compiler.is_compiling() and i.numel():
         held = 1e-3 + steps * 2.0**-24  # how far fp32 may have rounded t
@@ -79,7 +80,7 @@ def _without_steps(seeds: object, index: object, row: object, noise: object) -> 
 def flow_weight(t: Tensor, schedule: BFNContinuous, steps: int | None) -> Tensor:
     """What multiplies ||x - p||^2 in nats: -ln(sigma_1) sigma_1^(-2u), or n accuracy(i)/2; float64 [B or 1]."""
     if steps is None:
-        return 0.5 * schedule.rate * torch.exp(schedule.rate * (1.0 - t.double()))
+        return 0.5 * schedule.rate * torch.exp(schedule.rate * (1.0 - t.to(widest(t.device))))
     return 0.5 * steps * interval(t, schedule, steps)[1]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops, rng
+from fastdiff.devices import widest
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
 from fastdiff.ops._noising import Seeds, check_chain, noise_arguments, noise_of, table_of, times, wide
 from fastdiff.schedules import Betas
@@ -35,7 +36,7 @@ def log_variance_range(schedule: Betas, t: Tensor) -> tuple[Tensor, Tensor]:
     beta~_0 is 0: its logarithm is taken as that of beta~_1 (guided-diffusion's choice). A respaced chain is
     Betas(respaced betas): its own.   Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15.
     """
-    low, high = table_of(schedule, _log_variances, (), t.device, torch.float64)[t].unbind(-1)
+    low, high = table_of(schedule, _log_variances, (), t.device, widest(t.device))[t].unbind(-1)
     return low, high
 
 
@@ -170,7 +171,7 @@ def prior_kl(x0: Tensor, schedule: Betas) -> Tensor:
     _check_data(x0)
     check_chain(schedule, "the bound")
     x = x0.to(wide(x0))
-    end = table_of(schedule, _end, (), x.device, torch.float64)[0].to(x.dtype)
+    end = table_of(schedule, _end, (), x.device, widest(x.device))[0].to(x.dtype)
     alpha, log_variance = end[0], end[1].view((1,) * x.dim())
     return ops.gaussian_kl(alpha * x, log_variance, torch.zeros_like(x), torch.zeros_like(log_variance)) / math.log(2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdiff.devices import widest
 from fastdiff.ops import _noising
 from fastdiff.ops._categorical import check_classes
 from fastdiff.ops._dispatch import FLOATS64, check_tensor
@@ -91,7 +92,8 @@ def _times(x: Tensor, t: float | Tensor, schedule: Masked) -> Tensor:
         raise TypeError(
             f"t must be a float or a floating point tensor [B], got {getattr(t, 'dtype', type(t).__name__)}"
         )
-    at = t.to(torch.float64) if isinstance(t, Tensor) else torch.full((1,), t, dtype=torch.float64, device=x.device)
+    at = t if isinstance(t, Tensor) else torch.full((1,), t, dtype=widest(x.device), device=x.device)
+    at = at.to(widest(at.device))
     at = at.view(1) if at.dim() == 0 else at
     if tuple(at.shape) not in ((1,), (len(x),)):
         raise ValueError(f"t must be a number or have shape ({len(x)},), got {tuple(at.shape)}")

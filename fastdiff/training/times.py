@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdiff.devices import widest
 from fastdiff.lasting import lasting
 from fastdiff.schedules import Betas, Schedule
 from fastdiff.schedules.base import outside
@@ -62,7 +64,7 @@ def low_discrepancy_times(
     """
     offset = _random(1, generator, device)
     _check_batch(batch)
-    strata = torch.arange(batch, dtype=torch.float64, device=offset.device) / max(batch, 1)
+    strata = torch.arange(batch, dtype=offset.dtype, device=offset.device) / max(batch, 1)
     return _place((offset + strata) % 1.0, schedule, low, high)
 
 
@@ -85,8 +87,7 @@ def log_normal_times(
     """
     if not (math.isfinite(mean) and 0 <= std < math.inf):
         raise ValueError(f"mean must be finite and std >= 0, got {mean!r} and {std!r}")
-    _check_batch(batch)
-    normal = torch.randn(batch, generator=generator, device=_device(generator, device), dtype=torch.float64)
+    normal = _random(batch, generator, device, torch.randn)
     return _rounded(_time_of_level(mean + std * normal, schedule), schedule)
 
 
@@ -108,8 +109,7 @@ def logit_normal_times(
     """
     if not (math.isfinite(mean) and 0 <= std < math.inf):
         raise ValueError(f"mean must be finite and std >= 0, got {mean!r} and {std!r}")
-    _check_batch(batch)
-    normal = torch.randn(batch, generator=generator, device=_device(generator, device), dtype=torch.float64)
+    normal = _random(batch, generator, device, torch.randn)
     return _place(torch.sigmoid(mean + std * normal), schedule, None, None)
 
 
@@ -131,7 +131,7 @@ def step_times(
         raise ValueError(f"steps must be an int >= 1, got {steps!r}")
     _check_batch(batch)
     i = torch.randint(int(steps), (batch,), generator=generator, device=_device(generator, device))
-    return (1.0 - i.double() / steps).float()
+    return (1.0 - i.to(widest(i.device)) / steps).float()
 
 
 class ImportanceTimes:
@@ -164,11 +164,11 @@ class ImportanceTimes:
             raise ValueError(f"uniform must be in (0, 1], got {uniform!r}")
         self.schedule, self.uniform = schedule, uniform
         self.bins = len(schedule.betas) if isinstance(schedule, Betas) else bins
-        self.losses = torch.zeros(self.bins, history, dtype=torch.float64, device=device)
+        self.losses = torch.zeros(self.bins, history, dtype=_widest(device), device=device)
         self.counts = torch.zeros(self.bins, dtype=torch.int64, device=device)
 
     def probabilities(self) -> Tensor:
-        """p [bins] float64, sums to 1."""
+        """p [bins] float64 (fp32 on a device without), sums to 1."""
         # by a power of two, which changes no digit: else a square may be infinite
         largest = self.losses.abs().amax()
         scale = torch.where(largest > 0, largest / torch.frexp(largest)[0], 1.0)
@@ -184,12 +184,12 @@ class ImportanceTimes:
         _check_batch(batch)
         where, p = self.losses.device, self.probabilities()
         edges = p.cumsum(0)
-        u = torch.rand(batch, generator=generator, device=where, dtype=torch.float64) * edges[-1]
+        u = torch.rand(batch, generator=generator, device=where, dtype=p.dtype) * edges[-1]
         at = torch.searchsorted(edges, u, right=True).clamp(max=self.bins - 1)
         weights = (1.0 / (self.bins * p[at])).float()
         if isinstance(self.schedule, Betas):
             return at, weights
-        inside = torch.rand(batch, generator=generator, device=where, dtype=torch.float64)
+        inside = torch.rand(batch, generator=generator, device=where, dtype=p.dtype)
         return ((at + inside) * (self.schedule.t_max / self.bins)).float().clamp(max=self.schedule.t_max), weights
 
     @torch.no_grad()
@@ -223,7 +223,7 @@ class ImportanceTimes:
         slot = (counts[at] + rank) % history
         slot = torch.where(left <= history, slot, history)  # a column that is thrown away
         wide = nn.functional.pad(self.losses, (0, 1, 0, 1))
-        wide[at, slot] = losses.detach().double()[order]
+        wide[at, slot] = losses.detach().to(wide.dtype)[order]
         self.losses.copy_(wide[: self.bins, :history])
         self.counts.copy_(counts.index_add_(0, at, torch.ones_like(at))[: self.bins])
 
@@ -257,9 +257,17 @@ def _device(generator: torch.Generator | None, device: torch.device | str | None
     return generator.device if device is None and generator is not None else device
 
 
-def _random(batch: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
+def _widest(device: torch.device | str | None) -> torch.dtype:
+    return widest(torch.empty(0, device=device).device)
+
+
+def _random(
+    batch: int, generator: torch.Generator | None, device: torch.device | str | None,
+    draw: Callable[..., Tensor] = torch.rand,
+) -> Tensor:  # fmt: skip
     _check_batch(batch)
-    return torch.rand(batch, generator=generator, device=_device(generator, device), dtype=torch.float64)
+    where = _device(generator, device)
+    return draw(batch, generator=generator, device=where, dtype=_widest(where))
 
 
 def _place(u: Tensor, schedule: Schedule, low: float | None, high: float | None) -> Tensor:
@@ -281,7 +289,7 @@ def _rounded(t: Tensor, schedule: Schedule) -> Tensor:
 
 
 def _time_of_level(level: Tensor, schedule: Schedule) -> Tensor:
-    """t [B] float64 with ln(sigma / alpha) = level, from a table made on the host once."""
+    """t [B] with ln(sigma / alpha) = level, from a table made on the host once."""
     _check_schedule(schedule)
     table = schedule.__dict__.setdefault("_level_tables", {})
     if level.device not in table:
@@ -301,10 +309,10 @@ def _time_of_level(level: Tensor, schedule: Schedule) -> Tensor:
         keep = np.isfinite(at)
         with lasting():
             at = np.maximum.accumulate(at[keep])  # rounding
-            table[level.device] = tuple(torch.from_numpy(v).to(level.device) for v in (at, t[keep]))
+            table[level.device] = tuple(torch.from_numpy(v).to(level.dtype).to(level.device) for v in (at, t[keep]))
     levels, at = table[level.device]
     high = torch.searchsorted(levels, level.contiguous()).clamp(1, max(len(levels) - 1, 1)).clamp(max=len(levels) - 1)
     low = (high - 1).clamp(min=0)
-    part = ((level - levels[low]) / (levels[high] - levels[low]).clamp(min=1e-300)).clamp(0, 1)
+    part = ((level - levels[low]) / (levels[high] - levels[low]).clamp(min=torch.finfo(level.dtype).tiny)).clamp(0, 1)
     out: Tensor = at[low] + part * (at[high] - at[low])
     return out

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fastdiff.devices import widest
 from fastdiff.files import write_atomic
 from fastdiff.training import _checkpoint
 
@@ -163,7 +164,7 @@ class Trainer:
         generator = _generator(self.seed, self.epoch + 1)
         order = torch.randperm(len(self.data[0]), generator=generator, device="cpu")
         device = self.data[0].device
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        total = torch.zeros((), dtype=widest(device), device=device)
         self.net.train()
         with _seeded(int(torch.randint(2**62, (), generator=generator, device="cpu")), device):  # of dropout, say
             for k in range(self.steps_an_epoch):
@@ -208,7 +209,7 @@ class Trainer:
                 part = [v[at : at + self.batch] for v in self.held_out]
                 seeds = torch.randint(2**62, (len(part[0]),), generator=generator, device="cpu").to(device)
                 losses.append(self.loss(net, *part, seeds, generator).reshape(-1))
-        return float(torch.cat(losses).double().mean())
+        return float(torch.cat(losses).to(widest(device)).mean())
 
     def averaged(self) -> nn.Module:
         """The network with the averaged weights, in eval mode, without gradients; a copy where those are of 16 bits."""

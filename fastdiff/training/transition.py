@@ -8,6 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from fastdiff.devices import widest
 from fastdiff.lasting import traced_constant
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread, transformed
 from fastdiff.plan import ROW_HEADER, Plan
@@ -69,8 +70,8 @@ def transition_log_prob(plan: Plan, k: int | Tensor, x: Tensor, model_out: Tenso
             raise ValueError(f"row {quiet[0]} of {plan.name} adds no noise: its next state has no density")
     std = torch.where(std == 0, torch.nan, std)
     off = ((x_next.to(mean.dtype) - mean) / spread(std, mean)).reshape(x.shape[0], x.shape[1:].numel())
-    constant = off.shape[1] * (std.double().log() + 0.5 * math.log(2 * math.pi))
-    return -0.5 * (off * off).sum(1, dtype=torch.float64) - constant
+    constant = off.shape[1] * (std.to(widest(std.device)).log() + 0.5 * math.log(2 * math.pi))
+    return -0.5 * (off * off).sum(1, dtype=widest(off.device)) - constant
 
 
 @traced_constant
