@@ -188,6 +188,24 @@ def test_accelerated_scheduler_steps_there() -> None:
     assert (here(got) - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+def test_k_diffusions_sampler_steps_there() -> None:
+    """Sigmas on the device, as ComfyUI and others give them."""
+    k_diffusion = pytest.importorskip("fastdiff.integrations.k_diffusion")
+    sigmas = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.0])
+
+    def run(device: str) -> Tensor:
+        made: Tensor = k_diffusion.sample_dpmpp_2m(
+            lambda x, sigma: x / (1 + sigma.view(-1, 1, 1, 1) ** 2), X.to(device), sigmas.to(device), disable=True
+        )
+        return made
+
+    expected = run("cpu")
+    with third_device():
+        got = run(NAME)
+    assert isinstance(got, There)
+    assert (here(got) - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_devices_that_cannot_be() -> None:
     """A name that torch does not know, one that it was not built for, one without numbers."""
     for device, message in (
