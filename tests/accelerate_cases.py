@@ -67,13 +67,17 @@ MORE = {
     "minimax-1": Case("minimax_h3", "MiniMaxH3Scheduler", {"shift": 1.0}),
     "minimax-5": Case("minimax_h3", "MiniMaxH3Scheduler", {"shift": 5.0}),
     "helios-euler": Case("helios", "HeliosScheduler", {"scheduler_type": "euler"}, None, {}, {"stage_index": 1}),
+    "sde-exponential": Case("dpmsolver_sde", "DPMSolverSDEScheduler", {**SD, "use_exponential_sigmas": True}),
+    "sde-trailing": Case(
+        "dpmsolver_sde", "DPMSolverSDEScheduler", {"timestep_spacing": "trailing"}, None, {"s_noise": 1.1}
+    ),
+    "cosine-dpm-1": Case("cosine_dpmsolver_multistep", "CosineDPMSolverMultistepScheduler", {"solver_order": 1}),
     "wuerstchen": Case("ddpm_wuerstchen", "DDPMWuerstchenScheduler"),
     "wuerstchen-scaler": Case("ddpm_wuerstchen", "DDPMWuerstchenScheduler", {"scaler": 2.0}),
     "wuerstchen-s": Case("ddpm_wuerstchen", "DDPMWuerstchenScheduler", {"s": 0.02}),
 }
 ALL: dict[str, Case] = {**CASES, **MORE}
 TREES = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
-STOCK_STEPS = {name: "its noise comes from a Brownian tree" for name, case in ALL.items() if case.scheduler in TREES}
 DRAWN = torch.float32  # what the stock code would draw outside
 
 
@@ -112,10 +116,42 @@ def model(x: torch.Tensor, t: Any) -> torch.Tensor:
     return torch.tanh(1.3 * x + float(torch.as_tensor(t).reshape(-1)[0]) / 2000).to(x.dtype)
 
 
-def loop(
+class Spans:
+    """In a Brownian tree's place: an interval's noise is told by its ends to four digits, so by float64's as well."""
+
+    def __init__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        self.like = x
+
+    def __call__(self, start: Any, end: Any) -> torch.Tensor:
+        key = round(1e3 * float(start)) * 1_000_003 + round(1e3 * float(end))
+        with _disable_current_modes():
+            n = torch.randn(self.like.shape, generator=torch.Generator().manual_seed(key), dtype=DRAWN)
+        return n.to(self.like.device, self.like.dtype)
+
+
+@contextlib.contextmanager
+def without_trees(case: Case) -> Any:
+    """Inside, a class with a Brownian tree has Spans: a tree answers the last digit, which float64 changes."""
+    module = sys.modules[shipped(case).__module__]
+    if case.scheduler not in TREES:
+        yield
+        return
+    tree, module.BrownianTreeNoiseSampler = module.BrownianTreeNoiseSampler, Spans
+    try:
+        yield
+    finally:
+        module.BrownianTreeNoiseSampler = tree
+
+
+def loop(scheduler: Any, case: Case, x: torch.Tensor, **options: Any) -> Loop:
+    """Runs a scheduler as a pipeline does. follow: take x and m from another loop (its values in x's dtype)."""
+    with without_trees(case):
+        return _loop(scheduler, case, x, **options)
+
+
+def _loop(
     scheduler: Any, case: Case, x: torch.Tensor, *, seed: int = 7, follow: Loop | None = None, edit: Any = None
 ) -> Loop:  # fmt: skip
-    """Runs a scheduler as a pipeline does. follow: take x and m from another loop (its values in x's dtype)."""
     generator = torch.Generator().manual_seed(seed)
     parameters = inspect.signature(scheduler.step).parameters
     options = {**case.step, **({"generator": generator} if "generator" in parameters else {})}

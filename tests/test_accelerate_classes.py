@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import fastdiff as fd
-from tests.accelerate_cases import ALL, STOCK_STEPS, accelerated, arguments, far, loop, start
+from tests.accelerate_cases import ALL, accelerated, arguments, far, loop, start
 from tests.probe_cases import SD, shipped
 
 diffusers = pytest.importorskip("diffusers")
-ONE_EACH = list({case.scheduler: name for name, case in reversed(ALL.items()) if name not in STOCK_STEPS}.values())
+ONE_EACH = list({case.scheduler: name for name, case in reversed(ALL.items())}.values())
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

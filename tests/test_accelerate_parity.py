@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fastdiff.integrations.diffusers.reading import Setup
-from tests.accelerate_cases import ALL, STOCK_STEPS, TOLERANCE, accelerated, exact, far, loop, make, start
+from tests.accelerate_cases import ALL, TOLERANCE, accelerated, exact, far, loop, make, start
 
 pytest.importorskip("diffusers")
 LIGHT = ["ddpm-clip", "ddim-clip-eta", "euler-eps", "dpmsolver++-2m", "unipc-2-zero", "heun-eps", "flow-euler"]
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n not in STOCK_STEPS])
+@pytest.mark.parametrize("name", list(ALL))
 def test_steps_and_loops_equal_stock(name):
     case = ALL[name]
     stock, ours = make(case), accelerated(case)
@@ -59,18 +59,6 @@ def _exact_with_draws_of(dtype, case, x, mine):
         return exact(case, x, follow=mine)
     finally:
         cases.DRAWN = kept
-
-
-@pytest.mark.parametrize("name", [n for n in ALL if n in STOCK_STEPS])
-def test_what_is_no_plan_runs_the_stock_step_and_says_so(name):
-    case = ALL[name]
-    stock, ours = make(case), accelerated(case)
-    x = start(stock)
-    torch.manual_seed(0)  # the seed of the tree comes from the global state
-    with pytest.warns(RuntimeWarning, match=f"{case.scheduler} runs its stock step: .*{STOCK_STEPS[name]}"):
-        mine = loop(ours, case, x)
-    torch.manual_seed(0)
-    assert torch.equal(mine.x[-1], loop(stock, case, x).x[-1])
 
 
 @pytest.mark.parametrize("name", ["dpmsolver++-2m", "unipc-3-bh2", "heun-eps", "euler-eps", "plms", "ddpm-clip", "lms"])

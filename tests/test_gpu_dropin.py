@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import fastdiff as fd
-from tests.accelerate_cases import ALL, STOCK_STEPS, exact, far, loop, make, start
+from tests.accelerate_cases import ALL, exact, far, loop, make, start
 from tests.probe_cases import shipped
 
 pytestmark = pytest.mark.gpu
 diffusers = pytest.importorskip("diffusers")
-ONE_EACH = list({case.scheduler: name for name, case in reversed(ALL.items()) if name not in STOCK_STEPS}.values())
+ONE_EACH = list({case.scheduler: name for name, case in reversed(ALL.items())}.values())
 STEPS = 6
 
 

@@ -4,7 +4,8 @@
 
 Every row interleaves stock and accelerated loops of 50 steps at (1, 4, 64, 64) with a fixed model output, the way a
 pipeline calls them (return_dict=False). Before timing, both loops run once from one start with one generator and their
-results are compared. set_timesteps is timed to the end of the first step: first in the process, and again.
+results are compared (of Philox noise: those of the same rows on stock's noise). set_timesteps is timed to the end of
+the first step: first in the process, and again.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ FAR = 2e-4  # 50 steps, x0 clipped at low alpha: a sanity check, the tests hold 
 
 
 class Case(NamedTuple):
-    """A scheduler, its configuration, the arguments of step, and the ratio asked for (None: not slower)."""
+    """A scheduler, its configuration, step's arguments, the ratio asked for (None: not slower), accelerate's noise."""
 
     name: str
     scheduler: str
     config: dict[str, Any] = {}
     step: dict[str, Any] = {}
     target: float | None = None
+    noise: str = "torch"
 
 
+TREE = {**BETAS, "noise_sampler_seed": 0}
 CASES = (
     Case("DDPM", "DDPMScheduler", BETAS, {}, 2.0),
     Case("DDIM", "DDIMScheduler", {**BETAS, "clip_sample": False}, {}, 2.5),
@@ -71,6 +74,10 @@ CASES = (
     Case("DDIM inverse", "DDIMInverseScheduler", BETAS),
     Case("DPM++ inverse", "DPMSolverMultistepInverseScheduler", BETAS),
     Case("CogVideoX DDIM", "CogVideoXDDIMScheduler"),
+    Case("DPM++ SDE", "DPMSolverSDEScheduler", TREE),
+    Case("DPM++ SDE, Philox noise", "DPMSolverSDEScheduler", TREE, noise="philox"),
+    Case("cosine DPM++ 2M SDE", "CosineDPMSolverMultistepScheduler"),
+    Case("cosine DPM++ 2M SDE, Philox noise", "CosineDPMSolverMultistepScheduler", noise="philox"),
 )
 
 
@@ -101,7 +108,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     import diffusers
 
     stock = getattr(diffusers, case.scheduler)(**case.config)
-    ours = fd.accelerate(stock)
+    ours = fd.accelerate(stock, noise=case.noise)
     out = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * float(getattr(stock, "init_noise_sigma", 1.0))
     begin = time.perf_counter()
@@ -118,7 +125,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     _prepare(stock)
     plain = time.perf_counter() - begin
     results = []
-    for s in (stock, ours):
+    for s in (stock, ours if case.noise == "torch" else fd.accelerate(stock)):
         _prepare(s)
         results.append(_loop(s, out, x, case.step, seed=5))
     gap = float((results[1] - results[0]).abs().max() / results[0].abs().max())

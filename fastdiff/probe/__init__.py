@@ -310,7 +310,8 @@ def _plan(
         name = "x0" if function else name_of(seen, named, alpha, sigma)
         prediction = prediction_of(seen, name, alpha, sigma)
     if named == "epsilon":  # its own account of x0 = (x - sigma m) / alpha tells what add_noise did not
-        told = 1 / prediction.c_skip, -prediction.c_out / prediction.c_skip
+        skip = np.where(prediction.c_skip == 0, np.nan, prediction.c_skip)
+        told = 1 / skip, -prediction.c_out / skip
         alpha, sigma = (np.where(np.isfinite(v), v, own) for v, own in zip((alpha, sigma), told, strict=True))
     outputs = np.flatnonzero(seen.kinds == "m")
     x0: list[np.ndarray | None] = []

@@ -41,7 +41,7 @@ def key_of(setup: Setup, options: Mapping[str, Any]) -> Any:
     call = setup.set_timesteps
     given = None if call is None else (frozen(call[0]), frozen({k: v for k, v in call[1].items() if k != "device"}))
     try:
-        key = (setup.stock, frozen(setup.live.config), given, setup.begin, setup.indexed, frozen(options))
+        key = (setup.stock, frozen(setup.live.config), given, setup.begin, setup.indexed, setup.path, frozen(options))
         hash(key)
     except TypeError:
         return None

@@ -34,7 +34,8 @@ class Setup(NamedTuple):
 
     stock: the class. live: the scheduler. set_timesteps: its arguments, None where it was never called. begin: the
     number of the first call in `timesteps`. indexed: was that told by set_begin_index? own: use a copy of the live
-    scheduler itself, because it is not what its configuration makes.
+    scheduler itself, because it is not what its configuration makes. path: are the draws of a Brownian tree made of
+    independent normals, rather than taken from it?
     """
 
     stock: type
@@ -43,12 +44,13 @@ class Setup(NamedTuple):
     begin: int
     indexed: bool
     own: bool
+    path: bool = False
 
-    def make(self) -> Any:
-        """A stock scheduler before its first step."""
+    def make(self, *, lifted: bool = True) -> Any:
+        """A stock scheduler before its first step; lifted: a copy of the live one computes in float64."""
         if self.own:
             new: Any = object.__new__(self.stock)
-            new.__dict__.update({k: _lifted(v) for k, v in vars(self.live).items() if k != "_fastdiff"})
+            new.__dict__.update({k: _host(v, lifted) for k, v in vars(self.live).items() if k != "_fastdiff"})
         else:
             cls: Any = self.stock if self.set_timesteps is None else _lean(self.stock)
             # not from_config: it imports every compatible scheduler, and SciPy with them
@@ -90,11 +92,11 @@ def _on_host(stock: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
     return moved, {k: "cpu" if k == "device" else host(v) for k, v in kwargs.items()}
 
 
-def _lifted(v: Any) -> Any:
-    """A copy on the host, floating point tensors in float64: a table of the scheduler's own."""
+def _host(v: Any, lifted: bool) -> Any:
+    """A copy on the host, floating point tensors in float64 if asked: a table of the scheduler's own."""
     if isinstance(v, Tensor):
         v = v.detach().cpu()
-        return v.double() if v.is_floating_point() else v.clone()
+        return v.double() if lifted and v.is_floating_point() else v.clone()
     return copy.deepcopy(v)
 
 
@@ -104,7 +106,8 @@ class Reading(NamedTuple):
     rows: for History. draws: normal tensors stock draws. second: terms of the second result, None where it has none or
     it is not a combination of x, m, p and n. after: stock's step_index after the step. c_in: [N] scale of the input.
     times: [N] what stock's timesteps are, float. threshold: (quantile, maximum) or None. spread: [N] (a, b) where the
-    model's second plane v scales the noise by exp(a + b v), or None.
+    model's second plane v scales the noise by exp(a + b v), or None. spans: [N] what stock asks its Brownian tree for,
+    None where it has none or the draws are made of independent normals.
     """
 
     plan: Plan
@@ -116,6 +119,7 @@ class Reading(NamedTuple):
     times: list[float]
     threshold: tuple[float, float] | None
     spread: list[tuple[float, float]] | None
+    spans: list[tuple[Any, ...]] | None
 
     @property
     def memoryless(self) -> bool:
@@ -133,6 +137,8 @@ class _Watched:
         self.after: list[int | None] = []
         tables = (v for v in vars(setup.live).values() if isinstance(v, (Tensor, np.ndarray)) and v.ndim)
         self.__dict__.update({f"_table{i}": np.zeros(v.shape[-1]) for i, v in enumerate(tables)})
+        if _has_tree(setup):
+            self.noise_sampler = None  # fd.probe gives its own
 
     def __deepcopy__(self, memo: Any) -> _Watched:
         return self  # one run, one object
@@ -156,6 +162,8 @@ class _Watched:
     def step(self, m: Tensor, t: Tensor, x: Tensor) -> Any:
         recorder: Any = getattr(_get_current_dispatch_mode(), "recorder", None)
         first = len(recorder.kinds) - 1  # the model's output is the newest input
+        if _has_tree(self.setup):
+            self.inner.noise_sampler = self.noise_sampler
         if self.setup.stock.__name__ in BATCHED_TIME:
             t = t.reshape(1)
         out = self.inner.step(m, t, x, **self.options)
@@ -204,9 +212,6 @@ def read(setup: Setup, options: Mapping[str, Any]) -> Reading:
 
     Raises: ValueError: it is not a plan; the message says why (see fd.probe).
     """
-    if hasattr(setup.live, "noise_sampler"):
-        name = setup.stock.__name__
-        raise ValueError(f"{name} is not a plan: its noise comes from a Brownian tree with a seed of its own")
     watched = _Watched(setup, options)
     threshold = None
     config = getattr(setup.live, "config", {})
@@ -215,10 +220,14 @@ def read(setup: Setup, options: Mapping[str, Any]) -> Reading:
         threshold = float(config["dynamic_thresholding_ratio"]), float(config["sample_max_value"])
         watched.change = {"sample_max_value": 1.0}
     watched.__class__ = type("_Watched", (_Watched,), {"__module__": setup.stock.__module__})  # whose globals to lift
-    plan = probe(watched, steps=setup.calls - setup.begin, edits=True, name=setup.stock.__name__)
+    count = setup.calls - setup.begin
+    plan = probe(watched, steps=count, edits=True, brownian=setup.path, name=setup.stock.__name__)
     used = [k for k in range(plan.nfe) if plan.s[k].any()]
     last = used[-1] if used else -1
     draws = [int(plan.draws[k]) if k <= last else watched.draws[k] for k in range(plan.nfe)]
+    spans = _spans(setup, options, count) if _has_tree(setup) and not setup.path else None
+    if spans is not None:
+        draws = [1] * plan.nfe  # also where it draws nothing: stock makes its tree in any step
     terms = [t for t in watched.second if t is not None]
     second = terms if len(terms) == len(watched.second) else None
     rows = rows_of(plan)
@@ -227,7 +236,35 @@ def read(setup: Setup, options: Mapping[str, Any]) -> Reading:
     return Reading(
         plan, rows, draws, second, watched.after,
         plan.c_in.tolist(), plan.times.astype(np.float64).tolist(), threshold, _spread(plan),
+        spans,
     )  # fmt: skip
+
+
+def _has_tree(setup: Setup) -> bool:
+    return hasattr(setup.live, "noise_sampler")
+
+
+def _spans(setup: Setup, options: Mapping[str, Any], count: int) -> list[tuple[Any, ...]]:
+    """The intervals stock asks its tree for, in stock's own numbers: the tree answers the last digit."""
+    found: list[tuple[Any, ...]] = []
+    x = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+
+    def noted(*span: Any) -> Tensor:
+        found.append(span)
+        return torch.zeros_like(x)
+
+    with LOCK, on_host(), torch.no_grad():
+        s = setup.make(lifted=False)
+        for t in s.timesteps[setup.begin :][:count]:
+            s.noise_sampler = noted
+            if hasattr(s, "scale_model_input"):
+                s.scale_model_input(x, t)
+            before = len(found)
+            s.step(x, t, x, **options)
+            if len(found) - before > 1:
+                raise ValueError(f"{setup.stock.__name__} draws {len(found) - before} times in a step")
+            found += [()] * (before + 1 - len(found))
+    return found
 
 
 def _spread(plan: Plan) -> list[tuple[float, float]] | None:

@@ -216,7 +216,7 @@ class Run:
             m_in = m.to(compute)
         n = None
         if reading.draws[k]:
-            n = self.noise(k, m, kwargs, kept)
+            n = self.noise(owner, k, m, x, kwargs, kept)
             if n is not None and n.dtype is not compute:
                 n = n.to(compute)
             if v is not None and n is not None:
@@ -243,7 +243,7 @@ class Run:
                 philox = self._philox(m, kwargs.get("generator"), kept)
                 source = {"seeds": philox.seeds, "index": philox.index} if row.noisy else {}
             else:
-                n = self.noise(k, m, kwargs, kept)
+                n = self.noise(owner, k, m, x, kwargs, kept)
                 source = {"noise": n} if row.noisy else {}
         terms = () if self.second is None else self.second[k]
         p = (
@@ -287,8 +287,8 @@ class Run:
             return lazy_tuple(given, later)
         return (given,)
 
-    def noise(self, k: int, m: Tensor, kwargs: dict[str, Any], kept: Any) -> Tensor | None:
-        """Row k's normals: given ones, Philox's, or torch's in the draw order of stock."""
+    def noise(self, owner: Any, k: int, m: Tensor, x: Tensor, kwargs: dict[str, Any], kept: Any) -> Tensor | None:
+        """Row k's normals: given ones, Philox's, those of stock's tree, or torch's in the draw order of stock."""
         generator, given = kwargs.get("generator"), kwargs.get("variance_noise")
         if given is not None:
             if generator is not None and "DDIM" in self.setup.stock.__name__:
@@ -296,10 +296,23 @@ class Run:
             return given.to(m.device)
         if kept.noise == "philox":
             return self._philox(m, generator, kept).row(k)
+        if self.reading.spans is not None:
+            return self._of_tree(owner, k, m, x, generator)
         n = None
         for _ in range(self.reading.draws[k]):
             n = _normal(m.shape, generator, m.device, self.dialect.noise)
         return n
+
+    def _of_tree(self, owner: Any, k: int, m: Tensor, x: Tensor, generator: Any) -> Tensor | None:
+        """What stock's Brownian tree answers; a stock step on a copy makes the tree where there is none."""
+        span = self.reading.spans[k]  # type: ignore[index]
+        if owner.noise_sampler is None:
+            made = self.setup.make(lifted=False)
+            seeded = {"generator": generator} if "generator" in type(owner)._step_defaults else {}
+            with torch.no_grad():
+                made.step(m.detach(), made.timesteps[self.setup.begin], x.detach(), **self.options, **seeded)
+            owner.noise_sampler = made.noise_sampler
+        return owner.noise_sampler(*span).to(m.device) if self.rows[k].noisy else None
 
     def _philox(self, m: Tensor, generator: Any, kept: Any) -> PhiloxNoise:
         if self.philox is None or self.philox.shape != m.shape:

@@ -112,7 +112,8 @@ class Accelerated:
                 f"{stock.__name__} was pickled in the middle of a loop that remembers its past, which a pickle does "
                 f"not hold: call set_timesteps"
             )
-        setup = Setup(stock, self, kept.call, 0, False, False)
+        path = kept.noise == "philox" and hasattr(self, "noise_sampler")
+        setup = Setup(stock, self, kept.call, 0, False, False, path)
         at, told = self._fastdiff_place(timestep)
         if not 0 <= at < setup.calls:
             raise ValueError(f"begin_index {at} is outside the schedule of {setup.calls} steps")
