@@ -164,16 +164,17 @@ def log_likelihood(
         return torch.cat([v.detach().flatten(1).to(home), divergence[:, None].to(home)], dim=1).double()  # type: ignore[index]
 
     start = torch.nn.functional.pad(x0.detach().flatten(1).to(home).double(), (0, 1))
-    end = solve(augmented, low, top, start).to(wide).to(x0.device)
+    end = solve(augmented, low, top, start)
     x, change = end[:, :n], end[:, n]
     if prior is not None:
-        at_start = prior(x.reshape(x0.shape))
+        at_start = prior(x.reshape(x0.shape).to(wide).to(x0.device))
         if not isinstance(at_start, Tensor) or at_start.shape != (batch,):
             got = tuple(at_start.shape) if isinstance(at_start, Tensor) else type(at_start).__name__
             raise ValueError(f"prior must return a number a sample, shape ({batch},), got {got}")
-        return at_start.to(wide) + change
+        return at_start.to(wide) + change.to(wide).to(x0.device)
     variance = float(schedule.sigma(top)) ** 2
-    return -0.5 * (x**2).sum(1) / variance - 0.5 * n * math.log(2 * math.pi * variance) + change
+    nats = -0.5 * (x**2).sum(1) / variance - 0.5 * n * math.log(2 * math.pi * variance) + change
+    return nats.to(wide).to(x0.device)
 
 
 def _integrator(rtol: float, atol: float) -> Callable[..., Tensor]:
