@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,46 @@ def test_times_are_drawn_there() -> None:
         times.update(torch.tensor([0.25, 0.75]).to(NAME), torch.tensor([1.0, 3.0]).to(NAME))
         p = times.probabilities()
     assert torch.allclose(here(p), torch.tensor([0.25, 0.75]) * 0.999 + 0.0005)
+
+
+class Net(torch.nn.Module):
+    """Two tensors of a device: Module.to would leave the stand-in's out."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        start = 0.1 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+        self.weight = torch.nn.Parameter(start.to(device))
+        self.bias = torch.nn.Parameter(torch.zeros(4).to(device))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x @ self.weight + self.bias + t.view(-1, 1)
+
+
+def trained(device: str, folder: Path) -> tuple[Tensor, float]:
+    """The weights and the validation loss, after an epoch, a new trainer that resumes, and two more."""
+
+    def of_batch(net: torch.nn.Module, x: Tensor, seeds: Tensor, generator: torch.Generator) -> Tensor:
+        t = training.low_discrepancy_times(len(x), VP, generator=generator).to(x.device)
+        return ops.denoising_loss(net(ops.add_noise(x, t, VP, seeds=seeds), t), x, t, VP, seeds=seeds)
+
+    data = torch.randn(64, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    for until in (1, 3):
+        trainer = training.Trainer(
+            Net(device), of_batch, data[:48], held_out=data[48:], epochs=3, batch=16, seed=3, folder=folder
+        )
+        assert trainer.resume() == (until > 1)
+        trainer.run(until)
+    return trainer.net.weight.detach(), trainer.validate()  # type: ignore[return-value]
+
+
+def test_a_trainer_trains_there(tmp_path: Path) -> None:
+    """With AdamW, averages and a checkpoint, as on the CPU."""
+    expected, loss_here = trained("cpu", tmp_path / "here")
+    with third_device():
+        got, loss_there = trained(NAME, tmp_path / "there")
+    assert isinstance(got, There)
+    assert (here(got) - expected).abs().max() <= 1e-6
+    assert loss_there == pytest.approx(loss_here, rel=1e-6)
 
 
 def test_accelerated_scheduler_steps_there() -> None:

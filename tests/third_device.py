@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_map
 
 NAME = "mps"
 MIXED = ("copy_", "to", "__setitem__")  # functions that take operands of two devices
-AUTOGRAD = ("grad", "backward", "requires_grad_")  # functions that mean the very tensors
+AUTOGRAD = ("grad", "backward", "requires_grad_", "detach_")  # functions that mean the very tensors
+OWN = [getattr(Tensor, name) for name in ("grad", "grad_fn", "is_leaf", "requires_grad")]
+PROPERTIES = [way for v in OWN for way in (v.__get__, v.__set__)]
 PLACED = ("to", "new_zeros", "new_empty", "new_full", "new_tensor")  # and those that may name one
 
 
@@ -75,9 +77,13 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {NAME} and cpu")
     if theirs and name in ("numpy", "__array__"):
         raise TypeError(f"can't convert a {NAME} tensor to numpy: use Tensor.cpu() first")
-    if name in AUTOGRAD or function == Tensor.grad.__get__:  # type: ignore[attr-defined]
+    if name in AUTOGRAD or function in PROPERTIES:
         made = function(*args, **kwargs)
         return _each(lambda v: There.of(v) if isinstance(v, Tensor) and not isinstance(v, There) else v, made)
+    if name == "__deepcopy__":
+        copied = There.of(here(args[0]).detach().clone())
+        copied._is_param = getattr(args[0], "_is_param", False)  # type: ignore[attr-defined]
+        return copied.requires_grad_(args[0].requires_grad)
     asked: list[str] = ["cpu"] if name == "cpu" else []
 
     def placed(v: Any) -> Any:
