@@ -90,6 +90,31 @@ def test_restore_in_the_middle_of_a_loop_that_remembers(name):
     assert type(fd.restore(scheduler)) is getattr(diffusers, name)
 
 
+def test_accelerated_in_the_middle_of_a_loop_that_remembers():
+    """Stock's step goes on, with stock's history, and the warning says why."""
+    results = []
+    for late in (False, True):
+        scheduler, x = diffusers.DPMSolverMultistepScheduler(), torch.ones(1, 2, 4, 4)
+        scheduler.set_timesteps(6)
+        for i, t in enumerate(scheduler.timesteps):
+            if late and i == 3:
+                scheduler = fd.accelerate(scheduler)
+                with pytest.warns(RuntimeWarning, match="accelerated in the middle of a loop, whose past a plan does"):
+                    x = scheduler.step(0.1 * x, t, x).prev_sample
+                continue
+            x = scheduler.step(0.1 * x, t, x).prev_sample
+        results.append(x)
+    assert torch.equal(*results)
+
+
+def test_a_step_to_nothing():
+    """IPNDM's single step ends at 0, whatever the sample: a row whose result is not a part of anything."""
+    scheduler = fd.accelerate(diffusers.IPNDMScheduler())
+    scheduler.set_timesteps(1)
+    x = scheduler.step(torch.ones(1, 2, 4, 4), scheduler.timesteps[0], torch.ones(1, 2, 4, 4)).prev_sample
+    assert torch.equal(x, torch.zeros_like(x)) and scheduler._fastdiff.stock is None
+
+
 def test_twice_is_once_and_restore_leaves_nothing():
     stock = SIGMA()
     ours = fd.accelerate(stock)

@@ -271,7 +271,7 @@ def realise(seen: Observation, x0: list[np.ndarray | None], size: np.ndarray) ->
                 s[k, i] = v[n[0]] if len(n) else 0.0
             got = A[k, i, : len(C)] @ C + np.where(rows == k, v, 0.0)  # what the plan will hold, its errors included
             realised.append(got)
-        error = np.linalg.norm(realised[0] - x) / np.linalg.norm(x)
+        error = np.linalg.norm(realised[0] - x) / (np.linalg.norm(x) or 1.0)  # a state may be 0
         if not error <= RESIDUAL:
             raise Refused(f"row {k} is not a combination of the slots (residual {error:.1e})")
         C = np.array(realised)
