@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdiff import native
 from fastdiff.lasting import lasting
+from fastdiff.transforms import transformed
 
 M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
@@ -212,7 +213,7 @@ def normal(
     if not 0 <= stream <= MASK:
         raise ValueError(f"stream must be in 0 .. 2**32 - 1, got {stream}")
     size, n = (*lead, *shape), math.prod(shape)
-    if out is None and torch.compiler.is_compiling():
+    if out is None and transformed():
         return normals(keyed, which, rows, stream, n).reshape(size)
     if out is None:
         out = torch.empty(size, dtype=torch.float32, device=where)
@@ -231,10 +232,10 @@ def fill(out: Tensor, seeds: Tensor, index: Tensor, rows: Tensor, stream: int) -
         return
     from fastdiff.ops._dispatch import kernels_for
 
-    if kernels_for(out):
-        torch.ops.fastdiff.normal(out, seeds, index, rows, stream)
-    elif torch.compiler.is_compiling():
+    if transformed():
         out.copy_(normals(seeds, index, rows, stream, out.shape[-1]))
+    elif kernels_for(out):
+        torch.ops.fastdiff.normal(out, seeds, index, rows, stream)
     elif native.usable(out, seeds, index, rows):
         native.fill(out, seeds, index, stream, rows)
     else:

@@ -33,7 +33,7 @@ class _Level(NamedTuple):
 
 def _p2(level: _Level, o: WeightOptions) -> Tensor:
     s, n = level.signal, level.noise  # s / (k + s / n)^p, in n / s where s is the larger, so that neither end is 0 / 0
-    low = s / (o.p2_k + s / n) ** o.p2_gamma
+    low = s / (o.p2_k + s / n) ** o.p2_gamma if o.p2_k else s ** (1 - o.p2_gamma) * n**o.p2_gamma
     high = s ** (1 - o.p2_gamma) * (n / (o.p2_k * (n / s) + 1)) ** o.p2_gamma
     return torch.where(s < n, low, high)
 

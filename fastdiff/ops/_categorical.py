@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops._dispatch import FLOATS, check_tensor
+from fastdiff.transforms import readable
 
 READOUTS = ("sample", "argmax", "mean")
 WIDEST_ROW = 1 << 14  # positions of a token in one program; longer ones are split
@@ -91,7 +92,7 @@ def check_classes(name: str, x: object, num_classes: int, shape: Sequence[int] |
     """int64 classes; their range is looked at on the CPU only."""
     check_tensor(name, x, shape=shape, dtypes=(torch.int64,), like=like)
     assert isinstance(x, Tensor)
-    if x.is_cpu and not torch.compiler.is_compiling() and x.numel():
+    if readable(x) and x.numel():
         low, high = int(x.min()), int(x.max())
         if low < 0 or high >= num_classes:
             raise ValueError(f"{name} must be in 0..{num_classes - 1} for K = {num_classes}, got {low}..{high}")

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.transforms import transformed as transformed
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS64 = (*FLOATS, torch.float64)  # float64 runs plain torch on every device
 INTS = (torch.int32, torch.int64)
@@ -73,11 +75,6 @@ def kernels_for(x: Tensor) -> bool:
 def graded(*values: object) -> bool:
     """Is a gradient to one of these asked for?"""
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
-
-
-def transformed() -> bool:
-    """Does torch.compile or a function transform look on? It takes apart functions in their longer form."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
 def register(schema: str, launch: Callable[..., None]) -> None:

@@ -16,6 +16,7 @@ from fastdiff.ops import _dispatch, _fused
 from fastdiff.ops._dispatch import FLOATS64, check_tensor, graded, spread
 from fastdiff.schedules import Betas, Schedule
 from fastdiff.schedules.base import outside
+from fastdiff.transforms import readable
 
 Seeds = Sequence[int] | Tensor
 
@@ -53,9 +54,9 @@ def times(t: object, schedule: object, x: Tensor, *, raw: bool = False) -> Tenso
     if not isinstance(t, Tensor):
         low = high = float(t)
         wrong = not 0 <= t <= schedule.t_max
-    elif wrong := out.is_cpu and not torch.compiler.is_compiling() and outside(out, schedule.t_max):
+    elif wrong := readable(out) and outside(out, schedule.t_max):
         low, high = out.min().item(), out.max().item()
-    elif not raw and out.dtype.is_floating_point and (not out.is_cpu or torch.compiler.is_compiling()):
+    elif not raw and out.dtype.is_floating_point and not readable(out):
         out = torch.where(out.clamp(0, schedule.t_max) == out, out, torch.nan)
     if wrong:
         raise ValueError(f"t must be in 0..{schedule.t_max:g} for {schedule}, got {low:g}..{high:g}")

@@ -14,6 +14,7 @@ from fastdiff.ops._categorical import belief, channels, check_classes, rows_of, 
 from fastdiff.ops._dispatch import FLOATS64, spread
 from fastdiff.ops._noising import Seeds
 from fastdiff.schedules import BFNDiscrete
+from fastdiff.transforms import readable
 
 SQRT2 = 2.0**0.5
 
@@ -58,7 +59,7 @@ def categorical_noise(
             coef = _rows(schedule, at, known)
             torch.ops.fastdiff.categorical_noise(x, noise, coef, keyed, which, row, out, logits)
         return out if logits is None else (out, logits)
-    if not torch.compiler.is_compiling() and x.is_cpu and x.numel():
+    if readable(x) and x.numel():
         return _on_cpu(x, at, schedule, keyed, which, row, noise, out_dtype, return_logits, known)
     return categorical_noise_ref(
         x, at, schedule, seeds=keyed, index=which, row=row, noise=noise, out_dtype=out_dtype,

@@ -86,8 +86,10 @@ def denoising_loss(
     else:
         coef, rows = _coefficients(schedule, at, target, named, options, wide)
     given = coef, rows, keyed, which, row, stream, LOSSES.index(loss), float(delta), on_kernel
-    if _dispatch.transformed():
+    if torch.compiler.is_compiling():
         out: Tensor = _DenoisingLoss.apply(model_out, x0, *given)[0]
+    elif _dispatch.transformed():  # plain torch has every transform
+        out = _as_defined(model_out, x0, coef, rows, keyed, which, row, stream, LOSSES.index(loss), delta)
     elif _dispatch.graded(model_out, x0):
         out = _Direct.apply(model_out, x0, given)[0]
     else:
@@ -120,15 +122,22 @@ def denoising_loss_ref(
     dtype = _noising.wide(model_out)
     named = weighting if isinstance(weighting, str) else None
     coef, rows = _coefficients(schedule, at, target, named, options, dtype)
-    coef = (coef if rows is None else coef[rows]).expand(model_out.shape[0], 4)
-    shape = model_out.shape[0], model_out.shape[1:].numel()
-    n = rng.normal(keyed, shape[1:], row=row, stream=stream, index=which).to(dtype)
-    goal = coef[:, 1:2] * n
-    if x0 is not None and target not in NOISE_TARGETS:
-        goal = goal + coef[:, :1] * x0.to(dtype).reshape(shape)
-    value, _ = _rho(model_out.to(dtype).reshape(shape) - goal, LOSSES.index(loss), delta)
-    weight = coef[:, 2] if named == weighting else weighting.to(dtype)  # type: ignore[union-attr]
-    return weight * value.mean(1)
+    x0 = None if target in NOISE_TARGETS else x0
+    out = _as_defined(model_out, x0, coef, rows, keyed, which, row, stream, LOSSES.index(loss), delta)
+    return out if named == weighting else out * weighting.to(dtype)  # type: ignore[union-attr]
+
+
+def _as_defined(
+    m: Tensor, x0: Tensor | None, coef: Tensor, rows: Tensor | None, seeds: Tensor, index: Tensor | None, row: int,
+    stream: int, kind: int, delta: float,
+) -> Tensor:  # fmt: skip
+    coef = (coef if rows is None else coef[rows]).expand(m.shape[0], 4)
+    shape = m.shape[0], m.shape[1:].numel()
+    goal = coef[:, 1:2] * rng.normal(seeds, shape[1:], row=row, stream=stream, index=index).to(coef.dtype)
+    if x0 is not None:
+        goal = goal + coef[:, :1] * x0.to(coef.dtype).reshape(shape)
+    value, _ = _rho(m.to(coef.dtype).reshape(shape) - goal, kind, delta)
+    return coef[:, 2] * value.mean(1)
 
 
 def _rho(d: Tensor, kind: int, delta: float) -> tuple[Tensor, Tensor]:

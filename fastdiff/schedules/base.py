@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fastdiff.devices import has_float64
+from fastdiff.transforms import readable
 
 Made = TypeVar("Made", bound=Callable[..., torch.Tensor])
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -87,7 +88,7 @@ class Schedule(ABC):
         if isinstance(t, torch.Tensor):
             t = t.to(torch.float64)
             flat = t if t.dim() == 1 else t.reshape(-1)
-            bad = t.is_cpu and not torch.compiler.is_compiling() and outside(flat, self.t_max)
+            bad = readable(t) and outside(flat, self.t_max)
         else:
             t = np.asarray(t, np.float64)
             bad = bool(np.any((t < 0) | (t > self.t_max) | np.isnan(t)))

@@ -17,6 +17,7 @@ from fastdiff.ops._noising import Seeds
 from fastdiff.ops.binned import bin_log_probability, bin_mean
 from fastdiff.ops.denoising_loss import ordered_sum
 from fastdiff.schedules import BFNContinuous, BFNDiscrete
+from fastdiff.transforms import readable
 
 __all__ = [
     "bfn_continuous_loss",
@@ -56,7 +57,7 @@ def interval(t: Tensor, schedule: BFNContinuous | BFNDiscrete, steps: int) -> tu
     steps = _whole(steps)
     exact = (1.0 - t.to(widest(t.device))) * steps + 1.0
     i = exact.round()
-    if i.is_cpu and not torch.compiler.is_compiling() and i.numel():
+    if readable(i) and i.numel():
         held = 1e-3 + steps * 2.0**-24  # how far fp32 may have rounded t
         if bool(((exact - i).abs() > held).any()) or not 1 <= int(i.min()) <= int(i.max()) <= steps:
             raise ValueError(f"t must be 1 - (i - 1)/{steps}, i = 1..{steps}, the beginning of a step; got {t}")
@@ -207,7 +208,8 @@ def bfn_discrete_loss(
         logits: [B, *D, K'], what the network makes of ops.categorical_noise(x, t, schedule, ...) and 1 - t.
         x: int64 classes [B, *D].   t: schedule time, one or [B].   steps: None, or n, with seeds or noise:
         seeds, index, row: rng.normal(seeds, (*D, K'), row=row, stream=2, index=index).   noise: n_k itself (K = 2: the
-            normalised difference).   units: "nats" (a sum over the sample) or "bits_per_dim" (a token).
+            true class's less the other's, over sqrt(2)).   units: "nats" (a sum over the sample) or "bits_per_dim" (a
+            token).
     Returns: [B] fp32 (float64 for float64 logits), differentiable in logits; its expectation is the loss.
     Raises:  TypeError, ValueError: a wrong shape, dtype or schedule, classes outside 0..K-1, t outside [0, 1] or, with
         steps, within a step; steps without noise, or what draws it without steps.
@@ -301,10 +303,10 @@ def bfn_discretised_loss(
 
     P_j is the mass of N(mean, std^2) in bin j (ops.binned_readout), c_j its centre. The second is one draw of n KL.
     Args:
-        model_out: [B, 2 C, *] for x [B, C, *]: mean and log-std of eps (or x0).   x: bin centres.   x_t, t, schedule:
-        as bfn_continuous_loss.   bins: K.   prediction: "eps" or "x0".   steps, seeds, index, row, noise, units: as
-        bfn_discrete_loss, noise [B, C, *]. The loss of n steps holds [B, C, *, K] numbers, the other
-        twice as many until backward.
+        model_out: [B, 2 C, *] for x [B, C, *]: mean and log-std of eps (or x0).   x: bin centres, (2 k + 1) / K - 1,
+        unchecked.   x_t, t, schedule: as bfn_continuous_loss.   bins: K.   prediction: "eps" or "x0".   steps, seeds,
+        index, row, noise, units: as bfn_discrete_loss, noise [B, C, *]. The loss of n steps holds [B, C, *, K] numbers,
+        the other twice as many until backward.
     Returns: [B] fp32 (float64 for float64), differentiable in model_out.
     Raises:  TypeError, ValueError: a wrong shape, dtype or schedule, bins < 2, t as bfn_continuous_loss; steps without
         noise, or what draws it without steps.

@@ -13,6 +13,7 @@ from fastdiff.ops._noising import Seeds
 from fastdiff.ops.unmask_step import CHOICE, uniforms
 from fastdiff.schedules import Masked
 from fastdiff.training.bfn import scaled
+from fastdiff.transforms import readable
 
 __all__ = ["mask_tokens", "masked_loss"]
 
@@ -67,6 +68,10 @@ def masked_loss(
     weight = schedule.weight(at)
     check_tensor("logits", logits, shape=(*x.shape, schedule.num_classes), dtypes=FLOATS64, like=x)
     check_tensor("tokens", tokens, shape=x.shape, dtypes=(torch.int64,), like=x)
+    if readable(tokens) and bool((wrong := (tokens != x) & (tokens != schedule.mask)).any()):
+        raise ValueError(
+            f"tokens must be x or the mask, {schedule.mask}, got {int(tokens[wrong][0])} for another class"
+        )
     m = logits if logits.dtype == torch.float64 else logits.float()
     if schedule.mask < schedule.num_classes:
         m = torch.where(torch.arange(schedule.num_classes, device=m.device) == schedule.mask, -torch.inf, m)
@@ -84,7 +89,7 @@ def _times(x: Tensor, t: float | Tensor, schedule: Masked) -> Tensor:
     if not isinstance(schedule, Masked):
         raise TypeError(f"schedule must be schedules.Masked, got {type(schedule).__name__}")
     check_classes("x", x, schedule.num_classes)
-    if x.is_cpu and not torch.compiler.is_compiling() and bool((x == schedule.mask).any()):
+    if readable(x) and bool((x == schedule.mask).any()):
         raise ValueError(f"x must be data, without the mask, {schedule.mask}")
     if x.dim() < 2:
         raise ValueError(f"x must be [B, *D], got {tuple(x.shape)}")

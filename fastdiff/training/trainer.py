@@ -114,6 +114,7 @@ class Trainer:
         self.average = _Average(net, most)
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
+        self.unsaved = False  # is there an epoch that the folder does not hold?
 
     def run(self, until: int | None = None) -> list[dict[str, Any]]:
         """Trains up to epoch `until` (default: all) and returns the history, one entry an epoch.
@@ -123,6 +124,8 @@ class Trainer:
         """
         if self.step != self.epoch * self.steps_an_epoch:
             self._rewind()
+        if self.unsaved:  # an interruption while the last checkpoint was written
+            self.save()
         last = self.epochs if until is None else min(until, self.epochs)
         from tqdm.auto import tqdm
 
@@ -132,16 +135,18 @@ class Trainer:
             while self.epoch < last:
                 began = time.perf_counter()
                 train = self._epoch(bar)
-                self.epoch += 1
-                due = self.epoch % self.validate_every == 0 or self.epoch == self.epochs
+                epoch = self.epoch + 1
+                due = epoch % self.validate_every == 0 or epoch == self.epochs
                 entry = {
-                    "epoch": self.epoch, "step": self.step, "train": train,
+                    "epoch": epoch, "step": self.step, "train": train,
                     "validation": self.validate() if self.held_out and due else None,
                     "learning_rate": self.optimiser.param_groups[0]["lr"],
                     "seconds": round(time.perf_counter() - began, 3),
                 }  # fmt: skip
+                self.unsaved = self.folder is not None
                 self.history.append(entry)
-                if self.folder is not None:
+                self.epoch = epoch  # an epoch is over once its entry is there
+                if self.unsaved:
                     self.save()
         return self.history
 
@@ -173,7 +178,7 @@ class Trainer:
                 for group in self.optimiser.param_groups:
                     group["lr"] = self.learning_rate * self._factor(self.step)
                 self.step += 1  # before anything changes: an interruption shows
-                loss = self.loss(self.net, *(v[pick] for v in self.data), seeds, generator).mean()
+                loss = self._losses(self.net, [v[pick] for v in self.data], seeds, generator).mean()
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 if self.clip_norm is not None:
@@ -208,8 +213,15 @@ class Trainer:
             for at in range(0, len(self.held_out[0]), self.batch):
                 part = [v[at : at + self.batch] for v in self.held_out]
                 seeds = torch.randint(2**62, (len(part[0]),), generator=generator, device="cpu").to(device)
-                losses.append(self.loss(net, *part, seeds, generator).reshape(-1))
+                losses.append(self._losses(net, part, seeds, generator))
         return float(torch.cat(losses).to(widest(device)).mean())
+
+    def _losses(self, net: nn.Module, part: Sequence[Tensor], seeds: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss of every sample; one number is that of all."""
+        made = self.loss(net, *part, seeds, generator)
+        if not isinstance(made, Tensor) or not made.is_floating_point():
+            raise TypeError(f"loss must return a floating point tensor [B], got {getattr(made, 'dtype', made)}")
+        return made.expand(len(seeds)) if made.dim() == 0 else made.reshape(-1)
 
     def averaged(self) -> nn.Module:
         """The network with the averaged weights, in eval mode, without gradients; a copy where those are of 16 bits."""
@@ -240,6 +252,7 @@ class Trainer:
             for entry in self.history
         ]
         write_atomic(self.folder / HISTORY, (json.dumps(history, indent=1, allow_nan=False) + "\n").encode())
+        self.unsaved = False
 
     def resume(self, path: str | Path | None = None) -> bool:
         """Continues from a checkpoint (default: the folder's); False where there is none.
