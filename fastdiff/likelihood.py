@@ -15,7 +15,7 @@ from fastdiff import rng
 from fastdiff.devices import has_float64, widest
 from fastdiff.grid import points
 from fastdiff.prediction import Prediction
-from fastdiff.schedules import BFNDiscrete, Flow, Schedule
+from fastdiff.schedules import Betas, BFNDiscrete, Flow, Schedule
 from fastdiff.schedules.base import positive
 
 __all__ = ["drift", "log_likelihood"]
@@ -85,9 +85,16 @@ def drift(
 def _followed(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The model, refused where autograd does not see that its output depends on x: its divergence would be lost."""
 
+    looked = False
+
     def followed(x: Tensor, t: Tensor, **cond: Any) -> Tensor:  # noqa: ANN401 - the model's own
+        nonlocal looked
         m = model(x, t, **cond)
-        if isinstance(m, Tensor) and not m.requires_grad:
+        lost = isinstance(m, Tensor) and not m.requires_grad
+        if isinstance(m, Tensor) and not lost and not looked:  # its parameters may be what asks for a gradient
+            lost = torch.autograd.grad(m.sum(), x, retain_graph=True, allow_unused=True)[0] is None
+        looked = True
+        if lost:
             raise ValueError(
                 "the model's output does not depend on x through autograd (no_grad, inference_mode or detach in it?): "
                 "its divergence cannot be taken"
@@ -124,8 +131,9 @@ def log_likelihood(
         probe a sample, of Philox; unbiased) or "exact" (one backward pass an element). t_end: default 0 where the
         schedule has noise there, else 1e-5. t_start: default the schedule's. prior: x [B, *] -> ln p [B] at t_start,
         default N(0, sigma^2 I). seed (default 0), seeds: of the probes. rtol, atol: of the integrator (Runge-Kutta 4(5)
-        of scipy, else torchdiffeq); a chain's field has a kink at every index and meets them slowly. The rest: see
-        drift.
+        of scipy, else torchdiffeq) and of every sample, whatever the batch: they are divided by sqrt(B), as its norm
+        is that of all. A chain is integrated over ln(sigma / alpha): its field over t jumps at every index. The rest:
+        see drift.
     Returns: [B] float64 (fp32 on a device without float64), in nats.
     Raises: ImportError without scipy and torchdiffeq; ValueError for bad options, or a model autograd does not follow;
         RuntimeError if integration fails.
@@ -140,8 +148,8 @@ def log_likelihood(
     if not 0 <= low < top:
         raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}")
     positive(rtol=rtol, atol=atol)
-    solve = _integrator(rtol, atol)
     batch, n = x0.shape[0], x0.shape[1:].numel()
+    solve = _integrator(rtol / max(1, batch) ** 0.5, atol / max(1, batch) ** 0.5)
     if batch == 0:
         return torch.zeros(0, dtype=torch.float64, device=x0.device)
     keys, index = rng.keys(0 if seed is None and seeds is None else seed, seeds, batch=batch, device=x0.device)
@@ -152,10 +160,11 @@ def log_likelihood(
 
     home, wide = x0.device if has_float64(x0.device) else torch.device("cpu"), widest(x0.device)
 
-    def augmented(t: float, state: Tensor) -> Tensor:
+    def augmented(s: float, state: Tensor) -> Tensor:
+        t, rate = _place(schedule, s, low, top)
         with torch.inference_mode(False), torch.enable_grad():
             x = state.detach()[:, :n].reshape(x0.shape).to(x0.dtype, copy=True).to(x0.device).requires_grad_()
-            v = field(t, x)
+            v = field(t, x) / rate
             if trace == "exact":
                 rows = [torch.autograd.grad(v.flatten(1)[:, i].sum(), x, retain_graph=True)[0] for i in range(n)]
                 divergence = sum(r.flatten(1)[:, i] for i, r in enumerate(rows))
@@ -164,7 +173,7 @@ def log_likelihood(
         return torch.cat([v.detach().flatten(1).to(home), divergence[:, None].to(home)], dim=1).double()  # type: ignore[index]
 
     start = torch.nn.functional.pad(x0.detach().flatten(1).to(home).double(), (0, 1))
-    end = solve(augmented, low, top, start)
+    end = solve(augmented, *(_variable(schedule, t) for t in (low, top)), start)
     x, change = end[:, :n], end[:, n]
     if prior is not None:
         at_start = prior(x.reshape(x0.shape).to(wide).to(x0.device))
@@ -175,6 +184,19 @@ def log_likelihood(
     variance = float(schedule.sigma(top)) ** 2
     nats = -0.5 * (x**2).sum(1) / variance - 0.5 * n * math.log(2 * math.pi * variance) + change
     return nats.to(wide).to(x0.device)
+
+
+def _variable(schedule: Schedule, t: float) -> float:
+    """What the integral goes over: t, or ln(sigma / alpha) of a chain, in which its field has no jumps."""
+    return -0.5 * float(schedule.logsnr(t)) if isinstance(schedule, Betas) else t
+
+
+def _place(schedule: Schedule, s: float, low: float, top: float) -> tuple[float, float]:
+    """t at s = `_variable`, and ds/dt there: g^2 / (2 sigma^2) of a chain."""
+    if not isinstance(schedule, Betas):
+        return s, 1.0
+    t = min(max(float(schedule.t_of(np.array(-2.0 * s))), low), top)
+    return t, 0.5 * float(schedule.diffusion2(t)) / float(schedule.sigma(t)) ** 2
 
 
 def _integrator(rtol: float, atol: float) -> Callable[..., Tensor]:

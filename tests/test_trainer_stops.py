@@ -63,3 +63,27 @@ def test_one_number_is_the_loss_of_all():
     trainer.loss = lambda *args: None
     with pytest.raises(TypeError, match=r"loss must return a floating point tensor \[B\], got None"):
         trainer.run()
+
+
+def test_validating_leaves_the_state_of_the_loss_alone():
+    """ImportanceTimes that the loss updates: held-out losses do not enter, and a validation can be done again."""
+    schedule = fd.schedules.VP()
+    times = fd.training.ImportanceTimes(schedule, bins=4, history=3)
+
+    def loss(net, x, seeds, generator):
+        t, w = times.sample(len(x), generator=generator)
+        made = fd.ops.denoising_loss(
+            net(fd.ops.add_noise(x, t, schedule, seeds=seeds)), x, t, schedule, seeds, target="x0"
+        )
+        times.update(t, made)
+        return w * made
+
+    data = torch.randn(84, 4, generator=torch.Generator().manual_seed(0))
+    trainer = fd.training.Trainer(
+        torch.nn.Linear(4, 4), loss, data[:64], held_out=data[64:], epochs=2, batch=16, state={"times": times},
+        progress=False,
+    )  # fmt: skip
+    trainer.run()
+    before = times.losses.clone()
+    assert len({trainer.validate() for _ in range(3)}) == 1
+    assert torch.equal(times.losses, before)

@@ -14,6 +14,7 @@ from fastdiff.devices import widest
 from fastdiff.lasting import lasting
 from fastdiff.schedules import Betas, Schedule
 from fastdiff.schedules.base import outside
+from fastdiff.transforms import readable
 
 __all__ = [
     "ImportanceTimes",
@@ -207,7 +208,7 @@ class ImportanceTimes:
         if t.dtype == torch.bool or t.dtype.is_floating_point == chain:
             kind = "an integer index" if chain else "floating point"
             raise TypeError(f"t must be {kind} for {self.schedule}, got {t.dtype}")
-        if t.is_cpu and t.numel() and outside(t, largest):
+        if readable(t) and t.numel() and outside(t, largest):
             low, high = t.min().item(), t.max().item()
             raise ValueError(f"t must be in 0..{largest:g} for {self.schedule}, got {low:g}..{high:g}")
         at = t.long() if chain else (t * (self.bins / largest)).long().clamp(max=self.bins - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -209,11 +210,14 @@ class Trainer:
         generator = _generator(self.seed, 0)
         device, losses = self.data[0].device, []
         net = self.average.shown(self.net).eval()
+        held = {name: copy.deepcopy(item.state_dict()) for name, item in self.state.items()}  # a loss may change them
         with _seeded(_mixed(self.seed, VALIDATION), device):
             for at in range(0, len(self.held_out[0]), self.batch):
                 part = [v[at : at + self.batch] for v in self.held_out]
                 seeds = torch.randint(2**62, (len(part[0]),), generator=generator, device="cpu").to(device)
                 losses.append(self._losses(net, part, seeds, generator))
+        for name, item in self.state.items():
+            item.load_state_dict(held[name])
         return float(torch.cat(losses).to(widest(device)).mean())
 
     def _losses(self, net: nn.Module, part: Sequence[Tensor], seeds: Tensor, generator: torch.Generator) -> Tensor:
