@@ -151,7 +151,7 @@ def log_likelihood(
     batch, n = x0.shape[0], x0.shape[1:].numel()
     solve = _integrator(rtol / max(1, batch) ** 0.5, atol / max(1, batch) ** 0.5)
     if batch == 0:
-        return torch.zeros(0, dtype=torch.float64, device=x0.device)
+        return torch.zeros(0, dtype=widest(x0.device), device=x0.device)
     keys, index = rng.keys(0 if seed is None and seeds is None else seed, seeds, batch=batch, device=x0.device)
     with torch.inference_mode(False):  # autograd does not follow what inference mode has made
         given = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in (cond or {}).items()}

@@ -171,6 +171,15 @@ def test_times_are_drawn_there() -> None:
     assert torch.allclose(here(p), torch.tensor([0.25, 0.75]) * 0.999 + 0.0005)
 
 
+def same(run: Callable[[str], Tensor]) -> None:
+    """What runs on the stand-in stays there, and has the CPU's result."""
+    expected = run("cpu")
+    with third_device():
+        got = run(NAME)
+    assert isinstance(got, There)
+    assert (here(got) - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 class Net(torch.nn.Module):
     """Two tensors of a device: Module.to would leave the stand-in's out."""
 
@@ -203,12 +212,15 @@ def trained(device: str, folder: Path) -> tuple[Tensor, float]:
 
 def test_a_trainer_trains_there(tmp_path: Path) -> None:
     """With AdamW, averages and a checkpoint, as on the CPU."""
-    expected, loss_here = trained("cpu", tmp_path / "here")
-    with third_device():
-        got, loss_there = trained(NAME, tmp_path / "there")
-    assert isinstance(got, There)
-    assert (here(got) - expected).abs().max() <= 1e-6
-    assert loss_there == pytest.approx(loss_here, rel=1e-6)
+    losses = []
+
+    def weights(device: str) -> Tensor:
+        weight, loss = trained(device, tmp_path / device)
+        losses.append(loss)
+        return weight
+
+    same(weights)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_accelerated_scheduler_steps_there() -> None:
@@ -222,11 +234,7 @@ def test_accelerated_scheduler_steps_there() -> None:
             x = scheduler.step(0.3 * scheduler.scale_model_input(x, t), t, x).prev_sample
         return x
 
-    expected = loop("cpu")
-    with third_device():
-        got = loop(NAME)
-    assert isinstance(got, There)
-    assert (here(got) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    same(loop)
 
 
 def test_k_diffusions_sampler_steps_there() -> None:
@@ -240,11 +248,7 @@ def test_k_diffusions_sampler_steps_there() -> None:
         )
         return made
 
-    expected = run("cpu")
-    with third_device():
-        got = run(NAME)
-    assert isinstance(got, There)
-    assert (here(got) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    same(run)
 
 
 def test_devices_that_cannot_be() -> None:
@@ -260,7 +264,7 @@ def test_devices_that_cannot_be() -> None:
         fd.sample(eps, PLAN, IMAGE, device=NAME, mode="step_graph")
 
 
-def test_float64_is_asked_for_once() -> None:
+def test_the_widest_dtype() -> None:
     assert devices.widest(torch.device("cpu")) == torch.float64
     with third_device():
         assert devices.widest(torch.device(NAME, 0)) == torch.float32

@@ -66,8 +66,11 @@ def test_one_number_is_the_loss_of_all():
 
 
 def test_validating_leaves_the_state_of_the_loss_alone():
-    """ImportanceTimes that the loss updates: held-out losses do not enter, and a validation can be done again."""
-    schedule = fd.schedules.VP()
+    """ImportanceTimes that the loss updates: held-out losses do not enter, and a validation can be done again.
+
+    Nor where it is interrupted.
+    """
+    schedule, stop = fd.schedules.VP(), []
     times = fd.training.ImportanceTimes(schedule, bins=4, history=3)
 
     def loss(net, x, seeds, generator):
@@ -76,6 +79,8 @@ def test_validating_leaves_the_state_of_the_loss_alone():
             net(fd.ops.add_noise(x, t, schedule, seeds=seeds)), x, t, schedule, seeds, target="x0"
         )
         times.update(t, made)
+        if stop:
+            raise KeyboardInterrupt
         return w * made
 
     data = torch.randn(84, 4, generator=torch.Generator().manual_seed(0))
@@ -86,4 +91,8 @@ def test_validating_leaves_the_state_of_the_loss_alone():
     trainer.run()
     before = times.losses.clone()
     assert len({trainer.validate() for _ in range(3)}) == 1
+    assert torch.equal(times.losses, before)
+    stop.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.validate()
     assert torch.equal(times.losses, before)

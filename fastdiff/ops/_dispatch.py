@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.transforms import transformed as transformed
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS64 = (*FLOATS, torch.float64)  # float64 runs plain torch on every device
 INTS = (torch.int32, torch.int64)

@@ -14,6 +14,7 @@ from fastdiff import native
 from fastdiff import schedules as S
 from fastdiff.lasting import lasting
 from fastdiff.ops import _dispatch, _fused
+from fastdiff.transforms import transformed
 
 __all__ = ["KINDS", "coefficients", "usable"]
 
@@ -42,7 +43,7 @@ def usable(schedule: object, *tensors: object) -> bool:
 
     Not in code that is compiled, transformed or watched, which fuses or takes apart the plain formulas.
     """
-    if type(schedule) not in KINDS or _dispatch.transformed() or torch._C._len_torch_dispatch_stack():
+    if type(schedule) not in KINDS or transformed() or torch._C._len_torch_dispatch_stack():
         return False
     given = [x for x in tensors if isinstance(x, Tensor)]
     if not given or any(x.dtype == torch.float64 for x in given):

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastdiff import native
 from fastdiff.native import TYPES
 from fastdiff.ops import _dispatch, _fused
+from fastdiff.transforms import batched, transformed
 
 __all__ = ["scaled"]
 
@@ -18,16 +19,15 @@ def scaled(
     """(factor g[b] by[b]) x[b] of x's dtype (or another), rounded once; x [B, *] contiguous, g and by [B]."""
     dtype = dtype or x.dtype
     known = g.dtype == torch.float32 and x.dtype in TYPES and dtype in TYPES
-    if known and _dispatch.kernels_for(x) and not _dispatch.transformed():
+    apart = transformed() or batched(g)
+    if known and _dispatch.kernels_for(x) and not apart:
         out = torch.empty_like(x, dtype=dtype)
         if x.numel():
             torch.ops.fastdiff.scaled(x, g, by, factor, out)
         return out
     g = g if by is None else g * by
     g = g if factor == 1 else g * factor
-    if _dispatch.transformed():
-        return (x * _dispatch.spread(g, x)).to(dtype)
-    if dtype != x.dtype:
+    if apart or dtype != x.dtype:
         return (x * _dispatch.spread(g, x)).to(dtype)
     out = torch.empty_like(x)
     if known and _fused.wanted(x, g):

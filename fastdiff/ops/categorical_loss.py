@@ -23,6 +23,7 @@ from fastdiff.ops._categorical import (
 from fastdiff.ops._dispatch import FLOATS64, check_tensor
 from fastdiff.ops._once import once
 from fastdiff.ops._scaled import scaled
+from fastdiff.transforms import batched, transformed
 
 PAIRS = {"BLOCK": 1024, "PARTS": 4, "num_warps": 1}  # one warp: its sum needs no shared memory
 WHOLE = 16  # tokens of several windows whose sums a program adds
@@ -46,7 +47,7 @@ def categorical_loss(logits: Tensor, x: Tensor, weight: float | Tensor = 1.0) ->
     weight = _checked(logits, x, weight)
     kernel = _dispatch.kernels_for(logits) and logits.dtype != torch.float64
     traced = torch.compiler.is_compiling()
-    inside = not traced and _dispatch.transformed()  # plain torch has every transform
+    inside = not traced and transformed()  # plain torch has every transform
     if inside or not kernel and (traced or not logits.is_cpu) or logits.numel() == 0:
         return categorical_loss_ref(logits, x, weight)
     error = _Error.apply(logits, x)[0] if _dispatch.graded(logits) else _error(logits, x, None)
@@ -91,11 +92,17 @@ class _Error(torch.autograd.Function):
         if g is None:
             return None, None
         kept, *given = ctx.saved_tensors
+        tokens = (given[0] if ctx.again else kept).shape[1:-1].numel()
 
         def gradients() -> tuple[Tensor]:
+            if ctx.again and batched(g):  # the kernel takes one gradient: of ones a token, in fp32 until g is in it
+                ones = torch.full((len(given[0]),), float(tokens), device=kept.device)
+                return (
+                    scaled(_gradient(given[0].float(), given[1], kept, ones), g, given[0].dtype, factor=1 / tokens),
+                )
             if ctx.again:
                 return (_gradient(given[0], given[1], kept, g),)
-            return (scaled(kept, g, factor=1.0 / kept.shape[1:-1].numel()),)
+            return (scaled(kept, g, factor=1.0 / tokens),)
 
         return once(gradients, (kept, g))[0], None
 

@@ -17,6 +17,7 @@ from fastdiff.ops._once import once
 from fastdiff.ops._scaled import scaled
 from fastdiff.ops.add_noise import TARGETS
 from fastdiff.schedules import EDM, Betas, Schedule
+from fastdiff.transforms import transformed
 from fastdiff.weighting import WEIGHTINGS, WeightOptions, target_weight
 
 LOSSES = ("l2", "l1", "huber")
@@ -88,7 +89,7 @@ def denoising_loss(
     given = coef, rows, keyed, which, row, stream, LOSSES.index(loss), float(delta), on_kernel
     if torch.compiler.is_compiling():
         out: Tensor = _DenoisingLoss.apply(model_out, x0, *given)[0]
-    elif _dispatch.transformed():  # plain torch has every transform
+    elif transformed():  # plain torch has every transform
         out = _as_defined(model_out, x0, coef, rows, keyed, which, row, stream, LOSSES.index(loss), delta)
     elif _dispatch.graded(model_out, x0):
         out = _Direct.apply(model_out, x0, given)[0]
@@ -211,7 +212,7 @@ def _loss_and_slopes(
 
 
 class _DenoisingLoss(torch.autograd.Function):
-    """All three, in the form that functorch and torch.compile take apart."""
+    """All three, in the form that torch.compile takes apart."""
 
     forward = staticmethod(_loss_and_slopes)
 

@@ -15,6 +15,7 @@ from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.ops._log_ndtr import log_ndtr
 from fastdiff.ops._once import once
 from fastdiff.ops.denoising_loss import add_parts, loss_tile
+from fastdiff.transforms import batched, transformed
 
 SLOPE_SLOTS = 4  # tensors that the gradient's kernel reads
 NARROW = 1e-3  # half a bin in std, and times its distance, below which a bin's mass is its width times the density
@@ -43,7 +44,7 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
     if graded or wide or not mean1.numel() or not (on_kernel or native.plain(values)):
         return gaussian_kl_ref(*values)
     if on_kernel or _dispatch.graded(mean2, log_variance2):
-        out: Tensor = (_KL if _dispatch.transformed() else _Direct).apply(*values)
+        out: Tensor = (_KL if transformed() else _Direct).apply(*values)
         return out
     return _forward(*values)
 
@@ -115,8 +116,19 @@ def _backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa:
     """The gradients of mean2 and log_variance2, where they are needed, from that of kl [B]."""
     if g is None:
         return (None,) * 4
-    values = ctx.saved_tensors
-    return None, None, *once(lambda: _gradients(values, g, ctx.needs_input_grad[2:]), (*values[2:], g))
+    values, make = ctx.saved_tensors, _many if batched(g) else _gradients
+    return None, None, *once(lambda: make(values, g, ctx.needs_input_grad[2:]), (*values[2:], g))
+
+
+def _many(values: tuple[Tensor, ...], g: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    """The gradients of many g at once, from the slopes, in fp32 until g is in them."""
+    mean = values[0]
+    whole = tuple(v.float().expand_as(mean) for v in values)
+    slopes = _gradients(whole, torch.ones(len(mean), device=mean.device), wanted)
+    return [
+        None if slope is None else (slope * _dispatch.spread(g, slope)).sum_to_size(v.shape).to(v.dtype)
+        for slope, v in zip(slopes, values[2:], strict=True)
+    ]
 
 
 def _gradients(values: tuple[Tensor, ...], g: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:

@@ -211,13 +211,15 @@ class Trainer:
         device, losses = self.data[0].device, []
         net = self.average.shown(self.net).eval()
         held = {name: copy.deepcopy(item.state_dict()) for name, item in self.state.items()}  # a loss may change them
-        with _seeded(_mixed(self.seed, VALIDATION), device):
-            for at in range(0, len(self.held_out[0]), self.batch):
-                part = [v[at : at + self.batch] for v in self.held_out]
-                seeds = torch.randint(2**62, (len(part[0]),), generator=generator, device="cpu").to(device)
-                losses.append(self._losses(net, part, seeds, generator))
-        for name, item in self.state.items():
-            item.load_state_dict(held[name])
+        try:
+            with _seeded(_mixed(self.seed, VALIDATION), device):
+                for at in range(0, len(self.held_out[0]), self.batch):
+                    part = [v[at : at + self.batch] for v in self.held_out]
+                    seeds = torch.randint(2**62, (len(part[0]),), generator=generator, device="cpu").to(device)
+                    losses.append(self._losses(net, part, seeds, generator))
+        finally:
+            for name, item in self.state.items():
+                item.load_state_dict(held[name])
         return float(torch.cat(losses).to(widest(device)).mean())
 
     def _losses(self, net: nn.Module, part: Sequence[Tensor], seeds: Tensor, generator: torch.Generator) -> Tensor:

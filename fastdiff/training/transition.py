@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastdiff.devices import widest
 from fastdiff.lasting import traced_constant
-from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread, transformed
+from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
 from fastdiff.plan import ROW_HEADER, Plan
+from fastdiff.transforms import transformed
 
 __all__ = ["transition", "transition_log_prob"]
 
