@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdiff import training
-from fastdiff.schedules import EDM, VE, VP, Betas, Cosine, Flow, linear_betas
+from fastdiff.schedules import EDM, VE, VP, Betas, Cosine, Flow, Masked, linear_betas
 
 CHAIN = Betas(linear_betas(1000))
 N = 20000
@@ -27,7 +27,7 @@ def test_uniform():
     assert ((counts - N / 10) ** 2 / (N / 10)).sum() < 27.9  # chi^2 of 9 degrees, p = 0.001
 
 
-@pytest.mark.parametrize("schedule", [VP(), CHAIN], ids=repr)
+@pytest.mark.parametrize("schedule", [VP(), CHAIN, Masked(5)], ids=repr)
 def test_low_discrepancy(schedule):
     """Every stratum of width 1/B holds exactly one time, and each time alone is uniform."""
     batch, g = 50, generator()
@@ -51,6 +51,17 @@ def test_log_normal(schedule):
     fixed = training.log_normal_times(4, schedule, mean=0.3, std=0.0, generator=generator())
     got = -0.5 * schedule.logsnr(fixed.numpy())
     assert np.abs(got - 0.3).max() < (0.02 if schedule is CHAIN else 1e-4)
+
+
+@pytest.mark.parametrize("schedule", [VP(), EDM(), Betas(linear_betas(1000))], ids=repr)
+def test_log_normal_compiles(schedule):
+    """In one graph, with the schedule's table made while it is traced; the draw is eager's."""
+    draw = torch.compile(lambda: training.log_normal_times(64, schedule), fullgraph=True, backend="eager")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        got = draw()
+        torch.manual_seed(3)
+        assert torch.equal(got, training.log_normal_times(64, schedule))
 
 
 def test_logit_normal():

@@ -336,6 +336,8 @@ def test_numpy_options(tmp_path: Path) -> None:
         ({"held_out": (DATA, DATA)}, ValueError, "held_out must be as many tensors as data, 1, got 2"),
         ({"held_out": torch.tensor(1.0)}, ValueError, "0-d"),
         ({"loss": None}, TypeError, "loss must be callable"),
+        ({"state": [3]}, TypeError, "state must be a dict of objects with state_dict and load_state_dict"),
+        ({"state": {"times": 3}}, TypeError, "state must be a dict of objects with"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -352,6 +354,20 @@ def test_bad_calls() -> None:
         make().save()
     with pytest.raises(ValueError, match="validate needs held_out"):
         make().validate()
+    for until in (-1, 1.5, "2", True):
+        with pytest.raises(ValueError, match="until must be an int >= 0, got"):
+            make().run(until)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a lazy module.*: call it once first"):
+        Trainer(torch.nn.LazyLinear(2), loss, DATA, epochs=1, batch=1)
+
+
+def test_integers_among_the_parameters() -> None:
+    """A frozen index is no number to average: the average has it as it is."""
+    net = Two()
+    net.order = torch.nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+    trainer = Trainer(net, loss, DATA, epochs=1, batch=len(DATA) // 4, progress=False)
+    trainer.run()
+    assert torch.equal(trainer.averaged().get_parameter("order"), torch.tensor([2, 0, 1]))
 
 
 def test_the_average_begins_as_the_weights() -> None:

@@ -60,8 +60,8 @@ def masked_loss(
     Returns: [B] fp32 (float64 for float64 logits), differentiable in logits; 0 where nothing is masked.
     Raises:  TypeError, ValueError: a wrong shape, dtype or schedule, classes outside 0..K-1, t outside [0, 1], unknown
         units.
-    Numerics: the mask's own logit counts as -inf. The weight grows like 1 / t: sample t evenly over a batch
-        ((i + u) / B) to lower the variance.
+    Numerics: the mask's own logit counts as -inf. The weight grows like 1 / t: `low_discrepancy_times`
+        lower the variance.
     Source:  Sahoo et al. 2024, arXiv:2406.07524, eq. 10; Shi et al. 2024, arXiv:2406.04329, eq. 4.
     """
     at = _times(x, t, schedule)
@@ -94,9 +94,8 @@ def _times(x: Tensor, t: float | Tensor, schedule: Masked) -> Tensor:
     if x.dim() < 2:
         raise ValueError(f"x must be [B, *D], got {tuple(x.shape)}")
     if not isinstance(t, float | Tensor) or (isinstance(t, Tensor) and not t.is_floating_point()):
-        raise TypeError(
-            f"t must be a float or a floating point tensor [B], got {getattr(t, 'dtype', type(t).__name__)}"
-        )
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t must be a float or a floating point tensor [B], got {got}")
     at = t if isinstance(t, Tensor) else torch.full((1,), t, dtype=widest(x.device), device=x.device)
     at = at.to(widest(at.device))
     at = at.view(1) if at.dim() == 0 else at

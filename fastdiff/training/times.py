@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.devices import widest
-from fastdiff.lasting import lasting
-from fastdiff.schedules import Betas, Schedule
+from fastdiff.lasting import lasting, traced_constant
+from fastdiff.schedules import Betas, Masked, Schedule
 from fastdiff.schedules.base import outside
 from fastdiff.transforms import readable
 
@@ -30,7 +30,7 @@ END = 60  # log-normal times go down to t_max / 2^END where the level has no end
 
 def uniform_times(
     batch: int,
-    schedule: Schedule,
+    schedule: Schedule | Masked,
     *,
     low: float | None = None,
     high: float | None = None,
@@ -39,7 +39,7 @@ def uniform_times(
 ) -> Tensor:
     """Independent uniform times.
 
-    Args:    batch: B.   schedule: Betas gives every index 0 .. T-1 the same probability.
+    Args:    batch: B.   schedule: Betas gives every index 0 .. T-1 the same probability; or Masked.
              low, high: of a continuous schedule, default 0 and t_max (avoid 0 for score and likelihood weighting).
              generator: on the device the times are wanted on.   device: default the generator's, else torch's.
     Returns: t [B], float32, or int64 for Betas.
@@ -50,7 +50,7 @@ def uniform_times(
 
 def low_discrepancy_times(
     batch: int,
-    schedule: Schedule,
+    schedule: Schedule | Masked,
     *,
     low: float | None = None,
     high: float | None = None,
@@ -251,7 +251,7 @@ def _check_batch(batch: int) -> None:
 
 def _check_schedule(schedule: object) -> None:
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be one of fastdiff.schedules, got {type(schedule).__name__}")
+        raise TypeError(f"schedule must be a fastdiff.schedules.Schedule, got {type(schedule).__name__}")
 
 
 def _device(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device | str | None:
@@ -271,9 +271,10 @@ def _random(
     return draw(batch, generator=generator, device=where, dtype=_widest(where))
 
 
-def _place(u: Tensor, schedule: Schedule, low: float | None, high: float | None) -> Tensor:
+def _place(u: Tensor, schedule: Schedule | Masked, low: float | None, high: float | None) -> Tensor:
     """u [B] in [0, 1) as times."""
-    _check_schedule(schedule)
+    if not isinstance(schedule, Masked):
+        _check_schedule(schedule)
     if isinstance(schedule, Betas):
         if low is not None or high is not None:
             raise ValueError("low and high are of continuous schedules; Betas draws from all its indices")
@@ -292,8 +293,19 @@ def _rounded(t: Tensor, schedule: Schedule) -> Tensor:
 def _time_of_level(level: Tensor, schedule: Schedule) -> Tensor:
     """t [B] with ln(sigma / alpha) = level, from a table made on the host once."""
     _check_schedule(schedule)
+    levels, at = _level_table(schedule, level.device, level.dtype)
+    high = torch.searchsorted(levels, level.contiguous()).clamp(1, max(len(levels) - 1, 1)).clamp(max=len(levels) - 1)
+    low = (high - 1).clamp(min=0)
+    part = ((level - levels[low]) / (levels[high] - levels[low]).clamp(min=torch.finfo(level.dtype).tiny)).clamp(0, 1)
+    out: Tensor = at[low] + part * (at[high] - at[low])
+    return out
+
+
+@traced_constant
+def _level_table(schedule: Schedule, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """ln(sigma / alpha), rising, and t there, as [2, N]; compiled code holds it as a constant."""
     table = schedule.__dict__.setdefault("_level_tables", {})
-    if level.device not in table:
+    if device not in table:
         if isinstance(schedule, Betas):
             t = np.arange(len(schedule.betas), dtype=np.float64)
         else:
@@ -310,10 +322,5 @@ def _time_of_level(level: Tensor, schedule: Schedule) -> Tensor:
         keep = np.isfinite(at)
         with lasting():
             at = np.maximum.accumulate(at[keep])  # rounding
-            table[level.device] = tuple(torch.from_numpy(v).to(level.dtype).to(level.device) for v in (at, t[keep]))
-    levels, at = table[level.device]
-    high = torch.searchsorted(levels, level.contiguous()).clamp(1, max(len(levels) - 1, 1)).clamp(max=len(levels) - 1)
-    low = (high - 1).clamp(min=0)
-    part = ((level - levels[low]) / (levels[high] - levels[low]).clamp(min=torch.finfo(level.dtype).tiny)).clamp(0, 1)
-    out: Tensor = at[low] + part * (at[high] - at[low])
-    return out
+            table[device] = torch.from_numpy(np.stack([at, t[keep]])).to(dtype).to(device)
+    return table[device]

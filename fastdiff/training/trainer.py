@@ -10,18 +10,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from fastdiff.devices import widest
 from fastdiff.files import write_atomic
 from fastdiff.training import _checkpoint
+from fastdiff.training._average import Average
 
 __all__ = ["Trainer"]
 
@@ -29,14 +28,13 @@ Loss = Callable[..., Tensor]
 CHECKPOINT, HISTORY = "checkpoint.safetensors", "history.json"
 FORMAT = 2  # of a checkpoint: the optimiser's state by name
 SHOWN_EVERY = 20  # steps between looks at the loss for the progress bar
-SHORT = (torch.bfloat16, torch.float16)  # too short for an average: its steps would round to nothing
 VALIDATION = -1  # in place of an epoch: the global generator's seed in validation
 
 
 class Trainer:
     """Trains a network; every random number comes from (seed, epoch), so a resumed run is the run itself.
 
-        learning rate at step k of N:  lr (k + 1) / W for k < W = warmup N, then lr (1 + cos(pi (k - W) / (N - W))) / 2
+        learning rate at step k of N:  lr (k + 1) / W for k < W, then lr (1 + cos(pi (k - W) / (N - W))) / 2
         average' = d average + (1 - d) weights,   d = min(ema, (1 + k) / (10 + k)), from k = 1; at first the weights
 
     The average of 16-bit weights is kept in fp32. An epoch that was interrupted is done again: from the checkpoint
@@ -46,7 +44,7 @@ class Trainer:
         loss: loss(net, *batch, seeds, generator) -> [B]: seeds int64 [B], new ones every step, for add_noise and
             denoising_loss; generator (CPU) for times.
         epochs, batch: an epoch is N // batch steps over a new permutation (at least one).
-        learning_rate, weight_decay, betas: of AdamW.   warmup: share of all steps.   ema: largest decay.
+        learning_rate, weight_decay, betas: of AdamW.   warmup: W / N, rounded to steps.   ema: largest decay.
         clip_norm: largest norm of the gradient, > 0, or None.
         held_out: like data, for the validation loss of the averaged weights, every `validate_every` epochs and at the
             last, always with the same noise.
@@ -80,6 +78,8 @@ class Trainer:
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+        if any(nn.parameter.is_lazy(p) for p in net.parameters()):
+            raise ValueError("net has parameters without a shape (a lazy module): call it once first")
         if not callable(loss):
             raise TypeError(f"loss must be callable, loss(net, *batch, seeds, generator), got {type(loss).__name__}")
         self.net, self.loss = net, loss
@@ -102,7 +102,7 @@ class Trainer:
         one, two = (_number("betas", v, 0.0, 1.0) for v in betas)
         decay, most = _number("weight_decay", weight_decay, 0.0), _number("ema", ema, 0.0, 1.0)
         self.options = {"weight_decay": decay, "betas": [one, two], "ema": most}
-        self.keep, self.state, self.progress = keep, dict(state or {}), progress
+        self.keep, self.state, self.progress = keep, _states(state), progress
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             _checkpoint.safetensors_torch()
@@ -112,7 +112,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.parameters.values(), self.learning_rate, betas=(one, two), weight_decay=decay
         )
-        self.average = _Average(net, most)
+        self.average = Average(net, most)
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
         self.unsaved = False  # is there an epoch that the folder does not hold?
@@ -121,13 +121,13 @@ class Trainer:
         """Trains up to epoch `until` (default: all) and returns the history, one entry an epoch.
 
         An entry: epoch, step, train (mean loss), validation (or None), learning_rate (the last), seconds.
-        Raises: ValueError where an interrupted epoch's checkpoint does not fit any more.
+        Raises: ValueError: until is no int >= 0; an interrupted epoch's checkpoint does not fit any more.
         """
+        last = self.epochs if until is None else min(_count("until", until, 0), self.epochs)
         if self.step != self.epoch * self.steps_an_epoch:
             self._rewind()
         if self.unsaved:  # an interruption while the last checkpoint was written
             self.save()
-        last = self.epochs if until is None else min(until, self.epochs)
         from tqdm.auto import tqdm
 
         # disable=None: a bar on a terminal only
@@ -230,7 +230,10 @@ class Trainer:
         return made.expand(len(seeds)) if made.dim() == 0 else made.reshape(-1)
 
     def averaged(self) -> nn.Module:
-        """The network with the averaged weights, in eval mode, without gradients; a copy where those are of 16 bits."""
+        """The network with the averaged weights, in eval mode, without gradients.
+
+        A copy where the weights are of 16 bits; else what the trainer goes on averaging: deepcopy it to keep it.
+        """
         return self.average.shown(self.net).requires_grad_(False).eval()
 
     def save(self) -> None:
@@ -328,9 +331,16 @@ def _tensors(name: str, value: Tensor | Sequence[Tensor] | None) -> tuple[Tensor
     return found
 
 
+def _states(state: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = state is None or isinstance(state, Mapping)
+    if not known or not all(hasattr(v, "state_dict") and hasattr(v, "load_state_dict") for v in (state or {}).values()):
+        raise TypeError(f"state must be a dict of objects with state_dict and load_state_dict, got {state!r}")
+    return dict(state or {})
+
+
 def _count(name: str, value: object, low: float = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        raise ValueError(f"{name} must be an int{' >= 1' if low == 1 else ''}, got {value!r}")
+        raise ValueError(f"{name} must be an int{f' >= {low:g}' if low > -math.inf else ''}, got {value!r}")
     return int(value)
 
 
@@ -362,35 +372,3 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-class _Average(AveragedModel):
-    """The average of a network's weights, of 16-bit ones in fp32; buffers are the network's own."""
-
-    def __init__(self, net: nn.Module, most: float) -> None:
-        super().__init__(net)
-        self.n_averaged = torch.zeros((), dtype=torch.int64, device="cpu")  # read in every step
-        self.most = most
-        for p in self.module.parameters():
-            if p.dtype in SHORT:
-                p.data = p.data.float()
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        n = int(self.n_averaged)
-        weight = 1 - min(self.most, (1 + n) / (10 + n)) if n else 1.0
-        for a, b in zip(self.module.parameters(), model.parameters(), strict=True):
-            a.lerp_(b.to(a.device, a.dtype), weight)
-        for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            own.copy_(buffer)
-        self.n_averaged += 1
-
-    def shown(self, net: nn.Module) -> nn.Module:
-        """The network with the average, in the dtypes of `net`: itself, or a copy where those are shorter."""
-        own: nn.Module = self.module
-        if not any(p.dtype in SHORT for p in net.parameters()):
-            return own
-        copy = deepcopy(own)
-        for p, like in zip(copy.parameters(), net.parameters(), strict=True):
-            p.data = p.data.to(like.dtype)
-        return copy
