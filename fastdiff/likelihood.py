@@ -22,6 +22,7 @@ __all__ = ["drift", "log_likelihood"]
 
 TRACES = ("hutchinson", "exact")
 T_END = 1e-5
+T_START = 1e-8  # before the start of a Bayesian flow: how far N(0, sigma^2) is off grows with the root of it
 STREAM = 4  # of Hutchinson's probes
 
 
@@ -46,12 +47,7 @@ def drift(
         x's; TypeError for a model that is none, or another schedule.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 13.
     """
-    if not callable(model):
-        raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"the probability flow needs a fastdiff.schedules.Schedule, got {type(schedule).__name__}")
-    if isinstance(schedule, BFNDiscrete):
-        raise ValueError("the probability flow is of numbers, BFNDiscrete is a flow of classes")
+    _check(model, schedule)
     arguments = dict(cond or {})
 
     def velocity(t: float | Tensor, x: Tensor) -> Tensor:
@@ -80,6 +76,32 @@ def drift(
         return torch.add(float(A[0]) * x, m.to(x.dtype), alpha=float(d[0]))
 
     return velocity
+
+
+def _check(model: object, schedule: object) -> None:
+    if not callable(model):
+        raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"the probability flow needs a fastdiff.schedules.Schedule, got {type(schedule).__name__}")
+    if isinstance(schedule, BFNDiscrete):
+        raise ValueError("the probability flow is of numbers, BFNDiscrete is a flow of classes")
+
+
+def _span(
+    schedule: Schedule, prediction: Prediction, t_end: float | None, t_start: float | None
+) -> tuple[float, float]:
+    """From where to where: a default is moved inside where there is no noise, so that ln(sigma) is finite."""
+    low, top = (0.0 if t_end is None else float(t_end)), schedule.t_start(prediction)
+    top = top if t_start is None else float(t_start)
+    if not 0 <= low < top <= schedule.t_max:
+        raise ValueError(
+            f"t_end must be < t_start, both in [0, {schedule.t_max:g}], got t_start={top:g}, t_end={low:g}"
+        )
+    if t_end is None and float(schedule.sigma(0.0)) == 0:
+        low = T_END * schedule.t_max
+    if t_start is None and float(schedule.sigma(top)) == 0:
+        top *= 1 - T_START
+    return low, top
 
 
 def _followed(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -129,24 +151,25 @@ def log_likelihood(
     Args:
         x0: [B, *] float32 or float64, taken as the state at t_end. trace: of the Jacobian, "hutchinson" (one Rademacher
         probe a sample, of Philox; unbiased) or "exact" (one backward pass an element). t_end: default 0 where the
-        schedule has noise there, else 1e-5. t_start: default the schedule's. prior: x [B, *] -> ln p [B] at t_start,
+        schedule has noise there, else 1e-5 t_max. t_start: default the schedule's (of a Bayesian flow, which begins
+        without noise, 1 - 1e-8). prior: x [B, *] -> ln p [B] at t_start,
         default N(0, sigma^2 I). seed (default 0), seeds: of the probes. rtol, atol: of the integrator (Runge-Kutta 4(5)
         of scipy, else torchdiffeq) and of every sample, whatever the batch: they are divided by sqrt(B), as its norm
         is that of all. A chain is integrated over ln(sigma / alpha): its field over t jumps at every index. The rest:
         see drift.
-    Returns: [B] float64 (fp32 on a device without float64), in nats.
+    Returns: [B] float64 (fp32 on a device without float64), in nats; no gradient.
     Raises: ImportError without scipy and torchdiffeq; ValueError for bad options, or a model autograd does not follow;
         RuntimeError if integration fails.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 39; trace: Grathwohl et al. 2019, arXiv:1810.01367.
     """
+    _check(model, schedule)
     if trace not in TRACES:
         raise ValueError(f"unknown trace {trace!r}; valid: {', '.join(TRACES)}")
     if not isinstance(x0, Tensor) or x0.dtype not in (torch.float32, torch.float64) or x0.ndim < 2:
         raise TypeError("x0 must be a float32 or float64 tensor [B, *]")
-    low = (0.0 if float(schedule.sigma(0.0)) > 0 else T_END * schedule.t_max) if t_end is None else float(t_end)
-    top = schedule.t_start(prediction) if t_start is None else float(t_start)
-    if not 0 <= low < top:
-        raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}")
+    if x0.is_cpu and not bool(x0.isfinite().all()):
+        raise ValueError("x0 must be finite")
+    low, top = _span(schedule, prediction, t_end, t_start)
     positive(rtol=rtol, atol=atol)
     batch, n = x0.shape[0], x0.shape[1:].numel()
     solve = _integrator(rtol / max(1, batch) ** 0.5, atol / max(1, batch) ** 0.5)

@@ -107,6 +107,16 @@ def test_log_likelihood_with_the_standard_prior() -> None:
     assert float((got - density(S.Flow(), 0.0, x.double())).abs().max()) <= 3e-4
 
 
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_a_bayesian_flow_starts_where_it_has_noise(prediction: str) -> None:
+    """By default: N(0, sigma^2) is off by alpha MEAN / sigma = sqrt(SNR) MEAN = 2e-4 there, times |z| < 4."""
+    schedule = S.BFNContinuous(0.02)
+    model = model_of(schedule, prediction)
+    x = torch.linspace(-0.5, 1.9, 4, dtype=torch.float64).reshape(4, 1)
+    got = fd.log_likelihood(lambda x, u: model(x, 1 - u.double()), schedule, x, prediction, rtol=1e-8, atol=1e-8)
+    assert float((got - density(schedule, 0.0, x)).abs().max()) <= 8e-4
+
+
 def test_hutchinson_is_unbiased_where_the_jacobian_is_not_diagonal() -> None:
     """eps = x @ M: one probe is noisy, the mean over 512 seeds is the exact trace's value within 5 standard errors."""
     M = torch.tensor([[0.8, 0.5], [0.1, 0.6]], dtype=torch.float64)
@@ -149,6 +159,12 @@ def test_torchdiffeq_is_used_without_scipy(monkeypatch: pytest.MonkeyPatch) -> N
     ("options", "error", "text"),
     [
         ({"trace": "full"}, ValueError, "valid: hutchinson, exact"),
+        ({"t_start": 1.5}, ValueError, r"t_end must be < t_start, both in \[0, 1\], got t_start=1.5, t_end=0"),
+        ({"t_end": math.nan}, ValueError, "t_end must be < t_start"),
+        ({"x0": torch.full((2, 3), math.nan)}, ValueError, "x0 must be finite"),
+        ({"schedule": "vp"}, TypeError, "needs a fastdiff.schedules.Schedule, got str"),
+        ({"schedule": S.BFNDiscrete(1.0, 3)}, ValueError, "BFNDiscrete is a flow of classes"),
+        ({"model": None}, TypeError, "model must be callable as model.x, t, ..cond., got NoneType"),
         ({"t_end": 1.0}, ValueError, "t_end must be < t_start"),
         ({"x0": torch.zeros(3)}, TypeError, r"x0 must be a float32 or float64 tensor \[B, \*\]"),
         ({"x0": torch.zeros(3, 2, dtype=torch.int64)}, TypeError, "x0 must be a float32 or float64"),
@@ -156,9 +172,9 @@ def test_torchdiffeq_is_used_without_scipy(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_bad_input(options: dict[str, Any], error: type[Exception], text: str) -> None:
-    x0 = options.pop("x0", torch.zeros(3, 2))
+    given = {"model": lambda x, t: x, "schedule": S.VP(), "x0": torch.zeros(3, 2), **options}
     with pytest.raises(error, match=text):
-        fd.log_likelihood(lambda x, t: x, S.VP(), x0, **options)
+        fd.log_likelihood(**given)
 
 
 @pytest.mark.parametrize("around", [torch.no_grad(), torch.inference_mode()], ids=["no_grad", "inference"])
