@@ -34,7 +34,8 @@ class GridOptions(TypedDict, total=False):
     final: "zero" (the last row returns x0-hat) or "min" (the last point is the schedule's t_end).
     start: skip the first `start` intervals (image-to-image).
     t_start, t_end: override the schedule's first and last time; not with sigmas, ays_* or an array, which say both.
-    sign: -1 for models that return minus the prediction. sigma_data: std of the data (prediction="edm").
+    sign: -1 for models that return minus the prediction. sigma_data: std of the data (prediction="edm", whose model
+        receives ln(sigma / alpha) / 4 as t, not the schedule's model_time).
     """
 
     prediction: Prediction

@@ -91,8 +91,8 @@ def _span(
     schedule: Schedule, prediction: Prediction, t_end: float | None, t_start: float | None
 ) -> tuple[float, float]:
     """From where to where: a default is moved inside where there is no noise, so that ln(sigma) is finite."""
-    low, top = (0.0 if t_end is None else float(t_end)), schedule.t_start(prediction)
-    top = top if t_start is None else float(t_start)
+    low = 0.0 if t_end is None else float(t_end)
+    top = schedule.t_start(prediction) if t_start is None else float(t_start)
     if not 0 <= low < top <= schedule.t_max:
         raise ValueError(
             f"t_end must be < t_start, both in [0, {schedule.t_max:g}], got t_start={top:g}, t_end={low:g}"

@@ -1,5 +1,6 @@
 """The code of the pages on training and conditions runs, and gives what its comments say."""
 
+import math
 import re
 from pathlib import Path
 
@@ -35,8 +36,21 @@ def test_flows_of_classes(run):
 
 
 def test_training(run):
-    """The weighted loss of every sample, and gradients, a policy's too."""
+    """The weighted loss of every sample, and gradients, a policy's too; Karras et al.'s is the squared error of F.
+
+    Its target is (x0 - c_skip x_t) / c_out, which a plan's own c_skip and c_out of that sigma give.
+    """
     names = run("training.md")
+    with torch.no_grad():
+        skip, out = names["data"] ** 2 / names["root"] ** 2, names["sigma"] * names["data"] / names["root"]
+        target = (names["x0"] - skip * names["x_t"]) / out
+        squares = (names["net"](names["x_t"] / names["root"]) - target).square().mean(1)
+    assert torch.allclose(names["loss"].detach(), squares, rtol=2e-3)  # fp32: x0 - c_skip x_t cancels at low sigma
+    for k, time in enumerate(names["edm_plan"].times):
+        sigma = math.exp(4 * time)
+        root = (sigma**2 + 0.25) ** 0.5
+        assert names["edm_plan"].c_skip[k] == pytest.approx(0.25 / root**2, rel=1e-6)
+        assert names["edm_plan"].c_out[k] == pytest.approx(0.5 * sigma / root, rel=1e-6)
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in names["policy"].parameters())
     assert names["loss"].shape == (64,) and all(p.grad.isfinite().all() for p in names["net"].parameters())
 
