@@ -29,6 +29,13 @@ MORE = {
     "ddim-inverse-clip": Case("ddim_inverse", "DDIMInverseScheduler", SD),
     "ddim-cogvideox-default": Case("ddim_cogvideox", "CogVideoXDDIMScheduler"),
     "ddim-cogvideox-trailing": Case("ddim_cogvideox", "CogVideoXDDIMScheduler", {**V, "timestep_spacing": "trailing"}),
+    "dpm-cogvideox": Case("dpm_cogvideox", "CogVideoXDPMScheduler"),
+    "dpm-cogvideox-trailing": Case(
+        "dpm_cogvideox", "CogVideoXDPMScheduler", {**V, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    ),
+    "dpm-cogvideox-linspace": Case(
+        "dpm_cogvideox", "CogVideoXDPMScheduler", {"timestep_spacing": "linspace", "set_alpha_to_one": False}
+    ),
     "dpm-inverse-karras": Case(
         "dpmsolver_multistep_inverse", "DPMSolverMultistepInverseScheduler", {**SD, "use_karras_sigmas": True}
     ),
@@ -129,6 +136,23 @@ class Spans:
         return n.to(self.like.device, self.like.dtype)
 
 
+def stepping(scheduler: Any) -> Any:
+    """step(m, t, x), of a class that wants its past as well (CogVideoX) with what a pipeline hands on."""
+    if "timestep_back" not in inspect.signature(scheduler.step).parameters:
+        return scheduler.step
+    from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+    past: list[Any] = [None, None]
+
+    def step(m: torch.Tensor, t: Any, x: torch.Tensor, **options: Any) -> Any:
+        return_dict = options.pop("return_dict", True)
+        made = scheduler.step(m, past[0], t, past[1], x, **options, return_dict=False)
+        past[:] = made[1], t
+        return DDIMSchedulerOutput(*made) if return_dict else made
+
+    return step
+
+
 @contextlib.contextmanager
 def without_trees(case: Case) -> Any:
     """Inside, a class with a Brownian tree has Spans: a tree answers the last digit, which float64 changes."""
@@ -155,12 +179,12 @@ def _loop(
     generator = torch.Generator().manual_seed(seed)
     parameters = inspect.signature(scheduler.step).parameters
     options = {**case.step, **({"generator": generator} if "generator" in parameters else {})}
-    out = Loop([], [], [])
+    out, call = Loop([], [], []), stepping(scheduler)
     times = list(scheduler.timesteps)
     for k, t in enumerate(times[:-1] if case.scheduler in ONE_MORE_TIME else times):
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         m = model(seen, t) if follow is None else follow.m[k].to(x.dtype)
-        step = scheduler.step(m, t.reshape(1) if "Wuerstchen" in case.scheduler else t, x, **options)
+        step = call(m, t.reshape(1) if "Wuerstchen" in case.scheduler else t, x, **options)
         second = list(step.keys())[1:2]
         out.x.append(step.prev_sample)
         out.m.append(m)

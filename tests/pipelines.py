@@ -91,6 +91,26 @@ def stable_diffusion_3(scheduler: Any = None) -> Any:
     return made
 
 
+def cogvideox(scheduler: Any) -> Any:
+    """A text-to-video pipeline for 9 frames of 32 x 32; prompts are given as embeddings."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    torch.manual_seed(6)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=4,
+        text_embed_dim=16, num_layers=1, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=4,
+    ).eval()  # fmt: skip
+    decoder = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+    ).eval()  # fmt: skip
+    made = CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=decoder, transformer=transformer, scheduler=scheduler
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def flux(scheduler: Any = None) -> Any:
     """A guidance-distilled transformer flow pipeline on packed latents; prompts are given as embeddings."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel

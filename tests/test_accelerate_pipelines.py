@@ -151,6 +151,27 @@ def test_flux_with_a_dynamic_shift():
         compare(pipe, num_inference_steps=3, sigmas=sigmas, height=16, width=16, **prompt)
 
 
+@pytest.mark.parametrize("name", ["CogVideoXDPMScheduler", "CogVideoXDDIMScheduler"])
+def test_cogvideox(name):
+    """Its DPM scheduler is handed the last x0 and the time before by the pipeline."""
+    pytest.importorskip("transformers")
+    trained = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    pipe = pipelines.cogvideox(getattr(diffusers, name)(**trained))
+    text = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1))
+    videos = []
+    for change in (fd.restore, fd.accelerate):
+        change(pipe)
+        with torch.no_grad():
+            made = pipe(
+                prompt_embeds=text, negative_prompt_embeds=0 * text, height=32, width=32, num_frames=9,
+                num_inference_steps=6, guidance_scale=3.0, use_dynamic_cfg=True, output_type="np",
+                generator=torch.Generator().manual_seed(0),
+            )  # fmt: skip
+        videos.append(made.frames)
+    assert is_accelerated(pipe.scheduler) and pipe.scheduler._fastdiff.stock is None
+    assert videos[0].shape == (1, 9, 32, 32, 3) and np.std(videos[0]) > 1e-3 and differ(*videos) <= PIXEL
+
+
 @pytest.mark.parametrize("accelerated", [True, False])
 def test_saved_and_loaded(sd, tmp_path, accelerated):
     sd.scheduler = scheduler_of("dpm++")

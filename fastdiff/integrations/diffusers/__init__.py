@@ -28,7 +28,8 @@ def accelerate(obj: Any, *, noise: str = "torch", seed: int = 0, compile: bool =
             given, or `seed`. It also takes the place of a Brownian tree, which costs a hundred steps.
         compile: changes no number; Philox noise on a CPU is a C++ loop without it too, some rows at a time with it.
     Returns: an instance of a subclass of the stock class, which saves under the stock name; or the pipeline. A class
-        whose step takes something else than (model_output, timestep, sample) stays as it is, with a RuntimeWarning.
+        whose step takes something else than (model_output, timestep, sample), or these and its past (CogVideoX), stays
+        as it is, with a RuntimeWarning.
     Raises: TypeError: neither a scheduler nor a pipeline with one. ValueError: an unknown noise or seed.
     Numerics: fp32 arithmetic (fp64 of float64 samples); within 2e-6 of the largest value of stock's run in float64.
     """

@@ -17,6 +17,7 @@ import torch
 
 from fastdiff.integrations.diffusers import accelerate
 from fastdiff.integrations.diffusers.reading import BATCHED_TIME, refusal
+from fastdiff.integrations.diffusers.usual import takes_past
 
 __all__ = ["Row", "rows", "schedulers", "table"]
 
@@ -48,6 +49,7 @@ STOCK_RUNS: dict[str, str] = {  # what of an accelerated class still takes the s
     "FlowMatchEulerDiscreteScheduler": "per_token_timesteps",
     "FlowMapEulerDiscreteScheduler": "r_timestep given as a tensor",
     "DDPMWuerstchenScheduler": "a timestep for every sample",
+    "CogVideoXDPMScheduler": "a past other than the last step's",
 }
 
 
@@ -92,7 +94,8 @@ def row(cls: Any) -> Row:
         args, kwargs = CALLED.get(name, ((STEPS,), {}))
         scheduler.set_timesteps(*args, **kwargs)
         x, t = torch.full((1, 4, 2, 2), 0.5, dtype=torch.float32, device="cpu"), scheduler.timesteps[0]
-        scheduler.step(x, t.reshape(1) if name in BATCHED_TIME else t, x)
+        t = t.reshape(1) if name in BATCHED_TIME else t
+        scheduler.step(*((x, None, t, None, x) if takes_past(cls) else (x, t, x)))
         kept = scheduler._fastdiff
         if kept.stock is not None:
             raise ValueError(kept.stock)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
+from fastdiff.integrations.diffusers.usual import USUAL, leading, takes_past
 from fastdiff.integrations.rows import HostRow, Terms, reads_p, rows_of
 from fastdiff.plan import Plan
 from fastdiff.probe import probe
@@ -330,9 +331,10 @@ def refusal(stock: type) -> str | None:
         return "it has no step and set_timesteps"
     parameters = list(inspect.signature(step).parameters.values())[1:]
     names = [p.name for p in parameters[:3]]
-    if names != ["model_output", "timestep", "sample"]:
-        return f"its step takes {', '.join(names)}, not model_output, timestep, sample"
-    needed = [p.name for p in parameters[3:] if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD,)]
+    if names != USUAL and not takes_past(stock):
+        return f"its step takes {', '.join(names)}, not {', '.join(USUAL)}"
+    options = parameters[leading(stock) - 1 :]
+    needed = [p.name for p in options if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD,)]
     if needed:
         return f"its step also needs {', '.join(needed)}"
     return None

@@ -13,9 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.cached import Unsupported, key_of
+from fastdiff.integrations.diffusers.past import Past
 from fastdiff.integrations.diffusers.reading import Setup, refusal
 from fastdiff.integrations.diffusers.running import Run
 from fastdiff.integrations.diffusers.timesteps import position_of
+from fastdiff.integrations.diffusers.usual import leading, takes_past, usual
 from fastdiff.probe.host import on_host
 from fastdiff.probe.observe import LOCK
 
@@ -37,6 +39,7 @@ class Settings:
         self.options: dict[str, Any] = {}  # of step, in the last loop
         self.stock: str | None = None  # the reason why stock steps run in this loop
         self.lost = False  # pickled in the middle of a loop, without its past
+        self.past = Past()
         self.warned: set[str] = set()
 
     def restart(self) -> None:
@@ -47,7 +50,7 @@ class Settings:
     def __deepcopy__(self, memo: Any) -> Settings:
         new = Settings(self.noise, self.seed, self.compiled)
         new.call, new.options, new.stock, new.lost = self.call, dict(self.options), self.stock, self.lost
-        new.run = None if self.run is None else self.run.clone()
+        new.run, new.past = None if self.run is None else self.run.clone(), copy.copy(self.past)
         return new
 
     def __reduce__(self) -> Any:
@@ -113,7 +116,7 @@ class Accelerated:
                 f"not hold: call set_timesteps"
             )
         path = kept.noise == "philox" and hasattr(self, "noise_sampler")
-        setup = Setup(stock, self, kept.call, 0, False, False, path)
+        setup = Setup(usual(stock), self, kept.call, 0, False, False, path)
         at, told = self._fastdiff_place(timestep)
         if not 0 <= at < setup.calls:
             raise ValueError(f"begin_index {at} is outside the schedule of {setup.calls} steps")
@@ -197,22 +200,49 @@ def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> T
 
 
 def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    made = _made_step(self, model_output, timestep, sample, args, kwargs)
+    return self._stock_class.step(self, model_output, timestep, sample, *args, **kwargs) if made is None else made
+
+
+def _made_step(
+    self: Any, model_output: Tensor, timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A row of the plan, or None where the stock step has to run."""
     kept = self._fastdiff
+    if kept.stock is not None:
+        return None
+    if args:
+        kwargs = _named(self._stock_class, args, kwargs)
+    try:
+        run = self._fastdiff_current(timestep)
+        if run is None or not run.takes(kwargs):
+            run = self._fastdiff_options(timestep, kwargs, model_output, sample)
+        return run.step(self, model_output, timestep, sample, kwargs, kept)
+    except Unsupported as reason:
+        if kept.run is not None and kept.run.started:
+            raise ValueError(f"{reason}; this cannot change in the middle of a loop") from None
+        self._fastdiff_stock(str(reason))
+    return None
+
+
+def step_with_past(
+    self: Any, model_output: Tensor, old_pred_original_sample: Tensor | None, timestep: Any, timestep_back: Any,
+    sample: Tensor, *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    kept, made = self._fastdiff, None
     if kept.stock is None:
-        if args:
-            kwargs = _named(self._stock_class, args, kwargs)
-        try:
-            run = self._fastdiff_current(timestep)
-            if run is None or not run.takes(kwargs):
-                run = self._fastdiff_options(timestep, kwargs, model_output, sample)
-            result = run.step(self, model_output, timestep, sample, kwargs, kept)
-        except Unsupported as reason:
-            if kept.run is not None and kept.run.started:
-                raise ValueError(f"{reason}; this cannot change in the middle of a loop") from None
-            self._fastdiff_stock(str(reason))
+        wrong = kept.past.differs(kept.run, old_pred_original_sample, timestep, timestep_back)
+        if wrong is None:
+            own = {"return_dict": False, **_named(self._stock_class, args, kwargs), "variance_noise": None}
+            made = _made_step(self, model_output, timestep, sample, (), own)
         else:
-            return result
-    return self._stock_class.step(self, model_output, timestep, sample, *args, **kwargs)
+            self._fastdiff_stock(wrong)
+    if made is None:
+        return self._stock_class.step(
+            self, model_output, old_pred_original_sample, timestep, timestep_back, sample, *args, **kwargs
+        )
+    kept.past.keep(made[1])
+    return made
 
 
 REPLACED = {f.__name__: f for f in (step, set_timesteps, set_begin_index, scale_model_input)}
@@ -269,9 +299,10 @@ def _is_plain(v: Any) -> bool:
 
 
 def _named(stock: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(stock.step).parameters)[4:]  # type: ignore[attr-defined]
+    names = list(inspect.signature(stock.step).parameters)[leading(stock) :]  # type: ignore[attr-defined]
     if len(args) > len(names):
-        raise TypeError(f"{stock.__name__}.step takes at most {len(names) + 3} arguments, got {len(args) + 3}")
+        own = leading(stock) - 1
+        raise TypeError(f"{stock.__name__}.step takes at most {len(names) + own} arguments, got {len(args) + own}")
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
@@ -309,10 +340,11 @@ def accelerated_class(stock: type) -> type:
         "__module__": stock.__module__,
         "__doc__": stock.__doc__,
         "_stock_class": stock,
-        "_step_defaults": {p.name: p.default for p in list(signature.parameters.values())[4:]},
+        "_step_defaults": {p.name: p.default for p in list(signature.parameters.values())[leading(stock) :]},
     }
     for name, ours in REPLACED.items():
         if hasattr(stock, name) and not (name == "scale_model_input" and _identity(stock)):
+            ours = step_with_past if name == "step" and takes_past(stock) else ours
             body[name] = _presented(ours, getattr(stock, name))
     made = type(stock.__name__, (Accelerated, stock), body)
     made.__qualname__ = stock.__qualname__
