@@ -80,6 +80,14 @@ def other_time(k, old, t, before, x):
     return old, t - 20 if k == 3 else t, before, x
 
 
+def another_entry(k, old, t, before, x):
+    seen.append(t)
+    return (old, seen[2], seen[1], x) if k == 3 else (old, t, before, x)
+
+
+seen: list[torch.Tensor] = []
+
+
 def past_at_first(k, old, t, before, x):
     return (x, t, t + 50, x) if k == 0 else (old, t, before, x)
 
@@ -91,14 +99,17 @@ def past_at_first(k, old, t, before, x):
         (no_x0, "old_pred_original_sample is not what the last step returned"),
         (other_time_back, "timestep_back is not the last step's timestep"),
         (other_time, "timestep is not the next of the schedule"),
+        (another_entry, "timestep is not the next of the schedule"),
         (past_at_first, "the first step of the loop was handed a past"),
     ],
 )
 def test_another_past_takes_the_stock_step(change, why):
     """From there on, in the middle of a loop too: a stock step is handed all it needs."""
     stock, ours = pair({})
+    seen.clear()
     with pytest.warns(RuntimeWarning, match=f"CogVideoXDPMScheduler runs its stock step: {why}"):
         got = loop(ours, change)
+    seen.clear()
     for want, mine in zip(loop(stock, change), got, strict=True):
         assert far(mine, want) <= 5e-6
     loop(ours)

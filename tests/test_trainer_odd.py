@@ -362,12 +362,17 @@ def test_bad_calls() -> None:
 
 
 def test_integers_among_the_parameters() -> None:
-    """A frozen index is no number to average: the average has it as it is."""
+    """A count is no number to average: the average has it as it is."""
     net = Two()
-    net.order = torch.nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
-    trainer = Trainer(net, loss, DATA, epochs=1, batch=len(DATA) // 4, progress=False)
+    net.seen = torch.nn.Parameter(torch.tensor([0]), requires_grad=False)
+
+    def counting(net: torch.nn.Module, *given: Any) -> Tensor:
+        net.get_parameter("seen").add_(1)
+        return loss(net, *given)
+
+    trainer = Trainer(net, counting, DATA, epochs=1, batch=len(DATA) // 4, progress=False)
     trainer.run()
-    assert torch.equal(trainer.averaged().get_parameter("order"), torch.tensor([2, 0, 1]))
+    assert trainer.averaged().get_parameter("seen").tolist() == [4]
 
 
 def test_the_average_begins_as_the_weights() -> None:
