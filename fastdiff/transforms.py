@@ -15,6 +15,8 @@ def transformed() -> bool:
 
 def batched(g: Tensor) -> bool:
     """Is an incoming gradient many at once? is_grads_batched is no transform that is seen from inside a backward."""
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(g) or functorch.is_functorch_wrapped_tensor(g)
 

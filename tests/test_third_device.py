@@ -80,6 +80,14 @@ def loss(schedule: C.Schedule, t: Tensor, weighting: str | None = None) -> Of:
     return gradient
 
 
+def ideal(prediction: str) -> Of:
+    t = -0.2 if prediction == "edm" else 0.3
+    return lambda device: training.ideal_model(DATA.to(device), VP, prediction)(
+        X.to(device), torch.full((2,), t).to(device)
+    )
+
+
+DATA = torch.randn(5, *X.shape[1:], generator=torch.Generator().manual_seed(8))
 U, K = torch.tensor([0.2, 0.7]), torch.tensor([3, 70])
 RESULTS: dict[str, Of] = {
     "dpmpp_2m": sampled(eps, PLAN),
@@ -127,6 +135,12 @@ RESULTS: dict[str, Of] = {
     "mask_tokens": lambda device: training.mask_tokens(TOKENS.to(device), U.to(device), MASKED, seeds=SEEDS.to(device)),
     "masked_loss": lambda device: training.masked_loss(
         logits(TOKENS, U).to(device), TOKENS.to(device), torch.full_like(TOKENS, 27).to(device), U.to(device), MASKED
+    ),
+    "ideal_model": ideal("eps"),
+    "ideal_model edm": ideal("edm"),
+    "log_density": lambda device: training.log_density(X.to(device), DATA.to(device), U.to(device), VP),
+    "score": lambda device: training.score(
+        X.to(device), DATA.to(device), 0.3, VP, weights=torch.arange(1.0, 6).to(device)
     ),
     "bits_per_dim": lambda device: training.bits_per_dim(planes, X.to(device).clamp(-1, 1), CHAIN, progress=False)[0],
     "bfn_discrete_loss": lambda device: training.bfn_discrete_loss(

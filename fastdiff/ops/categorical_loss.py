@@ -95,14 +95,13 @@ class _Error(torch.autograd.Function):
         tokens = (given[0] if ctx.again else kept).shape[1:-1].numel()
 
         def gradients() -> tuple[Tensor]:
-            if ctx.again and batched(g):  # the kernel takes one gradient: of ones a token, in fp32 until g is in it
-                ones = torch.full((len(given[0]),), float(tokens), device=kept.device)
-                return (
-                    scaled(_gradient(given[0].float(), given[1], kept, ones), g, given[0].dtype, factor=1 / tokens),
-                )
-            if ctx.again:
-                return (_gradient(given[0], given[1], kept, g),)
-            return (scaled(kept, g, factor=1.0 / tokens),)
+            if not ctx.again:
+                return (scaled(kept, g, factor=1.0 / tokens),)
+            logits, x = given
+            if not batched(g):
+                return (_gradient(logits, x, kept, g),)
+            ones = torch.full((len(x),), float(tokens), device=x.device)  # the kernel takes one g
+            return (scaled(_gradient(logits.float(), x, kept, ones), g, logits.dtype, factor=1.0 / tokens),)
 
         return once(gradients, (kept, g))[0], None
 

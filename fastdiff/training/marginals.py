@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.devices import has_float64, widest
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
 from fastdiff.prediction import PREDICTIONS, Prediction
 from fastdiff.schedules import EDM, Flow, Schedule
@@ -31,24 +32,25 @@ def log_density(
 
     Args:    x: [M, *sample], the points (of a grid, say).   data: [N, *sample].   t: schedule time, a number or [M].
              weights: [N] > 0, normalised here; default equal.
-    Returns: [M] float64, in nats; finite however far x lies.
+    Returns: [M] float64 (fp32 on a device without float64), in nats; finite however far x lies.
     Raises:  TypeError, ValueError for shapes and dtypes that do not fit, t outside the schedule, sigma(t) = 0.
     """
     mixture = _Mixture(data, weights)
     alpha, sigma = _levels(schedule, t, x)
-    total, _ = mixture(x, alpha, sigma)
+    total, _ = mixture(mixture.seen(x), alpha, sigma)
     n = mixture.points.shape[1]
-    return total - n * (torch.log(sigma) + 0.5 * math.log(2 * math.pi))
+    return _back(total - n * (torch.log(sigma) + 0.5 * math.log(2 * math.pi)), x)
 
 
 def score(x: Tensor, data: Tensor, t: float | Tensor, schedule: Schedule, *, weights: Tensor | None = None) -> Tensor:
-    """grad_x ln q_t(x) = (alpha E[x0 | x] - x) / sigma^2: [M, *sample] float64.   Args, Raises: as `log_density`."""
+    """grad_x ln q_t(x) = (alpha E[x0 | x] - x) / sigma^2: [M, *sample].   Args, dtype, Raises: as `log_density`."""
     alpha, sigma = _levels(schedule, t, x)
     mixture = _Mixture(data, weights)
-    _, mean = mixture(x, alpha, sigma)
+    flat = mixture.seen(x)
+    _, mean = mixture(flat, alpha, sigma)
     # from the centre of the data, as the mixture itself: an offset costs no digits
-    away = x.flatten(1).double() - alpha[:, None] * mixture.centre
-    return ((alpha[:, None] * (mean - mixture.centre) - away) / sigma[:, None] ** 2).view(x.shape)
+    away = flat - alpha[:, None] * mixture.centre
+    return _back(((alpha[:, None] * (mean - mixture.centre) - away) / sigma[:, None] ** 2).view(x.shape), x)
 
 
 def ideal_model(
@@ -70,8 +72,9 @@ def ideal_model(
              reads t on the host, so it cannot be captured into a CUDA graph.
     Raises:  TypeError, ValueError for bad data, an unknown prediction, a sign that is not +-1 or a sigma_data <= 0;
              the model for another shape of x or t, or a t outside the schedule.
-    Numerics: float64, in chunks: memory does not grow with the data set beyond its own copy. Where sigma is 0, x0-hat
-             is the nearest data point, and what is divided by sigma is 0 on that point, infinite off it: the limit.
+    Numerics: float64 (on the host for a device that has none), in chunks: memory does not grow with the data set beyond
+             its own copy. Where sigma is 0, x0-hat is the nearest data point, and what is divided by sigma is 0 on that
+             point, infinite off it: the limit.
     Source:  Karras et al. 2022, arXiv:2206.00364, appendix B.3.
     """
     if not isinstance(schedule, Schedule):
@@ -89,17 +92,17 @@ def ideal_model(
     def model(x: Tensor, t: float | Tensor) -> Tensor:
         check_tensor("x", x, dtypes=FLOATS64)
         check_batched("x", x)
-        a, s = (v[:, None].to(x.device) for v in _model_levels(schedule, t, len(x), prediction))
-        flat = x.flatten(1).double()
+        flat = mixture.seen(x)
+        a, s = (v[:, None].to(flat.device) for v in _model_levels(schedule, t, len(x), prediction))
         if prediction == "edm":  # the network is shown c_in x
             flat = flat * a * torch.sqrt((s / a) ** 2 + std**2)
-        x0 = mixture(flat.view(x.shape), a[:, 0], s[:, 0])[1]
+        x0 = mixture(flat, a[:, 0], s[:, 0])[1]
         blank = (a == 0) & (s == 0)
         rounding = 4 * torch.finfo(torch.float64).eps * (flat.abs() + (a * mixture.centre).abs())
         eps = torch.where(blank, 0.0, _over(flat - a * x0, s, rounding))
         if callable(prediction):
             levels = (v[:, 0].cpu().numpy() for v in (a, s))
-            skip, out = (torch.as_tensor(np.asarray(c, np.float64)).to(x.device) for c in prediction(*levels))
+            skip, out = (torch.as_tensor(np.asarray(c, np.float64)).to(flat.device) for c in prediction(*levels))
             m = _over(x0 - skip.view(-1, 1) * flat, out.view(-1, 1), rounding)
         elif prediction == "edm":
             r2 = (s / a) ** 2 + std**2
@@ -109,9 +112,18 @@ def ideal_model(
                 "eps": eps, "x0": x0, "v": torch.where(blank, -x0, (a * eps - s * x0) / torch.hypot(a, s)),
                 "score": _over(-eps, s), "flow": eps - x0,
             }[prediction]  # fmt: skip
-        return (sign * m).view(x.shape).to(x.dtype)
+        return (sign * m).view(x.shape).to(x.dtype).to(x.device)
 
     return model
+
+
+def _home(v: Tensor) -> Tensor:
+    """Where float64 is: on the host, for a device that has none."""
+    return v if has_float64(v.device) else v.cpu()
+
+
+def _back(v: Tensor, x: Tensor) -> Tensor:
+    return v.to(widest(x.device)).to(x.device)
 
 
 def _over(a: Tensor, b: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
@@ -130,8 +142,8 @@ class _Mixture:
         check_tensor("data", data, dtypes=FLOATS)
         if data.dim() < 2 or data.shape[0] < 1:
             raise ValueError(f"data must be [N, *sample] with N >= 1, got {tuple(data.shape)}")
-        self.sample = tuple(data.shape[1:])
-        points = data.flatten(1).double()
+        self.sample, self.device = tuple(data.shape[1:]), data.device
+        points = _home(data).flatten(1).double()
         self.centre = points.mean(0)
         self.points = points - self.centre
         self.half = 0.5 * self.points.square().sum(1)
@@ -141,15 +153,19 @@ class _Mixture:
             check_tensor("weights", weights, shape=(len(data),), dtypes=FLOATS, like=data)
             if not bool(((weights > 0) & weights.isfinite()).all()):
                 raise ValueError("weights must be finite and > 0")
-            self.log_weights = torch.log(weights.double() / weights.double().sum())
+            wide = _home(weights).double()
+            self.log_weights = torch.log(wide / wide.sum())
         self.spread = self.log_weights.max() - self.log_weights.min()
 
-    def __call__(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def seen(self, x: Tensor) -> Tensor:
+        """x [M, *sample], checked, as float64 [M, n] where the data are."""
         if tuple(x.shape[1:]) != self.sample:
             raise ValueError(f"x must be [M, {', '.join(map(str, self.sample))}], got {tuple(x.shape)}")
-        if x.device != self.points.device:
-            raise ValueError(f"x must be on the data's device, {self.points.device}, got {x.device}")
-        flat = x.flatten(1).double()
+        if x.device != self.device:
+            raise ValueError(f"x must be on the data's device, {self.device}, got {x.device}")
+        return _home(x).flatten(1).double()
+
+    def __call__(self, flat: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         totals, means = [], []
         rows = max(1, CHUNK // len(self.points))
         for q, a, s in zip(flat.split(rows), alpha[:, None].split(rows), sigma[:, None].split(rows), strict=True):
@@ -183,12 +199,14 @@ class _Mixture:
 
 
 def _levels(schedule: Schedule, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha, sigma [M] float64 at schedule times, sigma > 0."""
+    """alpha, sigma [M] float64 at schedule times, sigma > 0, where x's float64 is."""
     check_tensor("x", x, dtypes=FLOATS)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be one of fastdiff.schedules, got {type(schedule).__name__}")
     check_batched("x", x)
-    at = torch.as_tensor(t, dtype=torch.float64, device=x.device).reshape(-1)
+    home = x.device if has_float64(x.device) else "cpu"
+    given = t.to(home) if isinstance(t, Tensor) else t
+    at = torch.as_tensor(given, dtype=torch.float64, device=home).reshape(-1)
     if at.numel() not in (1, len(x)):
         raise ValueError(f"t must be a number or have shape ({len(x)},), got {tuple(at.shape)}")
     alpha, sigma = (v.expand(len(x)) for v in schedule.alpha_sigma(at))
