@@ -59,7 +59,7 @@ rm -f "$out/tests.txt"
 files=(gpu gpu_bfn gpu_dropin gpu_conditions gpu_tokens affine_step add_noise posterior denoising_loss
     denoising_loss_limits rng times threshold guide guidance forward_step outer_step binned bound categorical_step categorical_large
     categorical_loss categorical_noise levels learned_variance sums registration accelerate_steps
-    accelerate_threshold bfn_sampling bfn_discretised process_modes masked masked_enough race nucleus
+    accelerate_threshold bfn_sampling bfn_discretised process_modes masked masked_enough race nucleus many_gradients
     unmask_step:1/4 unmask_step:2/4 unmask_step:3/4 unmask_step:4/4)
 pids=()
 for file in "${files[@]}"; do

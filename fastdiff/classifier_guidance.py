@@ -38,7 +38,8 @@ def classifier_guidance(
         model: as in fd.sample; where it is a function and log_prob a Module, tell fd.sample its dtype. plan: the one it
             is sampled with; at other times the result is NaN.
         log_prob: (x, t, **those of `given`) -> [B], differentiable in x. x is the state x_t [B, *] fp32 (of "x"), for a
-            classifier of noised data; or the model's x0, for a function of clean data (of "x0").
+            classifier of noised data; or the model's x0, for a function of clean data (of "x0"). t is the model's, the
+            schedule's is schedule.time_of_model(t).
         scale: of the gradient; 1 samples p(x | y) where log_prob is log p(y | x_t).
         of: "x", or "x0": the gradient goes through the model, as in diffusion posterior sampling. cond and uncond get
             one each; let a model combine them itself where log_prob is to see the guided x0.

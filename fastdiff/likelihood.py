@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdiff import rng
 from fastdiff.devices import has_float64, widest
 from fastdiff.grid import points
+from fastdiff.parameters import seen_by
 from fastdiff.prediction import Prediction
 from fastdiff.schedules import Betas, BFNDiscrete, Flow, Schedule
 from fastdiff.schedules.base import positive
@@ -41,6 +42,7 @@ def drift(
 
     A and d are computed in float64 on the host; on Flow dx/dt = sigma'(t) (eps - x0), finite at t = 1 too.
     Args: model(x, t, **cond), t [B] the schedule's model_time; schedule; prediction, sign, sigma_data: see GridOptions.
+    A module sees x in the dtype of its parameters.
     Returns: f(t, x): t a number or a tensor of one element (read on the host), x [B, *] -> dx/dt in x's dtype.
         Differentiable in x. torchdiffeq steps past its last time unless options={"step_t": last} says otherwise.
     Raises: ValueError where f or g is infinite, t lies outside the schedule, or the model returns another shape than
@@ -69,7 +71,8 @@ def drift(
         whole = at.times.dtype.kind == "i"
         dtype = torch.int64 if whole else torch.float64 if x.dtype == torch.float64 else torch.float32
         seen = torch.full((len(x),), at.times[0].item(), dtype=dtype, device=x.device)
-        m = model(float(c.c_in[0]) * x if c.c_in[0] != 1 else x, seen, **arguments)
+        shown = float(c.c_in[0]) * x if c.c_in[0] != 1 else x
+        m = model(seen_by(model, shown), seen, **arguments)
         if not isinstance(m, Tensor) or m.shape != x.shape:
             got = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
             raise ValueError(f"the model must return the shape of its input, {tuple(x.shape)}, got {got}")
@@ -111,7 +114,7 @@ def _followed(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def followed(x: Tensor, t: Tensor, **cond: Any) -> Tensor:  # noqa: ANN401 - the model's own
         nonlocal looked
-        m = model(x, t, **cond)
+        m = model(seen_by(model, x), t, **cond)
         lost = isinstance(m, Tensor) and not m.requires_grad
         if isinstance(m, Tensor) and not lost and not looked:  # its parameters may be what asks for a gradient
             lost = torch.autograd.grad(m.sum(), x, retain_graph=True, allow_unused=True)[0] is None

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff import rng
 from fastdiff.noise import NoiseFunction
 from fastdiff.ops._categorical import channels
 from fastdiff.ops.guide import RULES, check_rule
 from fastdiff.ops.threshold import check_threshold
+from fastdiff.parameters import parameter_of
 from fastdiff.plan import Plan
 from fastdiff.readout import BINNED, CLASSES, ORDERS
 
@@ -139,13 +140,6 @@ def _threshold(value: Any) -> tuple[float, float]:  # noqa: ANN401 - a pair of n
     return quantile, maximum
 
 
-def parameter_of(model: object) -> Tensor | None:
-    """A module's first floating point parameter, which says its device and dtype."""
-    if isinstance(model, nn.Module):
-        return next((p for p in model.parameters() if p.is_floating_point()), None)
-    return None
-
-
 def _default_device() -> torch.device:
     return torch.empty(0).device  # a quarter of torch.get_default_device's time
 
@@ -160,9 +154,9 @@ def _device(asked: object) -> torch.device:
         raise ValueError("device must be one that holds numbers, got 'meta'")
     if device.type == "cpu" or device.index is not None:
         return device
-    if device.type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
     try:
+        if device.type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
         return torch.empty(0, device=device).device
     except (AssertionError, ImportError, RuntimeError) as error:
         raise ValueError(f"device {str(device)!r} is none of this torch: {str(error).splitlines()[0]}") from None
@@ -319,12 +313,14 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
     sources: list[Any] = [o.x_T, o.x_init, parameter]
     found = next((v.device for v in sources if isinstance(v, Tensor)), None) or _default_device()
     device = _device(found if o.device is None else o.device)
-    dtype = o.dtype or (parameter.dtype if parameter is not None and parameter.dtype in MODEL_DTYPES else torch.float32)
+    given = parameter is not None and parameter.dtype.is_floating_point
+    dtype = o.dtype or (parameter.dtype if given else torch.float32)  # type: ignore[union-attr]
     if plan.readout in ORDERS:
         dtype = torch.float32  # nothing is cast: the model sees ids
     out_dtype = o.out_dtype or (torch.int64 if plan.readout in CLASSES else torch.float32)
     if dtype not in MODEL_DTYPES:
-        raise TypeError(f"dtype, the model's input type, must be one of {MODEL_DTYPES}, got {dtype}")
+        of = "" if o.dtype else " of its parameters: model.float(), or dtype= and a model that casts"
+        raise TypeError(f"dtype, the model's input type, must be one of {MODEL_DTYPES}, got {dtype}{of}")
     if plan.readout not in CLASSES and not getattr(out_dtype, "is_floating_point", False):
         raise TypeError(f"out_dtype must be a floating point dtype, got {out_dtype}")
     if o.mode in ("step_graph", "loop_graph") and device.type not in GRAPH_DEVICES:
@@ -368,7 +364,18 @@ def resolve(model: object, plan: object, shape: object, options: Options) -> Req
             raise TypeError(f"{name} must be a dict of keyword arguments for the model, got {type(value).__name__}")
     keys, seeded = _keys(o, batch, device)
     weight = _guidance(o, plan, batch)
+    if weight is not None:
+        check_second(o.cond, o.uncond)
     return Request(o, size, state, device, dtype, out_dtype, keys, seeded, _generators(o, batch, device), weight)
+
+
+def check_second(cond: Mapping[str, Any] | None, uncond: Mapping[str, Any] | None) -> None:
+    """Refuses an uncond that leaves cond as it is: what it does not name is taken from there."""
+    if cond and all(name in cond and value is cond[name] for name, value in (uncond or {}).items()):
+        raise ValueError(
+            f"uncond changes nothing in cond ({', '.join(cond)}), so guidance would do nothing: name what the model "
+            "is given without the condition, None too"
+        )
 
 
 def _keys(

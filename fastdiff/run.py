@@ -359,16 +359,22 @@ class Run:
 def _joined(name: str, uncond: Any, cond: Any, batch: int) -> Any:  # noqa: ANN401 - any model argument
     """[uncond; cond] of one model argument, which may be a dictionary or a sequence of such."""
     if isinstance(cond, Mapping) and isinstance(uncond, Mapping) and cond.keys() == uncond.keys():
-        return {key: _joined(f"{name}.{key}", uncond[key], value, batch) for key, value in cond.items()}
+        both = {key: _joined(f"{name}.{key}", uncond[key], value, batch) for key, value in cond.items()}
+        if type(cond) is dict or not isinstance(cond, dict):
+            return both
+        with contextlib.suppress(TypeError):  # a model's output, say, whose entries are attributes too
+            return type(cond)(**both)
     if type(cond) in (list, tuple) and type(uncond) is type(cond) and len(cond) == len(uncond):
         pairs = enumerate(zip(uncond, cond, strict=True))
         return type(cond)(_joined(f"{name}.{i}", u, c, batch) for i, (u, c) in pairs)
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        if cond is uncond and cond.shape == (1,) != (batch,):
+            return cond  # a number for all
         if cond.ndim and uncond.ndim and cond.shape[1:] == uncond.shape[1:]:
             sizes = [batch if v.shape[0] == 1 else v.shape[0] for v in (uncond, cond)]
             if sizes == [batch, batch]:
                 return torch.cat([v.expand(batch, *v.shape[1:]) for v in (uncond, cond)])
-        if cond is uncond or (cond.shape == uncond.shape and cond.ndim == 0 and torch.equal(cond, uncond)):
+        if cond is uncond or (cond.shape == uncond.shape and torch.equal(cond, uncond)):
             return cond
     elif not isinstance(cond, Tensor) and not isinstance(uncond, Tensor) and _same(cond, uncond):
         return cond

@@ -21,6 +21,7 @@ from fastdiff.plan import Plan
 from fastdiff.readout import ORDERS
 from fastdiff.request import Callback, Options, Request, resolve
 from fastdiff.run import Run
+from fastdiff.transforms import untraced
 
 __all__ = ["Sampler", "Trajectory", "sample"]
 
@@ -86,6 +87,7 @@ class Sampler:
     @overload
     def __call__(self, shape: Sequence[int], *, trajectory: Literal[False] = ..., **options: Any) -> Tensor: ...
 
+    @untraced
     def __call__(self, shape: Sequence[int], **options: Any) -> Tensor | tuple[Tensor, Trajectory]:
         """Samples of the given shape (B, ...); options override the Sampler's own. See fd.sample."""
         o = self.options.but(**options)
@@ -259,7 +261,8 @@ def sample(
 ) -> Tensor: ...
 
 
-def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
+@untraced  # type: ignore[misc]  # the overloads say what trajectory changes
+def sample(
     model: Callable[..., Any],
     plan: Plan,
     shape: Sequence[int],
@@ -297,8 +300,9 @@ def sample(  # type: ignore[misc]  # the overloads say what trajectory changes
         seed: the samples are (seed, first), (seed, first + 1), ..., default 0; or seeds: [B], samples (seeds[i], 0).
         noise: "philox" (the same sample whatever the batch, device or mode), "torch" (generator's own stream; a
             generator or a list of B), or a function (row, like) -> Tensor called plan.draws[row] times a row.
-        cond, uncond, guidance: m = uncond + w (cond - uncond); w a number, (B,), (nfe, 1) or (nfe, B); 1 is none. The
-            model is called once on [uncond; cond], or twice with batched_guidance=False.
+        cond, uncond, guidance: m = uncond + w (cond - uncond); w a number, (B,), (nfe, 1) or (nfe, B); 1 is none. What
+            uncond does not name is cond's. The model is called once on [uncond; cond], in which tensors of B (or 1)
+            rows are joined and others shared, or twice with batched_guidance=False.
         guide, guide_options: the rule that combines them (cfg, rescale, apg, zero_star) and its own: fd.ops.guide.
         threshold: (quantile, maximum), dynamic thresholding of x0-hat: fd.ops.threshold.
         x_T: the starting state itself. x_init: clean data, noised to the plan's start (plans made with start=k).

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["batched", "readable", "transformed"]
+__all__ = ["batched", "readable", "transformed", "untraced"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_plain: dict[str, Callable[..., Any]] = {}
+_disabled: dict[str, Callable[..., Any]] = {}
 
 
 def transformed() -> bool:
@@ -24,3 +32,28 @@ def batched(g: Tensor) -> bool:
 def readable(x: Tensor) -> bool:
     """May a check look at these numbers: on the CPU, untransformed (vmap has none to show)?"""
     return x.is_cpu and not transformed()
+
+
+def untraced(function: Function) -> Function:
+    """What torch.compiler.disable does, which would import the compiler with the package (a second)."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    _plain[name] = function
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the function's
+        if torch.compiler.is_dynamo_compiling():
+            _disable(name)
+            return _disabled[name](*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def _disable(name: str) -> int:
+    """Runs while the compiler traces a call, which then breaks its graph at the disabled function."""
+    if name not in _disabled:
+        _disabled[name] = torch.compiler.disable(_plain[name])
+    return 0
+
+
+_disable._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from fastdiff.cpu import HostRow, host_rows
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
+from fastdiff.parameters import parameter_of
 from fastdiff.plan import Plan
-from fastdiff.request import check_pair, parameter_of
+from fastdiff.request import check_pair, check_second
 
 __all__ = ["Unrolled"]
 
@@ -139,6 +140,8 @@ class Unrolled(torch.nn.Module):
             raise ValueError("guidance needs uncond, the model's arguments without the condition; got uncond=None")
         if uncond is not None and not self.asked:
             raise ValueError("uncond was given without guidance; give guidance=w (1 is none)")
+        if self.weights is not None:
+            check_second(cond, uncond)
 
 
 def _weights(plan: Plan, guidance: float | None) -> list[float] | None:

@@ -42,15 +42,26 @@ def test_a_denoiser_of_gaussian_data_is_the_posterior_mean(schedule, prediction,
     y = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * 2
     for sigma in (0.05, 0.7, 6.0):
         got = denoiser(y, torch.tensor([sigma, sigma]))
+        assert torch.equal(denoiser(y, sigma), got)
         want = MEAN + STD**2 / (STD**2 + sigma**2) * (y.double() - MEAN)
         assert float((got.double() - want).abs().max()) <= bound * (1 + sigma)
 
 
-@pytest.mark.parametrize(("schedule", "prediction", "bound"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "bound"),
+    [*CASES, (schedules.Flow(3.0), "flow", 2e-6), (schedules.EDM(), "x0", 2e-6)],
+    ids=str,
+)
 def test_there_and_back(schedule, prediction, bound):
-    model = exact(schedule, prediction)
+    """Told the time of a model, which is sigma of a shifted flow."""
+    inner = exact(schedule, prediction)
+
+    def model(x, t):
+        return inner(x, schedule.time_of_model(t))
+
     again = from_denoiser(to_denoiser(model, schedule, prediction=prediction), schedule, prediction=prediction)
-    x, t = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.8])
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    t = schedule.model_time(torch.tensor([0.2, 0.8]))
     assert float((again(x, t) - model(x, t)).abs().max()) <= 20 * bound
 
 

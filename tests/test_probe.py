@@ -284,3 +284,15 @@ def test_a_step_with_a_memory_of_its_own():
         y = wrapped.step(model(y, t), t, y)[0]
     assert plan.slots == 2 and plan.draws.sum() == len(drawn)
     assert far(run(plan, x, pool), y) <= TOLERANCE
+
+
+@pytest.mark.parametrize("trained", [37, 36, 38])
+def test_a_table_as_long_as_the_basis_is_none(trained):
+    """Of 37 numbers while the scheduler was made, when a basis for three rows would have as many."""
+    diffusers = pytest.importorskip("diffusers")
+    for make in (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.DDIMScheduler):
+        plan = fd.probe(make(num_train_timesteps=trained), steps=3)
+        ours = fd.accelerate(make(num_train_timesteps=trained))
+        ours.set_timesteps(3)
+        ours.step(torch.ones(1, 1, 2, 2), ours.timesteps[0], torch.ones(1, 1, 2, 2))
+        assert plan.nfe == 3 and ours._fastdiff.stock is None

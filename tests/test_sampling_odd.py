@@ -191,7 +191,8 @@ def test_conditions_whose_equality_has_no_truth(of: Callable[[list[float]], Any]
     one, two = of([1.0, 2.0]), of([0.0, 0.0])
     with pytest.raises(ValueError, match=r"cond\['y.*'\] and uncond\['y.*'\] cannot be joined into one batch of 2 x 2"):
         fd.sample(model, PLAN, (2, 4), cond={"y": one}, uncond={"y": two}, guidance=2.0)
-    assert fd.sample(model, PLAN, (2, 4), cond={"y": one}, uncond={}, guidance=2.0).shape == (2, 4)
+    given = {"cond": {"y": one, "w": torch.ones(2, 1)}, "uncond": {"w": torch.zeros(2, 1)}}
+    assert fd.sample(lambda x, t, y, w: w * x, PLAN, (2, 4), **given, guidance=2.0).shape == (2, 4)
 
 
 def test_weights_in_half_precision() -> None:

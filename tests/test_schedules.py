@@ -128,6 +128,37 @@ def test_model_time() -> None:
     assert S.VP().model_time(0.25) == 0.25
 
 
+TOLD = [S.VP(), S.VE(), S.Cosine(), S.Flow(), S.Flow(3.0), S.EDM(), S.BFNContinuous(0.02), S.BFNDiscrete(1.0, 3)]
+
+
+@pytest.mark.parametrize("schedule", TOLD, ids=str)
+def test_the_time_that_a_model_is_told(schedule: S.Schedule) -> None:
+    """As plans give it, float32, and back: at the ends too, which float32 rounds past the schedule's own."""
+    t = torch.linspace(0, 1, 33)
+    told = schedule.model_time(t)
+    assert told.dtype == torch.float32 and schedule.model_time(t.double()).dtype == torch.float64
+    assert schedule.model_time(torch.tensor([0, 1])).dtype == torch.float32
+    back = schedule.time_of_model(told)
+    assert back.dtype == torch.float64 and float((back - t).abs().max()) <= 2e-6
+    assert (
+        np.abs(schedule.time_of_model(schedule.model_time(np.linspace(0, 1, 33))) - np.linspace(0, 1, 33)).max()
+        <= 1e-12
+    )
+    with pytest.raises(ValueError, match="t must be in"):
+        schedule.time_of_model(torch.tensor([-0.5]))
+
+
+def test_the_time_that_a_chain_tells() -> None:
+    """int64 of its indices, which an embedding wants."""
+    chain = S.Betas(S.linear_betas(10))
+    k = torch.tensor([0, 9])
+    assert chain.model_time(k).dtype == torch.int64 and torch.equal(chain.model_time(k), k)
+    assert chain.model_time(torch.tensor([0.5])).dtype == torch.float32
+    assert chain.time_of_model(k).tolist() == [0.0, 9.0]
+    with pytest.raises(ValueError, match="t must be in"):
+        chain.model_time(torch.tensor([10]))
+
+
 @pytest.mark.parametrize(
     ("make", "values"),
     [

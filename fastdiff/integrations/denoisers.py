@@ -59,12 +59,12 @@ def to_denoiser(
 
     Args: model: predicts `prediction` (not edm) at x = alpha x0 + sigma eps. sign: -1 where it returns minus that.
         A level outside of the schedule has the time of its nearest end, and x the size it has there.
-    Returns: denoiser(y, sigma [B], **cond) -> x0. It reads sigma on the host in every call.
+    Returns: denoiser(y, sigma, **cond) -> x0, sigma a number or [B]. It reads sigma on the host in every call.
     """
     at = _At(schedule, prediction, sign)
 
-    def denoiser(y: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        t, alpha, c_skip, c_out = at(sigma.expand(y.shape[0]), y.device)
+    def denoiser(y: Tensor, sigma: float | Tensor, **cond: Any) -> Tensor:
+        t, alpha, c_skip, c_out = at(torch.as_tensor(sigma).expand(y.shape[0]), y.device)
         x = (spread(alpha, y) * y.float()).to(y.dtype)
         m = model(x, t, **cond)
         return (spread(c_skip, y) * x.float() + spread(c_out, y) * m.float()).to(y.dtype)
@@ -80,12 +80,12 @@ def from_denoiser(
         model(x, t) = (D(x / alpha, sigma / alpha) - c_skip x) / c_out
 
     Args: denoiser: D(y, sigma [B], **cond) -> x0. prediction: what the model is to predict.
-    Returns: model(x, t [B], **cond), t a time of the schedule (VP, VE, Betas, Flow with shift 1: what a plan passes).
+    Returns: model(x, t [B], **cond), t as plans of the schedule pass it.
     Raises: ValueError: the prediction does not depend on the model's output there (alpha = 0 with x0 ...).
     """
 
     def model(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        times = t.detach().double().cpu().numpy()
+        times = schedule.time_of_model(t.detach().double().cpu().numpy())
         alpha, sigma = schedule.alpha_sigma(times)
         if np.any(alpha == 0):
             raise ValueError(f"a denoiser has no level without signal (alpha = 0 at t = {times[alpha == 0][0]:g})")

@@ -68,6 +68,8 @@ def probe(
     scheduler = hasattr(target, "step") and hasattr(target, "set_timesteps")
     if scheduler and isinstance(target, type):
         raise TypeError(f"probe needs a scheduler, got its class: {target.__name__}()")
+    if not scheduler and hasattr(target, "scheduler"):
+        raise TypeError(f"probe needs a scheduler, got {type(target).__name__}: give its .scheduler")
     if not scheduler and not callable(target):
         raise TypeError(
             f"probe needs a scheduler (set_timesteps, step) or a sampler f(model, x, sigmas), got {target!r}"
@@ -168,8 +170,11 @@ def _guarded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _lengths(target: Any) -> set[int]:
-    """Lengths of the tables an object holds: a basis of such a length could be mistaken for one."""
-    return {v.shape[-1] for v in vars(target).values() if isinstance(v, (Tensor, np.ndarray)) and v.ndim}
+    """Lengths of the tables an object holds, or held while it was made: a basis could be mistaken for one of them."""
+    tables = {v.shape[-1] for v in vars(target).values() if isinstance(v, (Tensor, np.ndarray)) and v.ndim}
+    config = getattr(target, "_made_of", None) or getattr(target, "config", None) or {}
+    counts = [v for v in dict(config).values() if isinstance(v, int) and not isinstance(v, bool)]
+    return tables | {v + more for v in counts for more in (-1, 0, 1)}
 
 
 def _width(rows: int, avoid: set[int]) -> int:

@@ -18,7 +18,7 @@ from fastdiff.transforms import readable
 
 Made = TypeVar("Made", bound=Callable[..., torch.Tensor])
 Method = TypeVar("Method", bound=Callable[..., Any])
-OF_TIMES = ("alpha", "sigma", "alpha_sigma", "drift", "diffusion2", "logsnr", "model_time", "beta", "gamma")
+OF_TIMES = ("alpha", "sigma", "alpha_sigma", "drift", "diffusion2", "logsnr", "beta", "gamma", "time_of_model")
 Array = Any  # float64 np.ndarray or torch.Tensor: the two share the functions used here
 FEW = 32  # numbers that are looked at sooner one by one than by torch's min and max
 
@@ -46,6 +46,19 @@ def on_any_device(method: Method) -> Method:
         return tuple(there) if isinstance(made, tuple) else there[0]
 
     return of_times  # type: ignore[return-value]
+
+
+def of_its_dtype(method: Method) -> Method:
+    """model_time of a tensor in the dtype that plans give: a tensor's own, fp32 for integers of a continuous time."""
+
+    @functools.wraps(method)
+    def model_time(self: Any, t: Array) -> Array:
+        made = method(self, t)
+        if not isinstance(t, torch.Tensor) or made.dtype == t.dtype:
+            return made
+        return made.to(t.dtype if t.is_floating_point() else torch.float32)
+
+    return model_time  # type: ignore[return-value]
 
 
 def xp_of(t: Array) -> Any:  # noqa: ANN401 - a module
@@ -82,6 +95,8 @@ class Schedule(ABC):
         for name in OF_TIMES:
             if name in own:
                 setattr(cls, name, on_any_device(own[name]))
+        if "model_time" in own:
+            cls.model_time = of_its_dtype(on_any_device(own["model_time"]))  # type: ignore[method-assign]
 
     def _time(self, t: Array) -> Array:
         """float64 time, refused outside [0, t_max] wherever looking at it costs no device sync."""
@@ -129,10 +144,25 @@ class Schedule(ABC):
         with quiet(a):
             return 2.0 * (xp.log(a) - xp.log(s))
 
+    @of_its_dtype
     @on_any_device
     def model_time(self, t: Array) -> Array:
-        """What the model receives as t."""
+        """What the model receives as t, of a tensor in its own dtype (integers of a continuous schedule: float32)."""
         return self._time(t)
+
+    @on_any_device
+    def time_of_model(self, t: Array) -> Array:
+        """The time at which the model receives t: model_time's inverse, float64.
+
+        What a function of the model's t (log_prob of classifier_guidance, a callback) asks alpha and sigma for.
+        """
+        return self._time(t)
+
+    def _near(self, t: Array) -> Array:
+        """A time that was told in fp32: outside by rounding alone is the end itself."""
+        xp, slack = xp_of(t), 1e-6 * self.t_max
+        t = xp.where((t < 0) & (t >= -slack), 0.0, t)
+        return self._time(xp.where((t > self.t_max) & (t <= self.t_max + slack), self.t_max, t))
 
     def t_start(self, prediction: str | object = "eps") -> float:
         """The default first evaluation time."""

@@ -109,11 +109,10 @@ class Betas(Schedule):
         return np.where(np.isposinf(ell), self.t_max, np.interp(ell, finite, np.arange(len(finite), dtype=np.float64)))
 
     def model_time(self, t: Array) -> Array:
-        t = self._time(t)
-        whole = t == xp_of(t).round(t)
-        if isinstance(t, torch.Tensor) or not np.all(whole):
+        at = self._time(t)
+        if isinstance(t, torch.Tensor):
             return t
-        return t.astype(np.int64)
+        return at.astype(np.int64) if np.all(at == np.round(at)) else at
 
 
 @traced_constant

@@ -91,6 +91,9 @@ class BFNContinuous(Schedule):
     def model_time(self, t: Array) -> Array:
         return 1.0 - self._time(t)
 
+    def time_of_model(self, t: Array) -> Array:
+        return 1.0 - self._time(t)
+
 
 @dataclass(frozen=True)
 class BFNDiscrete(Schedule):
@@ -159,4 +162,7 @@ class BFNDiscrete(Schedule):
         return 1.0 - np.exp(0.5 * (np.asarray(logsnr, np.float64) - math.log(self.scale)))
 
     def model_time(self, t: Array) -> Array:
+        return 1.0 - self._time(t)
+
+    def time_of_model(self, t: Array) -> Array:
         return 1.0 - self._time(t)

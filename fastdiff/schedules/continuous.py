@@ -61,6 +61,10 @@ class Flow(Schedule):
     def model_time(self, t: Array) -> Array:
         return self.sigma(t)
 
+    def time_of_model(self, t: Array) -> Array:
+        t = self._time(t)
+        return t / (self.shift - (self.shift - 1.0) * t)
+
     def t_end(self, steps: int) -> float:
         return 1.0 / steps
 
@@ -117,6 +121,11 @@ class EDM(Schedule):
 
     def model_time(self, t: Array) -> Array:
         return self.sigma(t)
+
+    def time_of_model(self, t: Array) -> Array:
+        (low, span), xp = self._ramp, xp_of(t)
+        sigma = xp.asarray(t, dtype=xp.float64)
+        return self._near((sigma ** (1 / self.rho) - low) / span)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fastdiff import ops, rng
 from fastdiff.devices import widest
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor, spread
 from fastdiff.ops._noising import Seeds, check_chain, noise_arguments, noise_of, table_of, times, wide
+from fastdiff.parameters import seen_by
 from fastdiff.schedules import Betas
 
 __all__ = [
@@ -208,8 +209,9 @@ def bits_per_dim(
     """The whole bound -ln p(x0) <= L_T + sum_t L_t, one model evaluation an index t.
 
     Args:
-        model: model(x_t, t, **cond), t int64 [B].   x0: [B, C, ...] in [-1, 1].   seeds: B ints or int64 [B], default
-        0 .. B - 1; index t uses rng.normal(..., row=t).   progress: a bar over t.   The rest: as `vb_term`.
+        model: model(x_t, t, **cond), t int64 [B]; a module sees x_t in the dtype of its parameters.   x0:
+        [B, C, ...] in [-1, 1].   seeds: B ints or int64 [B], default 0 .. B - 1; index t uses rng.normal(..., row=t).
+        progress: a bar over t.   The rest: as `vb_term`.
     Returns: BitsPerDim; nothing is read back from the device.
     Source:  Ho et al. 2020, arXiv:2006.11239, section 4; Nichol and Dhariwal 2021, arXiv:2102.09672.
     """
@@ -232,7 +234,7 @@ def bits_per_dim(
         else:
             x_t = ops.add_noise(x0, t, schedule, seeds=found, row=k)
         assert isinstance(x_t, Tensor)
-        out = model(x_t, t, **dict(cond or {}))
+        out = model(seen_by(model, x_t), t, **dict(cond or {}))
         term = vb_term(out, x0, x_t, t, schedule, prediction=prediction, variance=variance, clip=clip, bins=bins)
         terms.append(term)
         m, _ = _planes(out, x0, variance)

@@ -37,6 +37,8 @@ def accelerate(obj: Any, *, noise: str = "torch", seed: int = 0, compile: bool =
         raise ValueError(f"unknown noise {noise!r}; valid: {', '.join(NOISES)}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 62:
         raise ValueError(f"seed must be an int in 0..2^62 - 1, got {seed!r}")
+    if isinstance(obj, type):
+        raise TypeError(f"accelerate needs a scheduler or a pipeline, got a class: {obj.__name__}(...)")
     if _is_scheduler(obj):
         return _accelerated(obj, noise, seed, compile)
     return _exchanged(obj, functools.partial(_accelerated, noise=noise, seed=seed, compiled=compile, level=4))

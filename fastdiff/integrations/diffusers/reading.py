@@ -136,6 +136,7 @@ class _Watched:
         self.draws: list[int] = []
         self.second: list[Terms | None] = []
         self.after: list[int | None] = []
+        self._made_of = getattr(setup.live, "config", None)
         tables = (v for v in vars(setup.live).values() if isinstance(v, (Tensor, np.ndarray)) and v.ndim)
         self.__dict__.update({f"_table{i}": np.zeros(v.shape[-1]) for i, v in enumerate(tables)})
         if _has_tree(setup):

@@ -19,6 +19,7 @@ from fastdiff.integrations.diffusers.timesteps import near, pointer, stranger, v
 from fastdiff.integrations.rows import History
 from fastdiff.noise import PhiloxNoise
 from fastdiff.ops import _dispatch
+from fastdiff.transforms import untraced
 
 __all__ = ["Run"]
 
@@ -147,6 +148,7 @@ class Run:
         c = self.reading.c_in[k]
         return sample if c == 1.0 else sample * c
 
+    @untraced
     def adopt(self, x: Tensor, m: Tensor) -> None:
         """Checks the tensors of a first call, and learns how stock would answer their dtypes."""
         for name, v in (("sample", x), ("model_output", m)):

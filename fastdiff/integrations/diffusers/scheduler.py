@@ -20,6 +20,7 @@ from fastdiff.integrations.diffusers.timesteps import position_of
 from fastdiff.integrations.diffusers.usual import leading, takes_past, usual
 from fastdiff.probe.host import on_host
 from fastdiff.probe.observe import LOCK
+from fastdiff.transforms import untraced
 
 __all__ = ["Accelerated", "Settings", "accelerated_class"]
 
@@ -97,6 +98,7 @@ class Accelerated:
         new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in vars(self).items()})
         return new
 
+    @untraced
     def _fastdiff_run(self, timestep: Any, options: dict[str, Any], batch: int, generator: Any) -> Run:
         """The loop that begins with this timestep."""
         kept = self._fastdiff
@@ -145,6 +147,7 @@ class Accelerated:
             kept.run = None
         return kept.run
 
+    @untraced
     def _fastdiff_options(self, timestep: Any, kwargs: dict[str, Any], m: Tensor, x: Tensor) -> Run:
         """The run for these options of step: a new one, or the running one from where it is if it carries nothing."""
         kept = self._fastdiff
