@@ -49,7 +49,7 @@ def test_the_verdict_of_gpu_sh_is_the_exit_status_of_every_test_file(code, says,
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == (code != 0), done.stdout + done.stderr
     lines = (out / "tests.txt").read_text().splitlines()
-    assert len(lines) == 40 and "gpu: 5 passed in 0.1s" in lines and "unmask_step:4/4: 5 passed in 0.1s" in lines
+    assert len(lines) == 41 and "gpu: 5 passed in 0.1s" in lines and "unmask_step:4/4: 5 passed in 0.1s" in lines
     assert [line for line in lines if line.startswith("rng: ")][0].startswith(says)
 
 
