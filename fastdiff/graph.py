@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastdiff import ops, rng
+from fastdiff.caller import warn
 from fastdiff.noise import Noise
 from fastdiff.request import GRAPH_DEVICES, Request
 from fastdiff.run import Run
@@ -290,7 +290,7 @@ def build(run: Run, request: Request) -> StepGraph | LoopGraph | None:
         return graph
     except CaptureError as error:
         run.release_conditions(request)
-        warnings.warn(f"CUDA graph capture failed, sampling runs eagerly: {error}", RuntimeWarning, stacklevel=5)
+        warn(f"CUDA graph capture failed, sampling runs eagerly: {error}")
         return None
     finally:
         run.noise = noise

@@ -7,7 +7,6 @@ import functools
 import importlib.resources
 import platform
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_int64, c_void_p
@@ -15,6 +14,8 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled, forward_ad
+
+from fastdiff.caller import warn
 
 __all__ = [
     "ONE_THREAD", "TYPES", "available", "build", "call", "coef_rows", "compiled", "draw", "fill", "function", "layout",
@@ -52,11 +53,9 @@ def unusable(error: Exception | None = None) -> bool:
     """Has the CPU compiler failed in this process? With an error: it has now, which is said once."""
     if error is not None and not _broken:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        warnings.warn(
+        warn(
             f"the CPU compiler is not usable ({reason[0][:200]}); steps and noise run eagerly. "
-            "A C++ compiler (g++, or another one named by CXX) makes them several times faster.",
-            RuntimeWarning,
-            stacklevel=4,
+            "A C++ compiler (g++, or another one named by CXX) makes them several times faster."
         )
     if error is not None:
         _broken.append(str(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, overload
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from fastdiff import graph as graphs
 from fastdiff import run as runs
+from fastdiff.caller import warn
 from fastdiff.categorical import make_run
 from fastdiff.noise import NoiseFunction
 from fastdiff.plan import Plan
@@ -246,7 +246,7 @@ def _report(bad: int, plan: Plan, check_finite: str) -> None:
     )
     if check_finite == "raise":
         raise ValueError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warn(message)
 
 
 @overload

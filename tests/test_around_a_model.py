@@ -108,3 +108,30 @@ def test_what_a_mistake_is_told() -> None:
     if not torch.backends.cuda.is_built():
         with pytest.raises(ValueError, match="device 'cuda' is none of this torch: Torch not compiled with CUDA"):
             fd.sample(Net(torch.float32), PLAN, (2, 4), device="cuda")
+
+
+def test_a_warning_points_at_the_line_that_called(tmp_path: Any) -> None:
+    """Of a sampler, of fd.sample, of accelerate and of an accelerated step."""
+    diffusers = pytest.importorskip("diffusers")
+
+    def nan(x: Tensor, t: Tensor) -> Tensor:
+        return x * torch.nan
+
+    stock = diffusers.DPMSolverMultistepScheduler(thresholding=True, algorithm_type="dpmsolver++", solver_order=1)
+    ours = fd.accelerate(diffusers.VQDiffusionScheduler(num_vec_classes=8))
+    ours.set_timesteps(3)
+    calls: list[Any] = [
+        lambda: fd.Sampler(nan, PLAN, check_finite="warn")((2, 4)),
+        lambda: fd.sample(nan, PLAN, (2, 4), check_finite="warn"),
+        lambda: fd.accelerate(diffusers.RePaintScheduler()),
+        lambda: ours.step(torch.zeros(1, 8, 4), ours.timesteps[0], torch.zeros(1, 4, dtype=torch.int64)),
+    ]
+    assert fd.accelerate(stock) is not stock
+    for call in calls:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", RuntimeWarning)
+            try:
+                call()
+            except Exception:  # what stock makes of these tensors
+                assert call is calls[-1]
+        assert [w.filename for w in seen if w.category is RuntimeWarning] == [__file__]

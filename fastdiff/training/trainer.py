@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.caller import warn
 from fastdiff.devices import widest
 from fastdiff.files import write_atomic
 from fastdiff.training import _checkpoint
@@ -158,11 +158,9 @@ class Trainer:
             if _checkpoint.read(self.folder / CHECKPOINT)[0]["epoch"] == epoch:
                 self.resume()
         if self.step != epoch * self.steps_an_epoch:
-            warnings.warn(
+            warn(
                 f"epoch {epoch + 1} was interrupted and no checkpoint holds what was before: it is done again from the "
-                "weights as they are, so this is not the run that it would have been",
-                RuntimeWarning,
-                stacklevel=3,
+                "weights as they are, so this is not the run that it would have been"
             )
         self.step = epoch * self.steps_an_epoch
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
+from fastdiff.caller import warn
 from fastdiff.integrations.diffusers.models import as_model, flux_arguments
 
 __all__ = ["accelerate", "as_model", "flux_arguments", "is_accelerated", "restore"]
@@ -41,7 +41,7 @@ def accelerate(obj: Any, *, noise: str = "torch", seed: int = 0, compile: bool =
         raise TypeError(f"accelerate needs a scheduler or a pipeline, got a class: {obj.__name__}(...)")
     if _is_scheduler(obj):
         return _accelerated(obj, noise, seed, compile)
-    return _exchanged(obj, functools.partial(_accelerated, noise=noise, seed=seed, compiled=compile, level=4))
+    return _exchanged(obj, functools.partial(_accelerated, noise=noise, seed=seed, compiled=compile))
 
 
 def restore(obj: Any) -> Any:
@@ -88,7 +88,7 @@ def _schedulers(pipe: Any) -> dict[str, Any]:
     return {name: value for name, value in components.items() if _is_scheduler(value)}
 
 
-def _accelerated(scheduler: Any, noise: str, seed: int, compiled: bool, level: int = 3) -> Any:
+def _accelerated(scheduler: Any, noise: str, seed: int, compiled: bool) -> Any:
     from fastdiff.integrations.diffusers.reading import refusal
     from fastdiff.integrations.diffusers.scheduler import Settings, accelerated_class
 
@@ -100,7 +100,7 @@ def _accelerated(scheduler: Any, noise: str, seed: int, compiled: bool, level: i
     stock: Any = type(scheduler)
     why = refusal(stock)
     if why is not None:
-        warnings.warn(f"{stock.__name__} stays as it is: {why}", RuntimeWarning, stacklevel=level)
+        warn(f"{stock.__name__} stays as it is: {why}")
         return scheduler
     new: Any = object.__new__(accelerated_class(stock))
     new.__dict__.update(vars(scheduler))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from fastdiff.caller import warn
 from fastdiff.integrations.diffusers.cached import Unsupported, key_of
 from fastdiff.integrations.diffusers.past import Past
 from fastdiff.integrations.diffusers.reading import Setup, refusal
@@ -169,7 +169,7 @@ class Accelerated:
         kept.stock, kept.run = reason, None
         if reason not in kept.warned:
             kept.warned.add(reason)
-            warnings.warn(f"{self._stock_class.__name__} runs its stock step: {reason}", RuntimeWarning, stacklevel=3)
+            warn(f"{self._stock_class.__name__} runs its stock step: {reason}")
 
 
 def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
