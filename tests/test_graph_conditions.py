@@ -170,7 +170,8 @@ def test_equal_numbers_of_two_types_are_two_conditions() -> None:
 
 def test_a_condition_changes_sides(request: pytest.FixtureRequest) -> None:
     plan, shift = PLANS["dpmpp_2m"], {"shift": torch.full((3,), 0.5)}
-    calls: list[dict[str, Any]] = [{"cond": shift, "uncond": {}}, {"cond": {}, "uncond": shift}]
+    none = {"shift": 0.0}
+    calls: list[dict[str, Any]] = [{"cond": shift, "uncond": none}, {"cond": none, "uncond": shift}]
     want = [fd.sample(model, plan, SHAPE, guidance=2.0, batched_guidance=False, **c) for c in calls]
     request.getfixturevalue("device_path")
     sampler = fd.Sampler(model, plan, mode="step_graph", guidance=2.0, batched_guidance=False)

@@ -112,7 +112,7 @@ def class_loss(net: nn.Module, x: Tensor, t: Tensor, schedule: fd.schedules.BFND
     """The continuous-time loss of classes x at times t, in bits a token, [B]."""
     seen = fd.ops.categorical_noise(x, t, schedule, seeds=seeds)
     assert isinstance(seen, Tensor)
-    logits = net(seen, schedule.model_time(t))
+    logits = net(seen, schedule.model_time(t).float())
     return fd.training.bfn_discrete_loss(logits, x, t, schedule, units="bits_per_dim")
 
 
