@@ -76,7 +76,7 @@ def test_sampling_inside_of_compiled_code(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_an_accelerated_step_inside_of_compiled_code(name: str) -> None:
-    """From the first one on, which reads the schedule."""
+    """From the first one on, which reads the schedule, and without a word of the compiler."""
     diffusers = pytest.importorskip("diffusers")
     torch.compiler.reset()
     stock = getattr(diffusers, name)(num_train_timesteps=37)
@@ -85,9 +85,33 @@ def test_an_accelerated_step_inside_of_compiled_code(name: str) -> None:
         scheduler.set_timesteps(3)
         x = X.reshape(2, 1, 2, 2)
         step = wrap(lambda m, t, x, s=scheduler: s.step(m, t, x, return_dict=False)[0], backend="eager")
-        for t in scheduler.timesteps:
-            x = step(0.3 * x, t, x)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Dynamo")
+            for t in scheduler.timesteps:
+                x = step(0.3 * x, t, x)
         assert scheduler._fastdiff.stock is None
+        results.append(x)
+    assert torch.equal(*results)
+
+
+def test_options_that_change_inside_of_compiled_code() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.compiler.reset()
+    results = []
+    for wrap in (torch.compile, lambda f, backend: f):
+        scheduler = fd.accelerate(diffusers.DDIMScheduler(num_train_timesteps=41))
+        scheduler.set_timesteps(3)
+        step = wrap(
+            lambda x, t, eta, s=scheduler: s.step(0.3 * x, t, x, eta=eta, variance_noise=0 * x + 1, return_dict=False)[
+                0
+            ],
+            backend="eager",
+        )
+        x = X.reshape(2, 1, 2, 2)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Dynamo")
+            for t, eta in zip(scheduler.timesteps, (0.0, 0.5, 0.5), strict=True):
+                x = step(x, t, eta)
         results.append(x)
     assert torch.equal(*results)
 

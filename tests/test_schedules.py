@@ -128,7 +128,10 @@ def test_model_time() -> None:
     assert S.VP().model_time(0.25) == 0.25
 
 
-TOLD = [S.VP(), S.VE(), S.Cosine(), S.Flow(), S.Flow(3.0), S.EDM(), S.BFNContinuous(0.02), S.BFNDiscrete(1.0, 3)]
+TOLD = [
+    S.VP(), S.VE(), S.Cosine(), S.Flow(), S.Flow(3.0), S.EDM(), S.BFNContinuous(0.02), S.BFNDiscrete(1.0, 3),
+    S.EDM(0.01, 10.1),  # float32 rounds its least sigma down and its largest up
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", TOLD, ids=str)
