@@ -75,6 +75,7 @@ CASES = (
     Case("DPM++ inverse", "DPMSolverMultistepInverseScheduler", BETAS),
     Case("CogVideoX DDIM", "CogVideoXDDIMScheduler"),
     Case("CogVideoX DPM", "CogVideoXDPMScheduler"),
+    Case("CogVideoX DPM, Philox noise", "CogVideoXDPMScheduler", noise="philox"),
     Case("DPM++ SDE", "DPMSolverSDEScheduler", TREE),
     Case("DPM++ SDE, Philox noise", "DPMSolverSDEScheduler", TREE, noise="philox"),
     Case("cosine DPM++ 2M SDE", "CosineDPMSolverMultistepScheduler"),
