@@ -15,6 +15,6 @@ def parameter_of(model: object) -> Tensor | None:
 
 
 def seen_by(model: object, x: Tensor) -> Tensor:
-    """x in the dtype of a module's parameters; as it is for a function."""
+    """x in the dtype of a module's parameters; as it is for a function, or where 8 bits are how weights are stored."""
     parameter = parameter_of(model)
-    return x if parameter is None else x.to(parameter.dtype)
+    return x if parameter is None or parameter.dtype.itemsize == 1 else x.to(parameter.dtype)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from fastdiff.cpu import HostRow, host_rows
 from fastdiff.ops._dispatch import FLOATS64, check_batched, check_tensor
-from fastdiff.parameters import parameter_of
+from fastdiff.parameters import seen_by
 from fastdiff.plan import Plan
 from fastdiff.request import check_pair, check_second
 
@@ -111,9 +111,8 @@ class Unrolled(torch.nn.Module):
 
     def _output(self, k: int, x: Tensor, names: dict[str, Any]) -> Tensor:
         """The model's output at row k, in the state's dtype and memory that it does not use again."""
-        parameter = parameter_of(self.model)
-        dtype = self.dtype or (x.dtype if parameter is None else parameter.dtype)
-        seen = (x if self.c_in[k] == 1 else self.c_in[k] * x).to(dtype)
+        shown = x if self.c_in[k] == 1 else self.c_in[k] * x
+        seen = seen_by(self.model, shown) if self.dtype is None else shown.to(self.dtype)
         watched = not torch.compiler.is_compiling() and not seen.is_inference()
         version = seen._version if watched else 0
         m = self.model(seen, torch.full((x.shape[0],), self.times[k], dtype=self.kind, device=x.device), **names)

@@ -47,6 +47,21 @@ def test_a_network_of_another_dtype_sees_its_own(dtype: torch.dtype) -> None:
     assert torch.allclose(got.double(), want.double(), rtol=bound)
 
 
+def test_weights_of_eight_bits_say_nothing_of_the_input() -> None:
+    class Stored(Net):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            assert x.dtype == torch.float32
+            return x @ self.line.weight.to(x.dtype).T + self.line.bias.to(x.dtype)
+
+    stored = Stored(torch.float32)
+    for p in stored.parameters():
+        p.data = p.data.to(torch.float8_e4m3fn)
+    assert torch.equal(fd.drift(stored, VP)(0.5, X), fd.drift(Net(torch.float32), VP)(0.5, X))  # 0.5 and 0.25 are exact
+    with pytest.raises(TypeError, match="got torch.float8_e4m3fn of its parameters"):
+        fd.sample(stored, PLAN, (2, 4))
+    assert fd.sample(stored, PLAN, (2, 4), dtype=torch.float32).shape == (2, 4)  # type: ignore[union-attr]
+
+
 def test_the_likelihood_of_a_float64_network() -> None:
     got, want = (fd.log_likelihood(Net(d), VP, X, rtol=1e-6, atol=1e-6) for d in (torch.float64, torch.float32))
     assert torch.allclose(got, want, atol=1e-3)
