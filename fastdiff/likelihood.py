@@ -104,6 +104,10 @@ def _span(
         low = T_END * schedule.t_max
     if t_start is None and float(schedule.sigma(top)) == 0:
         top *= 1 - T_START
+    if float(schedule.alpha(top)) == 0 and not isinstance(schedule, Flow):  # whose field is finite there
+        if t_start is not None:
+            raise ValueError(f"there is no signal at t_start={top:g} of {schedule}, where the drift is infinite")
+        top = top - 1 if isinstance(schedule, Betas) else schedule.t_start("eps")
     return low, top
 
 
@@ -154,12 +158,12 @@ def log_likelihood(
     Args:
         x0: [B, *] float32 or float64, taken as the state at t_end. trace: of the Jacobian, "hutchinson" (one Rademacher
         probe a sample, of Philox; unbiased) or "exact" (one backward pass an element). t_end: default 0 where the
-        schedule has noise there, else 1e-5 t_max. t_start: default the schedule's (of a Bayesian flow, which begins
-        without noise, 1 - 1e-8). prior: x [B, *] -> ln p [B] at t_start,
-        default N(0, sigma^2 I). seed (default 0), seeds: of the probes. rtol, atol: of the integrator (Runge-Kutta 4(5)
-        of scipy, else torchdiffeq) and of every sample, whatever the batch: they are divided by sqrt(B), as its norm
-        is that of all. A chain is integrated over ln(sigma / alpha): its field over t jumps at every index. The rest:
-        see drift.
+        schedule has noise there, else 1e-5 t_max. t_start: default the schedule's or, where there is no signal, before
+        that: 0.9946 of Cosine, the last index but one of a chain, 1 - 1e-8 of a Bayesian flow. prior: x [B, *] -> ln p
+        [B] at t_start, default N(0, sigma^2 I). seed (default 0), seeds: of the probes. rtol, atol: of the integrator
+        (Runge-Kutta 4(5) of scipy, else torchdiffeq) and of every sample, whatever the batch: they are divided by
+        sqrt(B), as its norm is that of all. A chain is integrated over ln(sigma / alpha): its field over t jumps at
+        every index. The rest: see drift.
     Returns: [B] float64 (fp32 on a device without float64), in nats; no gradient.
     Raises: ImportError without scipy and torchdiffeq; ValueError for bad options, or a model autograd does not follow;
         RuntimeError if integration fails.

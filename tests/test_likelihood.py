@@ -107,6 +107,23 @@ def test_log_likelihood_with_the_standard_prior() -> None:
     assert float((got - density(S.Flow(), 0.0, x.double())).abs().max()) <= 3e-4
 
 
+ZERO_SNR = [S.Cosine(), *(S.Betas(S.zero_terminal_snr(S.linear_betas(n))) for n in (100, 1000))]
+
+
+@pytest.mark.parametrize("schedule", ZERO_SNR, ids=["cosine", "100", "1000"])
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
+def test_it_starts_where_there_is_signal(schedule: S.Schedule, prediction: str) -> None:
+    """By default, of a prediction that samples from zero SNR: N(0, sigma^2) is off by alpha MEAN / sigma, times |z|."""
+    x = torch.linspace(-0.5, 1.9, 4, dtype=torch.float64).reshape(4, 1)
+    got = fd.log_likelihood(model_of(schedule, prediction), schedule, x, prediction, rtol=1e-7, atol=1e-7)
+    start = 0.9946 if isinstance(schedule, S.Cosine) else schedule.t_max - 1
+    alpha, sigma = levels(schedule, start)
+    low = 0.0 if float(schedule.sigma(0.0)) > 0 else 1e-5
+    assert float((got - density(schedule, low, x)).abs().max()) <= 4 * float(alpha) * (MEAN + STD) / float(sigma) + 1e-4
+    with pytest.raises(ValueError, match="there is no signal at t_start="):
+        fd.log_likelihood(model_of(schedule, prediction), schedule, x, prediction, t_start=schedule.t_max)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_a_bayesian_flow_starts_where_it_has_noise(prediction: str) -> None:
     """By default: N(0, sigma^2) is off by alpha MEAN / sigma = sqrt(SNR) MEAN = 2e-4 there, times |z| < 4."""

@@ -11,11 +11,11 @@ from fastdiff.grid import Grid, GridOptions, make_grid
 from fastdiff.plan import Plan
 from fastdiff.schedules import Flow, Schedule
 from fastdiff.solvers.multistep import (
-    FEW_STEPS,
     Form,
     Value,
     adams_plan,
     check_order,
+    few_steps,
     noise,
     noise_form,
     orders,
@@ -71,7 +71,7 @@ def deis(
     """
     order, grid = check_order("deis", order, 3), make_grid(schedule, steps, options)
     grid.require_signal("deis")
-    few = lower_order_final and len(grid.at.t) < FEW_STEPS
+    few = lower_order_final and few_steps(grid, options)
     form, known = _noise_form(grid), orders(grid, order, lower_final=few)
     w = weights(known, grid.lam, form.z)
     return adams_plan(f"deis(order={order})", grid, form, noise(grid.at, options), w)

@@ -12,11 +12,11 @@ from fastdiff.plan import Plan
 from fastdiff.schedules import Schedule
 from fastdiff.solvers.dpmpp import published
 from fastdiff.solvers.multistep import (
-    FEW_STEPS,
     adams_plan,
     check_order,
     data,
     data_form,
+    few_steps,
     noise,
     noise_form,
     orders,
@@ -88,7 +88,7 @@ def dpm_solver(
             name, schedule, grid, order, formula, value, exact=exact, own=own, lower_final=lower_order_final
         )
     form = formula(grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:], grid.h)
-    few = lower_order_final and len(grid.at.t) < FEW_STEPS
+    few = lower_order_final and few_steps(grid, options)
     known = orders(grid, order, lower_final=few)
     w = weights(known, grid.lam, form.z, _heun if exact else published)
     return adams_plan(name, grid, form, noise(grid.at, options) if on_noise else data(grid.at), w)

@@ -10,9 +10,9 @@ from fastdiff.grid import GridOptions, make_grid
 from fastdiff.phi import phi, quadrature
 from fastdiff.plan import Plan
 from fastdiff.schedules import Schedule
-from fastdiff.solvers.multistep import FEW_STEPS, adams_plan, data, data_form, orders, weights
+from fastdiff.solvers.multistep import adams_plan, data, data_form, few_steps, orders, weights
 
-__all__ = ["FEW_STEPS", "dpmpp_2m", "dpmpp_3m", "published"]
+__all__ = ["dpmpp_2m", "dpmpp_3m", "published"]
 
 
 def dpmpp_2m(schedule: Schedule, steps: int, *, lower_order_final: bool = True, **options: Unpack[GridOptions]) -> Plan:
@@ -30,7 +30,7 @@ def dpmpp_2m(schedule: Schedule, steps: int, *, lower_order_final: bool = True, 
     n, h = len(grid.at.t), grid.h
     weight = np.zeros(n)
     weight[1:] = np.where(np.isfinite(h[1:]), h[1:], 0) / (2 * h[:-1])
-    if lower_order_final and n < FEW_STEPS:
+    if lower_order_final and few_steps(grid, options):
         weight[-1] = 0
     gain = -grid.alpha[1:] * np.expm1(-h)
     A, b = np.zeros((n, 2, 2)), np.zeros((n, 2))
@@ -75,7 +75,7 @@ def dpmpp_3m(
     Source: Lu et al. 2022, arXiv:2211.01095, and the authors' code (multistep, order 3).
     """
     grid = make_grid(schedule, steps, options)
-    few = lower_order_final and len(grid.at.t) < FEW_STEPS
+    few = lower_order_final and few_steps(grid, options)
     form = data_form(grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:], grid.h)
     known = orders(grid, 3, lower_final=few)
     w = weights(known, grid.lam, form.z, quadrature if exact else published)

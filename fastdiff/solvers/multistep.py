@@ -15,11 +15,10 @@ from fastdiff.grid import Grid, GridOptions, Points
 from fastdiff.phi import quadrature
 from fastdiff.plan import Plan
 
-__all__ = ["FEW_STEPS", "Form", "Value", "adams_plan", "check_order", "data", "data_form", "noise", "noise_form",
+__all__ = ["Form", "Value", "adams_plan", "check_order", "data", "data_form", "few_steps", "noise", "noise_form",
            "orders", "weights"]  # fmt: skip
 
 Array = np.ndarray
-FEW_STEPS = 15
 
 
 class Value(NamedTuple):
@@ -59,6 +58,11 @@ def data_form(alpha: Array, sigma: Array, alpha1: Array, sigma1: Array, h: Array
 def noise_form(alpha: Array, sigma: Array, alpha1: Array, sigma1: Array, h: Array) -> Form:
     """x' = (alpha'/alpha) x - sigma' (e^h - 1) eps for constant eps; h = inf is the clean end."""
     return Form(alpha1 / alpha, alpha1 * sigma / alpha * np.expm1(-h), h)
+
+
+def few_steps(grid: Grid, options: GridOptions) -> bool:
+    """Are there fewer than 15 steps, those that start= skips among them?"""
+    return len(grid.at.t) + options.get("start", 0) < 15
 
 
 def check_order(name: str, order: int, most: int) -> int:

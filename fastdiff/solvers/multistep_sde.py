@@ -12,7 +12,7 @@ from fastdiff.grid import Grid, GridOptions, make_grid
 from fastdiff.phi import phi
 from fastdiff.plan import Plan
 from fastdiff.schedules import Schedule
-from fastdiff.solvers.multistep import FEW_STEPS
+from fastdiff.solvers.multistep import few_steps
 
 __all__ = ["dpmpp_2m_sde", "dpmpp_3m_sde"]
 
@@ -79,7 +79,7 @@ def dpmpp_2m_sde(
     gain, slope = grid.alpha[1:] * _moments(H, 2)
     weight = np.zeros(n)
     weight[1:] = _ratio(grid.h) * (slope if kind == "heun" else 0.5 * gain)[1:]
-    if lower_order_final and n < FEW_STEPS:
+    if lower_order_final and few_steps(grid, options):
         weight[-1] = 0
     A, b, s = np.zeros((n, 2, 2)), np.zeros((n, 2)), np.zeros((n, 2))
     A[:, 0, 0], A[:, 0, 1] = keep, -weight
