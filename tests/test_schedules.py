@@ -201,6 +201,7 @@ def test_numpy_numbers_are_numbers(make: Any, values: tuple[float, ...]) -> None
         (lambda: S.linear_betas(0), "T, the number of betas"),
         (lambda: S.linear_betas(2.5), "T, the number of betas"),  # type: ignore[arg-type]
         (lambda: S.cosine_betas(10, max_beta=1.5), "max_beta"),
+        (lambda: S.cosine_betas(10, s=math.nan), "s must be a finite number >= 0, got nan"),
         (lambda: S.VP().alpha(1.5), r"t must be in \[0, 1\]"),
         (lambda: S.VP().sigma(torch.tensor([-0.1])), r"t must be in \[0, 1\]"),
         (lambda: S.VP().sigma(math.nan), r"t must be in \[0, 1\]"),

@@ -359,6 +359,12 @@ def test_zero_terminal_snr() -> None:
         (lambda: solvers.ddim(CHAIN, 10, start=-1), ValueError, "start must be >= 0"),
         (lambda: solvers.ddim(CHAIN, 10, eta=1.5), ValueError, r"eta must be in \[0, 1\], got 1.5"),
         (lambda: solvers.ddim(CHAIN, 10, sign=2), ValueError, "sign must be 1 or -1"),
+        (lambda: solvers.dpm_solver(CHAIN, 5, kind="multistep", nodes="b"), ValueError, "unknown nodes 'b'"),
+        (
+            lambda: solvers.dpm_solver(CHAIN, 5, kind="multistep", nodes="grid"),
+            ValueError,
+            "goes with kind='singlestep'",
+        ),
         (lambda: solvers.euler_ancestral(CHAIN, 10, eta=-1), ValueError, "eta must be"),
         (lambda: solvers.ddpm(CHAIN, 10, variance="learned"), ValueError, "valid: fixed_small, fixed_large"),
         (lambda: solvers.ddim(S.VP(), 10, spacing="leading"), ValueError, "chain of betas only"),

@@ -163,6 +163,8 @@ def test_ramps_need_finite_levels(name: str) -> None:
         (lambda: S.zero_terminal_snr([0.1]), "at least two betas"),
         (lambda: S.laplace_betas(10, max_beta=0.0), r"max_beta must be in \(0, 1\]"),
         (lambda: S.sigmoid_betas(0), "T, the number of betas"),
+        (lambda: S.dynamic_shift(4096, base_shift=math.nan), "the shift e.mu must be finite, got mu = nan"),
+        (lambda: S.dynamic_shift(4096, max_shift=1e9), "the shift e.mu must be finite, got mu = 1e.09"),
         (lambda: S.dynamic_shift(0), "tokens must be a finite number > 0"),
         (lambda: S.dynamic_shift(16, base_tokens=9, max_tokens=9), "base_tokens must be < max_tokens"),
     ],

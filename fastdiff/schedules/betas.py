@@ -153,6 +153,8 @@ def cosine_betas(T: int, max_beta: float = 0.999, s: float = 0.008) -> np.ndarra
     _count(T)
     if not 0 < max_beta <= 1:
         raise ValueError(f"max_beta must be in (0, 1], got {max_beta!r}")
+    if not 0 <= s < math.inf:
+        raise ValueError(f"s must be a finite number >= 0, got {s!r}")
     alpha_bar = np.cos((np.arange(T + 1) / T + s) / (1 + s) * (0.5 * math.pi)) ** 2
     return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
 

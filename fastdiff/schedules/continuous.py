@@ -194,9 +194,13 @@ def dynamic_shift(
         mu = base_shift + (max_shift - base_shift) (tokens - base_tokens) / (max_tokens - base_tokens)
 
     Args: tokens: (height / patch) (width / patch) of the latent; the defaults are those of FLUX.1.
-    Raises: ValueError unless tokens > 0 and base_tokens < max_tokens. Source: Esser et al. 2024, arXiv:2403.03206.
+    Raises: ValueError unless tokens > 0, base_tokens < max_tokens and the shift is finite.
+    Source: Esser et al. 2024, arXiv:2403.03206.
     """
     positive(tokens=tokens, base_tokens=base_tokens, max_tokens=max_tokens)
     if base_tokens >= max_tokens:
         raise ValueError(f"base_tokens must be < max_tokens, got {base_tokens} and {max_tokens}")
-    return math.exp(base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens))
+    mu = base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
+    if not abs(mu) < 700:
+        raise ValueError(f"the shift e^mu must be finite, got mu = {mu:g} of {base_shift=!r}, {max_shift=!r}")
+    return math.exp(mu)

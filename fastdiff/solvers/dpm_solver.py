@@ -74,6 +74,8 @@ def dpm_solver(
     """
     order, kind = check_order("dpm_solver", order, 3), _one_of("kind", kind, KINDS)
     algorithm, solver_type = _one_of("algorithm", algorithm, ALGORITHMS), _one_of("solver_type", solver_type, TYPES)
+    if _one_of("nodes", nodes, NODES) != "lambda" and kind != "singlestep":
+        raise ValueError(f"nodes={nodes!r} goes with kind='singlestep', got {kind!r}")
     name = f"dpm_solver({algorithm}, order={order}, {kind})"
     grid = make_grid(schedule, steps, options)
     on_noise = algorithm == "dpmsolver"
@@ -82,7 +84,7 @@ def dpm_solver(
     formula = noise_form if on_noise else data_form
     exact = solver_type == "heun"
     if kind == "singlestep":
-        own = _one_of("nodes", nodes, NODES) == "grid"
+        own = nodes == "grid"
         value = (lambda at: noise(at, options)) if on_noise else data
         return singlestep_plan(
             name, schedule, grid, order, formula, value, exact=exact, own=own, lower_final=lower_order_final
