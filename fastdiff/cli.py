@@ -178,5 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UsageError, ValueError, TypeError, OSError, KeyboardInterrupt) as error:
+    except (UsageError, ValueError, TypeError, OSError, OverflowError, MemoryError, KeyboardInterrupt) as error:
+        return failed(args.command, error)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # torch's allocators have no class of their own on a CPU
+            raise
         return failed(args.command, error)

@@ -153,8 +153,9 @@ def predictor_corrector(
     levels = [*plan.alpha, *plan.sigma, *plan.end, *plan.c_skip, *plan.c_out]
     if not np.all(np.isfinite(levels)):
         raise ValueError(f"plan {plan.name!r} does not record its alpha and sigma: no score")
-    if 0 in plan.alpha[1:] or plan.end[0] == 0:
-        raise ValueError(f"a corrector's step grows without bound to zero signal, where plan {plan.name!r} goes")
+    alpha, sigma = np.append(plan.alpha, plan.end[0]), np.append(plan.sigma, plan.end[1])
+    if np.any(sigma[1:] * alpha[:-1] > (1 + 1e-9) * sigma[:-1] * alpha[1:]):
+        raise ValueError(f"a corrector needs a plan from noise to data, {plan.name!r} goes the other way")
     if corrections == 0 or 0 in request.shape:
         return sample(model, plan, shape, **sampling)
     after_row = request.options.callback

@@ -168,6 +168,10 @@ def _betas_times(spacing: str, steps: int, top: float, low: float, final: str, o
     else:
         t = np.round(np.linspace(top, low, steps + (final == "min")))
     t = np.maximum(t, low)
+    if (left := len(np.unique(t))) < len(t):
+        raise ValueError(
+            f"spacing {spacing!r} of this chain has {left} of {steps} times down to t_end={low:g}; take linspace"
+        )
     return np.append(t, low) if final == "min" and spacing != "linspace" else t
 
 
@@ -200,6 +204,8 @@ def _sigmas_times(schedule: Schedule, sigmas: Sequence[float] | Array, steps: in
     if levels.ndim != 1 or len(levels) != count:
         raise ValueError(f"sigmas needs {count} values for steps={steps}, final={final!r}, got shape {levels.shape}")
     if isinstance(schedule, Flow):
+        if np.any(levels > 1):
+            raise ValueError(f"sigmas: {levels[levels > 1][0]:g} is not on {schedule}, whose sigma goes from 1 to 0")
         with np.errstate(divide="ignore"):
             levels = levels / (1 - levels)
     return _times_of("sigmas", schedule, levels)
@@ -279,6 +285,9 @@ def _times(schedule: Schedule, steps: int, final: str, options: GridOptions) -> 
     if (steps > 1 or final == "min") and not low < top:
         hint = "; t_end is 1/steps here by default: give t_end, or final='zero'" if t_end is None else ""
         raise ValueError(f"t_end must be < t_start, got t_start={top:g}, t_end={low:g}{hint}")
+    for name, value in (("t_start", top), ("t_end", low)):
+        if options.get(name) is not None and not 0 <= value <= schedule.t_max:
+            raise ValueError(f"{name} must be in [0, {schedule.t_max:g}], got {value:g}")
     if isinstance(schedule, Betas) and t_start is not None and spacing in ("trailing", "leading"):
         raise ValueError(
             f"spacing {spacing!r} of a chain starts at its last time; use linspace with t_start, or start=k"

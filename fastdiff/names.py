@@ -50,6 +50,8 @@ def pick(kind: str, name: str, valid: Sequence[str]) -> str:
 
 
 def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -157,6 +157,30 @@ def test_an_open_end_is_a_number(capsys):
     assert "s_noise must be a finite number >= 0, got -inf" in capsys.readouterr().err
 
 
+def test_true_and_false_are_what_they_say(capsys):
+    """In any case; what is neither is refused, where Python would take any text for true."""
+    args = ["plan", "unipc", "--steps", "4", "--json"]
+    for text, slots in (("false", 2), ("False", 2), ("TRUE", 3)):
+        assert main([*args, "--set", f"corrector={text}"]) == 0
+        assert json.loads(capsys.readouterr().out)["slots"] == slots
+    assert main([*args, "--set", "corrector=no"]) == 2
+    assert "option corrector of solver unipc must be true or false, got 'no'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["plan", "ddim", "--steps", "1000000000000000"],
+        ["plan", "ddim", "--schedule", "edm:rho=0.001"],
+        ["plan", "ddim", "--schedule", "linear_betas:T=1000000000000000"],
+    ],
+)
+def test_numbers_too_large_are_bad_input(args, capsys):
+    assert main(args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastdiff plan: error: ") and len(err.strip().splitlines()) == 1
+
+
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     found = {f["name"]: f for f in json.loads(capsys.readouterr().out)}

@@ -169,9 +169,13 @@ def test_a_probability_flow_of_a_models_other_shape(made: Callable[[Tensor], Any
         fd.drift(None, VP)  # type: ignore[arg-type]
 
 
-def test_a_corrector_on_the_way_to_zero_signal() -> None:
-    plan = solvers.ddim_inversion(ZERO_SNR, 3, prediction="v")
-    with pytest.raises(ValueError, match="a corrector's step grows without bound to zero signal"):
+@pytest.mark.parametrize("schedule", [ZERO_SNR, CHAIN, VP], ids=["zero SNR", "chain", "vp"])
+def test_a_corrector_on_the_way_up(schedule: S.Schedule) -> None:
+    """Its step grows by (alpha_k / alpha_k+1)^2, without bound to zero signal."""
+    plan = solvers.ddim_inversion(schedule, 3, prediction="v")
+    with pytest.raises(
+        ValueError, match="a corrector needs a plan from noise to data, 'ddim_inversion' goes the other"
+    ):
         fd.predictor_corrector(model, plan, (2, 4), x_T=torch.ones(2, 4))
 
 

@@ -359,6 +359,11 @@ def test_zero_terminal_snr() -> None:
         (lambda: solvers.ddim(CHAIN, 10, start=-1), ValueError, "start must be >= 0"),
         (lambda: solvers.ddim(CHAIN, 10, eta=1.5), ValueError, r"eta must be in \[0, 1\], got 1.5"),
         (lambda: solvers.ddim(CHAIN, 10, sign=2), ValueError, "sign must be 1 or -1"),
+        (
+            lambda: solvers.unipc(CHAIN, 5, corrector=False, keep_start=True),
+            ValueError,
+            "keep_start is of the corrector",
+        ),
         (lambda: solvers.dpm_solver(CHAIN, 5, kind="multistep", nodes="b"), ValueError, "unknown nodes 'b'"),
         (
             lambda: solvers.dpm_solver(CHAIN, 5, kind="multistep", nodes="grid"),

@@ -183,6 +183,13 @@ def test_trailing_ends_where_it_is_told() -> None:
     np.testing.assert_allclose(plan.t, [1, 0.8125, 0.625, 0.4375])
     np.testing.assert_allclose(solvers.ddim(S.VP(), 4, spacing="trailing", t_start=0.8).t, [0.8, 0.6, 0.4, 0.2])
     assert solvers.ddim(CHAIN, 4, spacing="trailing", t_end=300.0).times.tolist() == [999, 749, 499, 300]
+    with pytest.raises(ValueError, match="'trailing' of this chain has 6 of 10 times down to t_end=500; take linspace"):
+        solvers.ddim(CHAIN, 10, t_end=500.0)
+    assert solvers.ddim(CHAIN, 10, t_end=500.0, spacing="linspace").nfe == 10
+    with pytest.raises(ValueError, match=r"t_end must be in \[0, 1\], got 7"):
+        solvers.ddim(S.VP(), 1, t_end=7.0)
+    with pytest.raises(ValueError, match="sigmas: 1.2 is not on Flow.*, whose sigma goes from 1 to 0"):
+        solvers.euler(S.Flow(), 3, prediction="flow", sigmas=[1.2, 0.5, 0.1])
 
 
 def test_consistency_ends_where_it_is_told() -> None:

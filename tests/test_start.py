@@ -31,6 +31,15 @@ def test_the_last_rows_of_a_long_plan(name: str, final: str) -> None:
             np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12, err_msg=column)
 
 
+def test_churn_is_a_share_of_all_steps() -> None:
+    """sigma rises to (1 + s_churn / 20) sigma, whatever start= skips."""
+    for start in (0, 10, 15):
+        plan = solvers.edm_stochastic(S.EDM(), 20, s_churn=4.0, s_max=50.0, start=start)
+        at = S.EDM().sigma(np.linspace(1, 0, 20))[start:]
+        inside = at <= 50
+        np.testing.assert_allclose(plan.times[::2][inside] / at[inside], 1.2, rtol=1e-9)
+
+
 def test_few_steps_fall_to_first_order() -> None:
     """Of 14, as published: the last row of 2M to the last level reads no earlier x0."""
     few, enough = (solvers.dpmpp_2m(S.VP(), n, final="min") for n in (14, 15))

@@ -84,12 +84,15 @@ def failed(command: str, error: BaseException, *, found: Sequence[Any] | None = 
 def make_plan(args: argparse.Namespace) -> fd.Plan:
     schedule = make_schedule(args.schedule)
     solve = getattr(fd.solvers, pick("solver", args.solver, solver_names()))
-    own = [n for n, p in inspect.signature(solve).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    defaults = {n: p.default for n, p in inspect.signature(solve).parameters.items() if p.kind is p.KEYWORD_ONLY}
     options = assignments(
         f"option of solver {args.solver}",
         args.set,
-        [*own, "t_start", "t_end", "sign", "sigma_data", "rho", "steps_offset", "sigmas"],
+        [*defaults, "t_start", "t_end", "sign", "sigma_data", "rho", "steps_offset", "sigmas"],
     )
+    for name, value in options.items():
+        if isinstance(defaults.get(name), bool) and not isinstance(value, bool):
+            raise ValueError(f"option {name} of solver {args.solver} must be true or false, got {value!r}")
     for name in ("prediction", "spacing", "final", "clip", "start"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)

@@ -69,7 +69,8 @@ def ddim(
 
     Args:
         eta: in [0, 1]. use_clipped_model_output: with clip, eps is re-derived from the clamped p (guided-diffusion);
-        False keeps the model's own eps (diffusers' default). The rest: fastdiff.grid.GridOptions.
+        False keeps the model's own eps (diffusers' default), but not under fd.sample's threshold=, which re-derives
+        it always. The rest: fastdiff.grid.GridOptions.
     Returns: Plan, nfe = steps, 1 slot, order 1 (eta = 0).
     Source: Song et al. 2021, arXiv:2010.02502, eq. 12 and 16.
     """

@@ -105,7 +105,8 @@ def edm_stochastic(
     n = len(grid.at.t)
     two = n - grid.clean
     r = grid.sigma[:n] / grid.alpha[:n]
-    churn = np.where((r >= s_min) & (r <= s_max), min(s_churn / n, MOST_CHURN), 0.0)
+    share = s_churn / (n + options.get("start", 0))
+    churn = np.where((r >= s_min) & (r <= s_max), min(share, MOST_CHURN), 0.0)
     hat = grid.at
     if churn.any():
         hat = _levels(schedule, grid, options, r * (1 + churn))

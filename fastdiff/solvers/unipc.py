@@ -65,6 +65,8 @@ def unipc(
     order = check_order("unipc", order, 3)
     if bh not in KINDS:
         raise ValueError(f"unknown bh {bh!r}; valid: {', '.join(KINDS)}")
+    if keep_start and not corrector:
+        raise ValueError("keep_start is of the corrector, which corrector=False leaves out")
     grid = make_grid(schedule, steps, options)
     n, lam, h = len(grid.at.t), grid.lam, grid.h
     form = data_form(grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:], h)
