@@ -89,7 +89,7 @@ def edm_stochastic(
         y^ = y + s_noise sqrt(r^^2 - r^2) n,   then heun from (y^, r^)
 
     With s_churn = 0 this is heun. The first step's noise belongs to the start (init_noise).
-    Args: s_churn, s_min, s_max, s_noise: see above; order: 2, or 1 for Euler steps; the rest: GridOptions.
+    Args: s_churn, s_min, s_max, s_noise: above (N counts skipped steps); order: 2, or 1: Euler; the rest: GridOptions.
     Returns: Plan, nfe = 2 steps - 1 (2 steps with final="min"), 2 slots, order 2 (weak, on Gaussian data, with a
         fixed s_churn); order 1: nfe = steps, 1 slot. draws: once a step, also where g = 0, as the reference code.
     Raises: ValueError for zero signal, or churn above the top of a schedule whose model time is not sigma.
@@ -103,8 +103,7 @@ def edm_stochastic(
     grid = make_grid(schedule, steps, options)
     grid.require_signal("edm_stochastic")
     n = len(grid.at.t)
-    two = n - grid.clean
-    r = grid.sigma[:n] / grid.alpha[:n]
+    two, r = n - grid.clean, grid.sigma[:n] / grid.alpha[:n]
     share = s_churn / (n + options.get("start", 0))
     churn = np.where((r >= s_min) & (r <= s_max), min(share, MOST_CHURN), 0.0)
     hat = grid.at
