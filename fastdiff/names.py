@@ -6,8 +6,9 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +75,16 @@ def assignments(kind: str, texts: Sequence[str], valid: Sequence[str]) -> dict[s
     return out
 
 
+def check_types(kind: str, given: Mapping[str, Any], annotations: Mapping[str, object]) -> None:
+    """Refuses text for a number, and all but true and false for those: Python would take any text for true."""
+    for name, value in given.items():
+        words = set(re.findall(r"\w+", str(annotations.get(name))))
+        if "bool" in words and not isinstance(value, bool):
+            raise ValueError(f"{kind}: {name} must be true or false, got {value!r}")
+        if isinstance(value, str) and words & {"int", "float"} and "str" not in words:
+            raise ValueError(f"{kind}: {name} must be made of numbers, got {value!r}")
+
+
 def make_schedule(text: str) -> fd.schedules.Schedule:
     """A schedule from NAME or NAME:KEY=VALUE,..., e.g. "vp:beta_max=12" or "linear_betas:T=100" (T defaults to 1000).
 
@@ -84,6 +95,7 @@ def make_schedule(text: str) -> fd.schedules.Schedule:
     make = makers[pick("schedule", name, sorted(makers))]
     parameters = inspect.signature(make).parameters
     given = assignments(f"option of schedule {name}", [p for p in rest.split(",") if p], list(parameters))
+    check_types(f"schedule {name}", given, {n: p.annotation for n, p in parameters.items()})
     if not inspect.isclass(make):
         given.setdefault("T", CHAIN_LENGTH)
     lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in given]

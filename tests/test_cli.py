@@ -164,7 +164,22 @@ def test_true_and_false_are_what_they_say(capsys):
         assert main([*args, "--set", f"corrector={text}"]) == 0
         assert json.loads(capsys.readouterr().out)["slots"] == slots
     assert main([*args, "--set", "corrector=no"]) == 2
-    assert "option corrector of solver unipc must be true or false, got 'no'" in capsys.readouterr().err
+    assert "solver unipc: corrector must be true or false, got 'no'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["dpm2_ancestral", "--set", "eta=abc"], "solver dpm2_ancestral: eta must be made of numbers, got 'abc'"),
+        (["langevin", "--set", "eps=abc"], "solver langevin: eps must be made of numbers, got 'abc'"),
+        (["ddim", "--set", "t_start=abc"], "solver ddim: t_start must be made of numbers, got 'abc'"),
+        (["ddim", "--schedule", "linear_betas:start=abc"], "schedule linear_betas: start must be made of numbers"),
+        (["ddim", "--schedule", "vp:beta_max=abc"], "schedule vp: beta_max must be made of numbers, got 'abc'"),
+    ],
+)
+def test_text_for_a_number(args, text, capsys):
+    assert main(["plan", *args]) == 2
+    assert f"fastdiff plan: error: {text}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

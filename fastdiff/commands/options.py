@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import fastdiff as fd
-from fastdiff.grid import SPACINGS
-from fastdiff.names import assignments, load_model, make_schedule, pick, schedule_names, solver_names
+from fastdiff.grid import SPACINGS, GridOptions
+from fastdiff.names import assignments, check_types, load_model, make_schedule, pick, schedule_names, solver_names
 from fastdiff.prediction import PREDICTIONS
 
 __all__ = [
@@ -84,15 +84,13 @@ def failed(command: str, error: BaseException, *, found: Sequence[Any] | None = 
 def make_plan(args: argparse.Namespace) -> fd.Plan:
     schedule = make_schedule(args.schedule)
     solve = getattr(fd.solvers, pick("solver", args.solver, solver_names()))
-    defaults = {n: p.default for n, p in inspect.signature(solve).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    own = {n: p.annotation for n, p in inspect.signature(solve).parameters.items() if p.kind is p.KEYWORD_ONLY}
     options = assignments(
         f"option of solver {args.solver}",
         args.set,
-        [*defaults, "t_start", "t_end", "sign", "sigma_data", "rho", "steps_offset", "sigmas"],
+        [*own, "t_start", "t_end", "sign", "sigma_data", "rho", "steps_offset", "sigmas"],
     )
-    for name, value in options.items():
-        if isinstance(defaults.get(name), bool) and not isinstance(value, bool):
-            raise ValueError(f"option {name} of solver {args.solver} must be true or false, got {value!r}")
+    check_types(f"solver {args.solver}", options, {**GridOptions.__annotations__, **own})
     for name in ("prediction", "spacing", "final", "clip", "start"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
