@@ -158,12 +158,6 @@ class Schedule(ABC):
         """
         return self._time(t)
 
-    def _near(self, t: Array) -> Array:
-        """A time that was told in fp32: outside by rounding alone is the end itself."""
-        xp, slack = xp_of(t), 1e-6 * self.t_max
-        t = xp.where((t < 0) & (t >= -slack), 0.0, t)
-        return self._time(xp.where((t > self.t_max) & (t <= self.t_max + slack), self.t_max, t))
-
     def t_start(self, prediction: str | object = "eps") -> float:
         """The default first evaluation time."""
         return self.t_max
