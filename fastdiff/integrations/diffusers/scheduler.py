@@ -236,7 +236,8 @@ def step_with_past(
     if kept.stock is None:
         wrong = kept.past.differs(kept.run, old_pred_original_sample, timestep, timestep_back)
         if wrong is None:
-            own = {"return_dict": False, **_named(self._stock_class, args, kwargs), "variance_noise": None}
+            named = _named(self._stock_class, args, kwargs) if args else kwargs
+            own = {"return_dict": False, **named, "variance_noise": None}  # which stock ignores
             made = _made_step(self, model_output, timestep, sample, (), own)
         else:
             self._fastdiff_stock(wrong)
